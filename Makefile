@@ -1,0 +1,57 @@
+# `make demo` and `make test` set everything up in .venv first; a second run reuses it.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help:
+	@echo 'make demo       calibrate, export and run BEVFusion in INT8, end to end'
+	@echo 'make test       lint, type check and tests'
+	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make bench      the measurements in benchmarks/'
+	@echo 'make format     rewrite the code in the project style'
+
+setup: $(READY)
+
+$(READY): requirements/build.txt requirements/lock.txt
+	@echo '== 1/4 virtual environment in $(VENV) ($(PYTHON))'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and "Python 3.11 is needed, found %d.%d: make PYTHON=/path/to/python3.11" % v)'
+	$(PYTHON) -m venv $(VENV)
+	@echo '== 2/4 torch and build tools (2.5 GB, minutes)'
+	$(PIP) -r requirements/build.txt -c requirements/lock.txt
+	@echo '== 3/4 mmcv with its operators: compiled once, about 10 minutes on 2 cores; pip keeps the wheel'
+	MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} $(PIP) --no-build-isolation -c requirements/lock.txt mmcv==2.1.0
+	@echo '== 4/4 everything else'
+	$(PIP) -r requirements/lock.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py
+
+test: $(READY) lint
+	@echo '== tests'
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	@echo '== lint, format and types'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) work_dirs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,26 @@
+"""INT8 quantization of MMDetection3D models as a config change.
+
+Importing this package registers the ``Quant*`` types and nothing else.
+"""
+
+from mmdet3d_quant import layers, models
+from mmdet3d_quant.calibration import Calibration, CalibrationError, calibrate
+from mmdet3d_quant.fold import fold_bn
+from mmdet3d_quant.modes import quantizers, set_mode
+from mmdet3d_quant.quantizer import UncalibratedError
+from mmdet3d_quant.ties import ties
+from mmdet3d_quant.version import __version__
+
+__all__ = [
+    'Calibration',
+    'CalibrationError',
+    'UncalibratedError',
+    '__version__',
+    'calibrate',
+    'fold_bn',
+    'layers',
+    'models',
+    'quantizers',
+    'set_mode',
+    'ties',
+]

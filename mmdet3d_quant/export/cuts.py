@@ -1,0 +1,176 @@
+"""The sub-networks that a deployed detector is made of: named tensors in, named tensors out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a detector that becomes one ONNX file.
+
+    Attributes:
+        name: Stem of the file.
+        module: The part, as a module over named tensors.
+        inputs: Example inputs, by name.
+        output_names: Names of the outputs.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    output_names: tuple[str, ...]
+
+
+class CameraBackbone(nn.Module):
+    """Images to context features and depth weights, per camera.
+
+    ``forward(img, depth)`` (or ``forward(img)`` for a transform without LiDAR depth): ``img`` is
+    float32 (B, N, 3, H, W), normalised; ``depth`` is (B, N, 1, H, W) in metres, 0 where unknown.
+    Returns ``camera_feature`` (B * N, fH, fW, C) and ``camera_depth_weights`` (B * N, D, fH, fW).
+    """
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.img_backbone = detector.img_backbone
+        self.img_neck = detector.img_neck
+        self.view_transform = detector.view_transform
+
+    def forward(self, img: Tensor, *depth: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.img_neck(self.img_backbone(img.flatten(0, 1)))
+        x = x if isinstance(x, Tensor) else x[0]
+        x = x.unflatten(0, (img.shape[0], img.shape[1]))
+        context, weights = self.view_transform.lift(x, *depth)
+        return context.permute(0, 2, 3, 1), weights
+
+
+class Fuser(nn.Module):
+    """Both BEV maps to the map that the head reads.
+
+    ``forward(camera, lidar)``: ``camera`` is (B, Cc, X, Y), ``lidar`` (B, Cl, X, Y); returns
+    ``middle`` (B, C, X, Y).
+    """
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.fusion_layer = detector.fusion_layer
+        self.pts_backbone = detector.pts_backbone
+        self.pts_neck = detector.pts_neck
+
+    def forward(self, camera: Tensor, lidar: Tensor) -> Tensor:
+        x = self.pts_neck(self.pts_backbone(self.fusion_layer([camera, lidar])))
+        return x if isinstance(x, Tensor) else x[0]
+
+
+def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
+    """The files that a CUDA-BEVFusion style runtime builds engines from.
+
+    * ``camera.backbone``: ``img``, ``depth`` -> ``camera_feature``, ``camera_depth_weights``
+    * ``camera.vtransform``: ``feat_in`` -> ``feat_out``, the BEV map after pooling
+    * ``fuser``: ``camera``, ``lidar`` -> ``middle``, with the BEV backbone and neck
+
+    BEV pooling, the sparse encoder and the head are not among them.
+
+    Args:
+        detector: A BEVFusion detector; a part that it does not have gives no cut.
+        inputs: Example inputs by name, from :func:`capture_inputs` or :func:`generate_inputs`.
+
+    Returns:
+        The cuts, each with its share of ``inputs``.
+
+    Raises:
+        TypeError: If the view transform has no ``lift`` (it is not of this package).
+    """
+    cuts = []
+
+    def add(name: str, module: nn.Module, wanted: tuple[str, ...], outputs: tuple[str, ...]):
+        cuts.append(Cut(name, module, {n: inputs[n] for n in wanted if n in inputs}, outputs))
+
+    view = getattr(detector, 'view_transform', None)
+    if view is not None:
+        if not hasattr(view, 'lift'):
+            raise TypeError(
+                f'view_transform is a {type(view).__module__}.{type(view).__name__}, which cannot '
+                'be cut for export; use QuantDepthLSSTransform or QuantLSSTransform'
+            )
+        outputs = ('camera_feature', 'camera_depth_weights')
+        add('camera.backbone', CameraBackbone(detector), ('img', 'depth'), outputs)
+        if not isinstance(view.downsample, nn.Identity):
+            add('camera.vtransform', view.downsample, ('feat_in',), ('feat_out',))
+    if getattr(detector, 'fusion_layer', None) is not None:
+        add('fuser', Fuser(detector), ('camera', 'lidar'), ('middle',))
+    return cuts
+
+
+@torch.no_grad()
+def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
+    """Runs the detector on a batch and keeps what enters the cuts.
+
+    Args:
+        detector: A BEVFusion detector in eval mode.
+        batch: One batch of its data loader, of one sample.
+
+    Returns:
+        Tensors by input name, on the detector's device.
+    """
+    seen: dict[str, Any] = {}
+
+    def keep(name: str):
+        return lambda module, args: seen.setdefault(name, args[0])
+
+    view = getattr(detector, 'view_transform', None)
+    watched = {
+        'img': getattr(detector, 'img_backbone', None),
+        'depth': getattr(view, 'dtransform', None),
+        'feat_in': getattr(view, 'downsample', None),
+        'fused': getattr(detector, 'fusion_layer', None),
+    }
+    hooks = [m.register_forward_pre_hook(keep(n)) for n, m in watched.items() if m is not None]
+    try:
+        detector.test_step(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if 'fused' in seen:
+        seen['camera'], seen['lidar'] = seen.pop('fused')
+    for name in ('img', 'depth'):  # (B * N, ...) with B = 1
+        if name in seen:
+            seen[name] = seen[name].unsqueeze(0)
+    return seen
+
+
+def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> dict[str, Tensor]:
+    """Random inputs of the shapes that the detector expects, where there are no data.
+
+    Args:
+        detector: A BEVFusion detector.
+        num_cams: Number of cameras.
+        seed: Seed of the generator.
+
+    Returns:
+        Tensors by input name: images normally distributed, depth at 2 % of the pixels, BEV maps
+        rectified normal.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    view = getattr(detector, 'view_transform', None)
+    if view is not None:
+        size = tuple(view.image_size)
+        found['img'] = torch.randn(1, num_cams, 3, *size, generator=rng)
+        if hasattr(view, 'dtransform'):
+            depth = torch.rand(1, num_cams, 1, *size, generator=rng) * 60
+            found['depth'] = depth * (torch.rand(depth.shape, generator=rng) < 0.02)
+        bev = tuple(int(n) for n in view.nx[:2])
+        found['feat_in'] = torch.randn(1, view.C, *bev, generator=rng).relu()
+        if getattr(detector, 'fusion_layer', None) is not None:
+            half = not isinstance(view.downsample, nn.Identity)
+            bev = tuple(n // 2 for n in bev) if half else bev
+            for name, channels in zip(
+                ('camera', 'lidar'), detector.fusion_layer.in_channels, strict=True
+            ):
+                found[name] = torch.randn(1, channels, *bev, generator=rng).relu()
+    return found

@@ -1,0 +1,162 @@
+"""Export of a module to ONNX with QuantizeLinear / DequantizeLinear pairs."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, Sequence
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from mmdet3d_quant.files import whole
+from mmdet3d_quant.fold import fold_bn
+from mmdet3d_quant.modes import quantizers, require_calibrated, set_mode
+from mmdet3d_quant.quantizer import Quantizer, scale_of
+from mmdet3d_quant.ties import unequal_ties
+
+
+class ExportError(RuntimeError):
+    """The exported graph is not what an engine expects; nothing was written."""
+
+
+def export_onnx(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    path: str | Path,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset_version: int = 17,
+    quantized: bool = True,
+) -> onnx.ModelProto:
+    """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
+
+    The pattern is TensorRT's explicit quantization: signed INT8, zero point 0, activations per
+    tensor, weights per output channel over float weights. The module itself is not changed.
+
+    Args:
+        module: Any module with quantizers, or without; run as it would be in eval mode.
+        inputs: Example inputs in the order of ``forward``; the graph has their shapes.
+        path: File to write; it appears whole or not at all.
+        input_names: Names of the graph's inputs.
+        output_names: Names of the graph's outputs.
+        opset_version: ONNX opset, 13 or later (per-channel Q/DQ).
+        quantized: False exports the float graph, without Q/DQ.
+
+    Returns:
+        The exported model.
+
+    Raises:
+        UncalibratedError: If a quantizer has no range.
+        ValueError: If members of a tie group have unequal ranges, or a name or the opset is
+            wrong.
+        ExportError: If the graph fails ``onnx.checker``, or keeps a batch norm that could not
+            be folded.
+        OSError: If the file cannot be written.
+    """
+    if opset_version < 13:
+        raise ValueError(f'opset_version must be at least 13 for per-channel Q/DQ: {opset_version}')
+    if len(inputs) != len(input_names):
+        raise ValueError(f'{len(inputs)} inputs, but names {list(input_names)}')
+    if quantized:
+        require_calibrated(module)
+        broken = unequal_ties(module)
+        if broken:
+            raise ValueError(
+                'quantizers that must share one scale have unequal ranges: '
+                f'{", ".join(broken[0])} ({len(broken)} group(s)); calibrate the whole model'
+            )
+    module = copy.deepcopy(module)
+    module.eval()
+    fold_bn(module)
+    if quantized:
+        set_mode(module, 'quant')
+        _quantizers_to_qdq(module)
+    else:
+        set_mode(module, 'float')
+    with whole(path) as tmp:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore', torch.jit.TracerWarning)  # shapes are fixed
+            torch.onnx.export(
+                module,
+                tuple(inputs),
+                str(tmp),
+                input_names=list(input_names),
+                output_names=list(output_names),
+                opset_version=opset_version,
+                do_constant_folding=True,
+            )
+        model = onnx.load(str(tmp))
+        _drop_identities(model.graph)
+        onnx.save(model, str(tmp))
+        _check(model, tmp)
+    return model
+
+
+def _drop_identities(graph: onnx.GraphProto) -> None:
+    """Lets the readers of a copied constant read the constant.
+
+    torch stores equal parameters once and copies them with Identity nodes.
+    """
+    constants = {i.name for i in graph.initializer}
+    source = {
+        n.output[0]: n.input[0]
+        for n in graph.node
+        if n.op_type == 'Identity' and n.input[0] in constants
+    }
+    kept = [n for n in graph.node if n.output[0] not in source]
+    for node in kept:
+        node.input[:] = [source.get(i, i) for i in node.input]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _check(model: onnx.ModelProto, path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as err:
+        raise ExportError(f'the exported graph is invalid: {err}') from err
+    left = [n.name for n in model.graph.node if n.op_type == 'BatchNormalization']
+    if left:
+        raise ExportError(f'batch norm could not be folded: {", ".join(left)}')
+
+
+class _QDQ(nn.Module):
+    """A quantizer with its scale as a constant, for tracing."""
+
+    def __init__(self, quantizer: Quantizer):
+        super().__init__()
+        self.spec = quantizer.spec
+        # Python numbers are invisible to the tracer, so the graph gets constants. A float32 is
+        # exact as a Python float.
+        scale = scale_of(quantizer._amax.float(), self.spec).flatten().tolist()
+        self.scale: Any = scale if self.spec.axis is not None else scale[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _QDQFunction.apply(x, self.scale, self.spec)
+
+
+class _QDQFunction(torch.autograd.Function):
+    """Only traced, never run for its values: an identity that becomes two nodes."""
+
+    @staticmethod
+    def forward(ctx, x, scale, spec):
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g, x, scale, spec):
+        shape = () if spec.axis is None else (len(scale),)
+        axis = {} if spec.axis is None else {'axis_i': spec.axis}
+        step = g.op('Constant', value_t=torch.tensor(scale, dtype=torch.float32))
+        zero = g.op('Constant', value_t=torch.zeros(shape, dtype=torch.int8))
+        q = g.op('QuantizeLinear', x, step, zero, **axis)
+        return g.op('DequantizeLinear', q, step, zero, **axis).setType(x.type())
+
+
+def _quantizers_to_qdq(module: nn.Module) -> None:
+    for name, quantizer in quantizers(module).items():
+        parent_name, _, child = name.rpartition('.')
+        new = nn.Identity() if quantizer.float_reason is not None else _QDQ(quantizer)
+        setattr(module.get_submodule(parent_name), child, new)

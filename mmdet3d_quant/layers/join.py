@@ -1,0 +1,32 @@
+"""Where tensors meet: all of them on one grid, so that an engine joins integers."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from mmdet3d_quant.quantizer import Quantizer
+
+
+@MODELS.register_module()
+class QuantConcat(nn.Module):
+    """``torch.cat`` of inputs quantized with one scale.
+
+    Args:
+        dim: Dimension along which to concatenate.
+    """
+
+    def __init__(self, dim: int = 1):
+        super().__init__()
+        self.dim = dim
+        self._input_quantizer = Quantizer(label=f'inputs of QuantConcat(dim={dim})')
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Concatenates any number of tensors, quantized alike."""
+        return torch.cat([self._input_quantizer(t) for t in tensors], self.dim)
+
+    def extra_repr(self) -> str:
+        return f'dim={self.dim}'

@@ -1,0 +1,69 @@
+"""What all quantized models share: taking their parent's arguments as they are."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Iterable, Mapping
+
+from torch import nn
+
+from mmdet3d_quant.modes import keep_float, name_quantizers
+
+Skip = str | Iterable[str] | Mapping[str, str]
+
+#: Layer types of a float config, and what each becomes. None is the default of its place.
+CONVS = dict.fromkeys((None, 'Conv', 'Conv2d', 'QuantConv2d'), 'QuantConv2d')
+UPSAMPLES = dict.fromkeys(('deconv', 'deconv2d', 'QuantConvTranspose2d'), 'QuantConvTranspose2d')
+
+
+def arguments(parent: type, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Binds positional arguments to the names of the parent's constructor.
+
+    Raises:
+        TypeError: If the parent does not take them; names the parent.
+    """
+    try:
+        return dict(inspect.signature(parent).bind(*args, **kwargs).arguments)
+    except TypeError as err:
+        raise TypeError(f'{parent.__name__} (whose arguments this type takes): {err}') from None
+
+
+def quant_conv_cfg(cfg: dict | None) -> dict:
+    """The ``conv_cfg`` of a float config, with the quantized type and all else as it was.
+
+    Raises:
+        ValueError: If the type has no quantized counterpart.
+    """
+    return _swapped(cfg, CONVS, 'conv_cfg')
+
+
+def quant_upsample_cfg(cfg: dict) -> dict:
+    """The ``upsample_cfg`` of a float config; interpolations have no weights and stay.
+
+    Raises:
+        ValueError: If the type has no quantized counterpart.
+    """
+    if cfg.get('type') in ('nearest', 'bilinear'):
+        return dict(cfg)
+    return _swapped(cfg, UPSAMPLES, 'upsample_cfg')
+
+
+def _swapped(cfg: Mapping | None, types: Mapping, what: str) -> dict:
+    new = dict(cfg or {})
+    kind = new.get('type')
+    if kind not in types:
+        known = ', '.join(repr(t) for t in types)
+        raise ValueError(f'{what} type {kind!r} cannot be quantized; expected one of {known}')
+    new['type'] = types[kind]
+    return new
+
+
+def finish(model: nn.Module, skip: Skip) -> None:
+    """Last step of every quantized model's constructor.
+
+    Args:
+        model: The model, built.
+        skip: Layers to keep float; see :func:`mmdet3d_quant.modes.keep_float`.
+    """
+    keep_float(model, skip)
+    name_quantizers(model)

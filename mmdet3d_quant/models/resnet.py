@@ -1,0 +1,123 @@
+"""Quantized ResNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
+from mmdet3d.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmdet3d_quant.layers import QuantConv2d
+from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
+from mmdet3d_quant.quantizer import Quantizer
+
+
+class _QuantBlock:
+    """A ResNet block whose identity branch is quantized before the add.
+
+    Attributes:
+        residual_quantizer: With no downsample it shares conv1's input scale (both read the
+            input of the block); with one it has its own, and the downsample convolution's input
+            shares conv1's.
+    """
+
+    float_block: type[nn.Module]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        bound = arguments(self.float_block, args, kwargs)
+        if bound.get('dcn') is not None:
+            raise ValueError('deformable convolutions cannot be quantized: leave dcn=None')
+        bound['conv_cfg'] = quant_conv_cfg(bound.get('conv_cfg'))
+        super().__init__(**bound)
+        self.residual_quantizer = Quantizer(label=f'residual of {type(self).__name__}')
+
+    def quant_ties(self) -> list[list[str]]:
+        """Every quantizer that reads the input of the block."""
+        readers = ['conv1._input_quantizer']
+        if self.downsample is None:
+            readers.append('residual_quantizer')
+        elif isinstance(self.downsample[0], QuantConv2d):  # else an average pool comes first
+            readers.append('downsample.0._input_quantizer')
+        return [readers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output of the block for an (N, C, H, W) input."""
+        if self.with_cp and x.requires_grad:
+            out = checkpoint(self._sum, x, use_reentrant=False)
+        else:
+            out = self._sum(x)
+        return self.relu(out)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        out = self._main_branch(x)
+        identity = x if self.downsample is None else self.downsample(x)
+        return out + self.residual_quantizer(identity)
+
+
+@MODELS.register_module()
+class QuantBasicBlock(_QuantBlock, BasicBlock):
+    """mmdet's ``BasicBlock``, quantized; takes its arguments."""
+
+    float_block = BasicBlock
+
+    def _main_branch(self, x: Tensor) -> Tensor:
+        out = self.relu(self.norm1(self.conv1(x)))
+        return self.norm2(self.conv2(out))
+
+
+@MODELS.register_module()
+class QuantBottleneck(_QuantBlock, Bottleneck):
+    """mmdet's ``Bottleneck``, quantized; takes its arguments, ``dcn`` excepted."""
+
+    float_block = Bottleneck
+
+    def _main_branch(self, x: Tensor) -> Tensor:
+        out = self._plugins(1, self.relu(self.norm1(self.conv1(x))))
+        out = self._plugins(2, self.relu(self.norm2(self.conv2(out))))
+        return self._plugins(3, self.norm3(self.conv3(out)))
+
+    def _plugins(self, conv: int, x: Tensor) -> Tensor:
+        if not self.with_plugins:
+            return x
+        return self.forward_plugin(x, getattr(self, f'after_conv{conv}_plugin_names'))
+
+
+QUANT_BLOCKS = {BasicBlock: QuantBasicBlock, Bottleneck: QuantBottleneck}
+
+
+@MODELS.register_module()
+class QuantResNet(ResNet):
+    """mmdet's ``ResNet``, quantized; takes its arguments, ``dcn`` excepted.
+
+    Args:
+        skip: Layers to keep float: name patterns such as ``'conv1'`` or ``'layer1.0.*'``, or
+            ``{pattern: reason}``.
+
+    Raises:
+        ValueError: If ``dcn`` is given, the convolution type has no quantized counterpart, or a
+            ``skip`` pattern matches nothing.
+    """
+
+    def __init__(self, *args: Any, skip: Skip = (), **kwargs: Any):
+        bound = arguments(ResNet, args, kwargs)
+        bound['conv_cfg'] = quant_conv_cfg(bound.get('conv_cfg'))
+        if bound.get('dcn') is not None:
+            raise ValueError('deformable convolutions cannot be quantized: leave dcn=None')
+        super().__init__(**bound)
+        finish(self, skip)
+
+    def make_res_layer(self, **kwargs: Any) -> nn.Module:
+        """A stage, of quantized blocks."""
+        # Swapped here and not in `arch_settings`: ResNet compares the block with its own
+        # classes to decide on zero-initialised residuals.
+        return super().make_res_layer(**{**kwargs, 'block': QUANT_BLOCKS[kwargs['block']]})
+
+    def output_readers(self) -> list[list[str]]:
+        """For each output, the input of the next stage's first block, which reads it too."""
+        last = len(self.res_layers) - 1
+        return [
+            [f'{self.res_layers[i + 1]}.0.conv1._input_quantizer'] if i < last else []
+            for i in sorted(self.out_indices)
+        ]

@@ -1,0 +1,48 @@
+"""Quantized camera-to-BEV transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdet3d.registry import MODELS
+from torch import nn
+
+from mmdet3d_quant.layers import QuantConv2d
+from mmdet3d_quant.models.base import Skip, finish
+from mmdet3d_quant.parents import DepthLSSTransform, LSSTransform
+
+
+class _QuantView:
+    """Quantizes the per-image convolutions, and the BEV ones only when asked."""
+
+    def __init__(
+        self, *args: Any, quantize_downsample: bool = False, skip: Skip = (), **kwargs: Any
+    ):
+        self.quantize_downsample = quantize_downsample
+        super().__init__(*args, **kwargs)
+        finish(self, skip)
+
+    def _conv(self, part: str, *args: Any, **kwargs: Any) -> nn.Conv2d:
+        quantized = part != 'downsample' or self.quantize_downsample
+        return (QuantConv2d if quantized else nn.Conv2d)(*args, **kwargs)
+
+
+@MODELS.register_module()
+class QuantLSSTransform(_QuantView, LSSTransform):
+    """``LSSTransform`` with ``depthnet`` quantized; takes its arguments.
+
+    Args:
+        quantize_downsample: Also quantize ``downsample``, which deployments usually run in FP16.
+        skip: Layers to keep float: name patterns, or ``{pattern: reason}``.
+    """
+
+
+@MODELS.register_module()
+class QuantDepthLSSTransform(_QuantView, DepthLSSTransform):
+    """``DepthLSSTransform`` with ``dtransform`` and ``depthnet`` quantized; takes its arguments.
+
+    Args:
+        quantize_downsample: Also quantize ``downsample``, which deployments usually run in FP16.
+        skip: Layers to keep float: name patterns such as ``'dtransform.0'``, or
+            ``{pattern: reason}``.
+    """

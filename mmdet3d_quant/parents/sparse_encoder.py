@@ -1,0 +1,122 @@
+"""Sparse LiDAR encoder of BEVFusion: SECOND's, with the axes in the order x, y, z."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmdet3d.models.layers import make_sparse_convmodule
+from mmdet3d.models.layers.spconv import IS_SPCONV2_AVAILABLE
+from mmdet3d.models.middle_encoders import SparseEncoder
+from torch import Tensor
+
+if IS_SPCONV2_AVAILABLE:
+    from spconv.pytorch import SparseConv3d, SparseConvTensor
+else:
+    from mmcv.ops import SparseConv3d, SparseConvTensor
+
+_NORM = dict(type='BN1d', eps=1e-3, momentum=0.01)
+_CHANNELS = ((16,), (32, 32, 32), (64, 64, 64), (64, 64, 64))
+_PADDINGS = ((1,), (1, 1, 1), (1, 1, 1), ((0, 1, 1), 1, 1))
+
+
+class BEVFusionSparseEncoder(SparseEncoder):
+    """``SparseEncoder`` whose sparse shape is (x, y, z) and whose height axis comes last.
+
+    Args:
+        in_channels: Channels of a voxel.
+        sparse_shape: Number of voxels along x, y and z.
+        order: Order of convolution, norm and activation.
+        norm_cfg: Norm type.
+        base_channels: Channels after the first convolution.
+        output_channels: Channels after the last convolution.
+        encoder_channels: Channels of every block of every stage.
+        encoder_paddings: Paddings of every block of every stage.
+        block_type: ``'conv_module'`` or ``'basicblock'``.
+        return_middle_feats: Whether to return the sparse output of every stage, too.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        sparse_shape: Sequence[int],
+        order: tuple[str, str, str] = ('conv', 'norm', 'act'),
+        norm_cfg: dict = _NORM,
+        base_channels: int = 16,
+        output_channels: int = 128,
+        encoder_channels: Sequence = _CHANNELS,
+        encoder_paddings: Sequence = _PADDINGS,
+        block_type: str = 'conv_module',
+        return_middle_feats: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            sparse_shape,
+            order=order,
+            norm_cfg=norm_cfg,
+            base_channels=base_channels,
+            output_channels=output_channels,
+            encoder_channels=encoder_channels,
+            encoder_paddings=encoder_paddings,
+            block_type=block_type,
+            return_middle_feats=return_middle_feats,
+        )
+        # The last convolution squeezes the height, which is the last axis here.
+        self.conv_out = make_sparse_convmodule(
+            encoder_channels[-1][-1],
+            output_channels,
+            kernel_size=(1, 1, 3),
+            stride=(1, 1, 2),
+            padding=0,
+            norm_cfg=norm_cfg,
+            indice_key='spconv_down2',
+            conv_type='SparseConv3d',
+        )
+
+    def forward(
+        self, voxel_features: Tensor, coors: Tensor, batch_size: int
+    ) -> Tensor | tuple[Tensor, list]:
+        """Encodes voxels to a dense bird's-eye-view map.
+
+        Args:
+            voxel_features: (N, in_channels), float; N may be 0.
+            coors: (N, 4), integer, columns (sample, x, y, z) in voxels.
+            batch_size: Number of samples.
+
+        Returns:
+            (batch_size, output_channels * z, x, y), zero where nothing is active; channel
+            ``c * z + k`` is channel c at height k. With ``return_middle_feats`` a tuple of it
+            and the sparse tensor of each stage (none for an empty cloud).
+        """
+        if len(voxel_features) == 0:
+            middle, dense = [], self._empty(voxel_features, int(batch_size))
+        else:
+            x = SparseConvTensor(
+                voxel_features, coors.int(), list(self.sparse_shape), int(batch_size)
+            )
+            x = self.conv_input(x)
+            middle = []
+            for stage in self.encoder_layers:
+                x = stage(x)
+                middle.append(x)
+            dense = self.conv_out(x).dense()
+        bev = dense.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
+        return (bev, middle) if self.return_middle_feats else bev
+
+    def _empty(self, like: Tensor, batch_size: int) -> Tensor:
+        """What a cloud without voxels gives: zeros (B, output_channels, x, y, z)."""
+        shape = list(self.sparse_shape)
+        for conv in self.modules():
+            if isinstance(conv, SparseConv3d):
+                shape = [
+                    (n + 2 * p - d * (k - 1) - 1) // s + 1
+                    for n, p, d, k, s in zip(
+                        shape,
+                        conv.padding,
+                        conv.dilation,
+                        conv.kernel_size,
+                        conv.stride,
+                        strict=True,
+                    )
+                ]
+        return torch.zeros((batch_size, self.output_channels, *shape), device=like.device)

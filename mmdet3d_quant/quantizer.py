@@ -1,0 +1,227 @@
+"""The quantizer: fake-quantizes one tensor with a calibrated range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_quantization.nn import TensorQuantizer
+from pytorch_quantization.tensor_quant import QuantDescriptor
+from torch import Tensor
+
+from mmdet3d_quant.spec import MIN_AMAX, QuantSpec, check_mode
+
+HOW_TO_CALIBRATE = (
+    'Calibrate first: `python tools/calibrate.py CONFIG CHECKPOINT --out FILE` and load FILE, '
+    'or `mmdet3d_quant.calibrate(model, batches)`. To run the model unquantized: '
+    "`mmdet3d_quant.set_mode(model, 'float')`."
+)
+
+
+class UncalibratedError(RuntimeError):
+    """A quantizer without a range was asked to quantize or to be exported.
+
+    Attributes:
+        names: The quantizers concerned.
+    """
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        shown = '\n  '.join(names[:20]) + (f'\n  ... {len(names) - 20} more' if names[20:] else '')
+        super().__init__(
+            f'{len(names)} quantizer(s) have no calibrated range:\n  {shown}\n{HOW_TO_CALIBRATE}'
+        )
+
+
+def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
+    """Step size of the grid, ``amax / qmax``, kept away from zero by :data:`MIN_AMAX`.
+
+    Args:
+        amax: Range limit(s), float32, any shape, >= 0.
+        spec: The grid.
+
+    Returns:
+        Tensor of the shape of ``amax``, float32, > 0.
+    """
+    return amax.clamp(min=MIN_AMAX) / spec.qmax
+
+
+def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+    """Rounds ``x`` to the grid and back, ``clamp(round(x / scale), qmin, qmax) * scale``.
+
+    One fused operator; rounds half to even; the gradient is straight-through inside the range
+    and 0 outside. No device synchronisation.
+
+    Args:
+        x: Tensor of any floating type; computed in float32, or in float64 if it is float64
+            (to check identities that float32 rounding blurs; not fused, no gradient).
+        amax: float32 with one element (per tensor), or one element per index of ``spec.axis``.
+        spec: The grid.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+    """
+    if x.dtype == torch.float64:
+        step = scale_of(amax.double(), spec)
+        return (x / step).round().clamp(spec.qmin, spec.qmax) * step
+    scale = scale_of(amax.float(), spec).flatten()
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    x32 = x.float()
+    if spec.axis is None:
+        y = torch.fake_quantize_per_tensor_affine(x32, scale, zero_point, spec.qmin, spec.qmax)
+    else:
+        y = torch.fake_quantize_per_channel_affine(
+            x32, scale, zero_point, spec.axis, spec.qmin, spec.qmax
+        )
+    return y.to(x.dtype)
+
+
+class Quantizer(TensorQuantizer):
+    """pytorch-quantization's ``TensorQuantizer`` that always knows whether it is calibrated.
+
+    The range lives in the buffer ``_amax``, present from the start and NaN until calibrated, so
+    that the keys of a state dict do not depend on the history of the model, and loading works on
+    any device. A quantizer kept float has no buffer and ignores one in a checkpoint.
+
+    Args:
+        spec: The grid.
+        channels: Number of ranges along ``spec.axis``; needed when an axis is given.
+        ndim: Number of dimensions of the tensor; ``_amax`` then has shape
+            ``(1, ..., channels, ..., 1)``, as in pytorch-quantization.
+        label: How errors name this quantizer until the model that contains it is known.
+    """
+
+    _amax: Any  # a Tensor, or None when kept float
+    _calibrator: Any
+
+    def __init__(
+        self,
+        spec: QuantSpec | None = None,
+        channels: int = 1,
+        ndim: int = 0,
+        label: str = 'quantizer',
+    ):
+        spec = spec or QuantSpec()
+        super().__init__(QuantDescriptor(num_bits=spec.num_bits, axis=spec.axis))
+        self._calibrator = None
+        self.spec = spec
+        self.label = label
+        self.float_reason: str | None = None
+        shape = [channels if i == spec.axis else 1 for i in range(ndim)]
+        self.register_buffer('_amax', torch.full(shape, float('nan')))
+        self._calibrated = False
+
+    @property
+    def amax(self) -> Tensor | None:
+        """The range limit(s), or None while uncalibrated."""
+        return self._amax if self._calibrated else None
+
+    @amax.setter
+    def amax(self, value: float | Tensor) -> None:
+        """Sets the range.
+
+        Raises:
+            ValueError: If a value is negative or not finite, or if the shape does not fit.
+        """
+        if self._amax is None:
+            raise ValueError(f'{self.label} is kept float ({self.float_reason}): it has no range')
+        new = torch.as_tensor(value, dtype=self._amax.dtype, device=self._amax.device)
+        if new.numel() != self._amax.numel():
+            raise ValueError(
+                f'{self.label}: expected {self._amax.numel()} range(s), got {new.numel()}'
+            )
+        if not bool((torch.isfinite(new) & (new >= 0)).all()):
+            raise ValueError(f'{self.label}: a range must be finite and >= 0, got {new.flatten()}')
+        self._amax.copy_(new.reshape(self._amax.shape))
+        self._calibrated = True
+
+    @property
+    def calibrated(self) -> bool:
+        """True when a finite range is set or loaded."""
+        return self._calibrated
+
+    @property
+    def mode(self) -> str:
+        """``'float'``, ``'observe'`` or ``'quant'``."""
+        if self._disabled:
+            return 'float'
+        return 'observe' if self._if_calib else 'quant'
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        check_mode(mode)
+        self._disabled = mode == 'float' or self.float_reason is not None
+        self._if_calib = mode == 'observe'
+        self._if_quant = mode == 'quant'
+
+    def keep_float(self, reason: str) -> None:
+        """Makes this quantizer an identity for good.
+
+        Args:
+            reason: Why; shown when the model is printed.
+        """
+        self.float_reason = reason
+        self._amax = None
+        self._calibrated = False
+        self.mode = 'float'
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantizes, observes or passes ``x``, by mode.
+
+        Args:
+            x: Floating tensor of any shape.
+
+        Returns:
+            Tensor of the shape and dtype of ``x``; ``x`` itself in modes float and observe.
+
+        Raises:
+            UncalibratedError: In mode quant without a range.
+        """
+        if self._disabled:
+            return x
+        if self._if_calib:
+            if self._calibrator is not None:
+                self._calibrator.collect(x.detach())
+            return x
+        if not self._calibrated:
+            raise UncalibratedError([self.label])
+        return fake_quantize(x, self._amax, self.spec)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``: grid, range and mode, or why the layer is float."""
+        if self.float_reason is not None:
+            return f'float: {self.float_reason}'
+        grid = 'per-tensor' if self.spec.axis is None else f'axis={self.spec.axis}'
+        amax = self._short_amax() if self._calibrated else 'uncalibrated'
+        return f'int{self.spec.num_bits} {grid} amax={amax} mode={self.mode}'
+
+    def _load_from_state_dict(
+        self,
+        state_dict,
+        prefix,
+        local_metadata,
+        strict,
+        missing_keys,
+        unexpected_keys,
+        error_msgs,
+    ):
+        """Loads ``_amax`` on whatever device it lives, and notes whether it is a range."""
+        # Past TensorQuantizer's own loader: it calls `.cuda()`.
+        super(TensorQuantizer, self)._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        key = prefix + '_amax'
+        if key not in state_dict:
+            return
+        if self._amax is None:
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+            return
+        amax = state_dict[key]
+        self._calibrated = bool((torch.isfinite(amax) & (amax >= 0)).all())

@@ -1,0 +1,131 @@
+"""What a quantizer is told to do, as frozen data, checked once at the boundary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Iterable, Mapping
+
+MODES = ('float', 'observe', 'quant')
+METHODS = ('max', 'percentile', 'entropy', 'mse')
+
+#: Ranges below this are treated as this: a scale must never be zero or denormal. It is the
+#: threshold under which pytorch-quantization, too, calls a range empty (2**-24).
+MIN_AMAX = 2.0**-24
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Signed symmetric quantization of one tensor.
+
+    The grid is ``scale * {-2**(b-1), ..., 2**(b-1) - 1}`` with ``scale = amax / (2**(b-1) - 1)``
+    and zero point 0: the pattern TensorRT takes for explicit quantization.
+
+    Attributes:
+        num_bits: Width of the integer, 2 to 8.
+        axis: Channel axis with one range per index, or None for one range per tensor.
+    """
+
+    num_bits: int = 8
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_bits <= 8:
+            raise ValueError(f'num_bits must be between 2 and 8, got {self.num_bits}')
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer of the grid; 127 for INT8."""
+        return 2 ** (self.num_bits - 1) - 1
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer of the grid; -128 for INT8."""
+        return -(2 ** (self.num_bits - 1))
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a range is chosen from the statistics of a tensor.
+
+    Attributes:
+        name: One of :data:`METHODS`.
+        percentile: Share of the absolute values inside the range, in percent; only used by
+            the method ``percentile``.
+    """
+
+    name: str
+    percentile: float = 99.99
+
+    @classmethod
+    def parse(cls, text: str | Method) -> Method:
+        """Reads ``'max'``, ``'mse'``, ``'entropy'``, ``'percentile'`` or ``'percentile:99.9'``.
+
+        Raises:
+            ValueError: If the name is unknown or the percentile is not in (0, 100].
+        """
+        if isinstance(text, Method):
+            return text
+        name, _, value = text.partition(':')
+        if name not in METHODS or (value and name != 'percentile'):
+            raise ValueError(
+                f'unknown calibration method {text!r}: expected one of {", ".join(METHODS)}, '
+                "or 'percentile:99.9' to choose the percentile"
+            )
+        if not value:
+            return cls(name)
+        try:
+            percentile = float(value)
+        except ValueError:
+            percentile = -1.0
+        if not 0 < percentile <= 100:
+            raise ValueError(f'percentile must be a number in (0, 100], got {value!r}')
+        return cls(name, percentile)
+
+    def __str__(self) -> str:
+        return f'{self.name}:{self.percentile:g}' if self.name == 'percentile' else self.name
+
+
+def check_mode(mode: str) -> str:
+    """Returns ``mode``.
+
+    Raises:
+        ValueError: If it is not one of :data:`MODES`.
+    """
+    if mode not in MODES:
+        raise ValueError(f'unknown mode {mode!r}: expected one of {", ".join(MODES)}')
+    return mode
+
+
+def select(names: Iterable[str], pattern: str) -> list[str]:
+    """Names that a pattern stands for.
+
+    A pattern (shell wildcards, case-sensitive) names a module and everything inside it:
+    ``'layer1.0'`` selects ``layer1.0.conv1`` too, ``'*.conv1'`` every ``conv1``.
+
+    Args:
+        names: Dotted module names.
+        pattern: The pattern.
+
+    Returns:
+        The matching names, in their given order.
+    """
+    return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + '.*')]
+
+
+def as_reasons(skip: str | Iterable[str] | Mapping[str, str]) -> dict[str, str]:
+    """Normalises a ``skip`` argument to ``{pattern: reason}``.
+
+    Args:
+        skip: A pattern, several, or a mapping from pattern to the reason to keep it float.
+
+    Raises:
+        TypeError: If a pattern or reason is not a string.
+    """
+    if isinstance(skip, str):
+        skip = [skip]
+    reasons = dict(skip) if isinstance(skip, Mapping) else {p: f'skip={p!r}' for p in skip}
+    for pattern, reason in reasons.items():
+        if not isinstance(pattern, str) or not isinstance(reason, str):
+            raise TypeError(f'skip expects strings, got {pattern!r}: {reason!r}')
+    return reasons

@@ -1,0 +1,193 @@
+"""Every registered Quant type against its float parent: equal, and interchangeable weights."""
+
+import pytest
+import torch
+from mmdet.models import ResNet
+from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
+from mmdet3d.models import SECOND, SECONDFPN
+from mmdet3d.registry import MODELS
+from mmengine.registry import MODELS as ROOT
+from torch import nn
+
+from mmdet3d_quant import UncalibratedError, calibrate, quantizers, set_mode
+from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
+from mmdet3d_quant.parents import (
+    ConvFuser,
+    DepthLSSTransform,
+    GeneralizedLSSFPN,
+    LSSTransform,
+)
+
+VIEW = dict(
+    in_channels=8,
+    out_channels=6,
+    image_size=[32, 64],
+    feature_size=[4, 8],
+    xbound=[-8.0, 8.0, 1.0],
+    ybound=[-8.0, 8.0, 1.0],
+    zbound=[-10.0, 10.0, 20.0],
+    dbound=[1.0, 9.0, 1.0],
+    downsample=2,
+)
+
+
+class Lift(nn.Module):
+    """The per-image part and the BEV part of a view transform, without geometry."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.view = view
+
+    def forward(self, x, *depth):
+        return (*self.view.lift(x, *depth), self.view.downsample(x[:, 0, :6]))
+
+
+def image(channels=3, size=32):
+    return torch.randn(2, channels, size, size)
+
+
+#: Quant type -> float parent, arguments, inputs, wrapper to run it.
+CASES = {
+    'QuantConv2d': (nn.Conv2d, dict(in_channels=3, out_channels=4, kernel_size=3), [image()]),
+    'QuantConvTranspose2d': (
+        nn.ConvTranspose2d,
+        dict(in_channels=3, out_channels=4, kernel_size=3, stride=2, output_padding=1),
+        [image()],
+    ),
+    'QuantLinear': (nn.Linear, dict(in_features=5, out_features=4), [torch.randn(7, 5)]),
+    'QuantBasicBlock': (BasicBlock, dict(inplanes=8, planes=8), [image(8)]),
+    'QuantBottleneck': (Bottleneck, dict(inplanes=16, planes=4), [image(16)]),
+    'QuantResNet': (ResNet, dict(depth=50, base_channels=8), [image(size=64)]),
+    'QuantGeneralizedLSSFPN': (
+        GeneralizedLSSFPN,
+        dict(in_channels=[4, 8, 16], out_channels=8, num_outs=3),
+        [[image(4, 16), image(8, 8), image(16, 4)]],
+    ),
+    'QuantLSSTransform': (LSSTransform, VIEW, [torch.randn(1, 2, 8, 4, 8)]),
+    'QuantDepthLSSTransform': (
+        DepthLSSTransform,
+        VIEW,
+        [torch.randn(1, 2, 8, 4, 8), torch.rand(1, 2, 1, 32, 64)],
+    ),
+    'QuantConvFuser': (
+        ConvFuser,
+        dict(in_channels=[4, 6], out_channels=8),
+        [[image(4, 16), image(6, 16)]],
+    ),
+    'QuantSECOND': (
+        SECOND,
+        dict(
+            in_channels=8,
+            out_channels=[8, 16],
+            layer_nums=[1, 2],
+            layer_strides=[1, 2],
+            conv_cfg=dict(type='Conv2d', bias=False),
+        ),
+        [image(8, 16)],
+    ),
+    'QuantSECONDFPN': (
+        SECONDFPN,
+        dict(
+            in_channels=[8, 16],
+            out_channels=[8, 8],
+            upsample_strides=[1, 2],
+            upsample_cfg=dict(type='deconv', bias=False),
+            use_conv_for_no_stride=True,
+        ),
+        [[image(8, 16), image(16, 8)]],
+    ),
+}
+WRAPPERS = {'QuantLSSTransform': Lift, 'QuantDepthLSSTransform': Lift}
+#: Types without a float module as parent, and where they are tested.
+ELSEWHERE = {'QuantConcat': 'tests/layers/test_layers.py'}
+
+
+def registered():
+    return {n for r in (ROOT, MODELS) for n in r.module_dict if n.startswith('Quant')}
+
+
+def build(name):
+    """A float parent and its quantized child with the same weights, in eval mode."""
+    parent, kwargs, inputs = CASES[name]
+    torch.manual_seed(0)
+    floating, quantized = parent(**kwargs), MODELS.build(dict(type=name, **kwargs))
+    for m in floating.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.running_mean, std=0.1)
+    keys = quantized.load_state_dict(floating.state_dict(), strict=False)
+    wrap = WRAPPERS.get(name, lambda m: m)
+    floating, quantized = wrap(floating), wrap(quantized)
+    floating.eval()
+    quantized.eval()
+    return floating, quantized, inputs, keys
+
+
+def flat(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def test_every_registered_type_is_tested():
+    assert registered() == set(CASES) | set(ELSEWHERE)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_float_mode_equals_the_parent_bit_for_bit(name):
+    floating, quantized, inputs, _ = build(name)
+    with set_mode(quantized, 'float'), torch.no_grad():
+        pairs = zip(flat(floating(*inputs)), flat(quantized(*inputs)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_float_checkpoints_load_and_only_ranges_are_missing(name):
+    floating, quantized, _, keys = build(name)
+    assert not keys.unexpected_keys
+    assert keys.missing_keys and all(k.endswith('._amax') for k in keys.missing_keys)
+    floating_keys = [k for k in quantized.state_dict() if not k.endswith('._amax')]
+    assert floating_keys == list(floating.state_dict())
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_every_convolution_is_quantized(name):
+    _, quantized, _, _ = build(name)
+    left = [
+        n
+        for n, m in quantized.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+        and not isinstance(m, (QuantConv2d, QuantConvTranspose2d))
+        and type(m).__name__ != 'QuantLinear'
+    ]
+    assert all('downsample' in n for n in left) if name in WRAPPERS else not left
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_quantized_output_is_near_the_float_one_and_not_it(name):
+    floating, quantized, inputs, _ = build(name)
+    with torch.no_grad():
+        with pytest.raises(UncalibratedError):
+            quantized(*inputs)
+        calibrate(quantized, [inputs], 'max')
+        for a, b in zip(flat(floating(*inputs)), flat(quantized(*inputs)), strict=True):
+            error = float((a - b).norm() / a.norm())
+            if name in WRAPPERS and error == 0:
+                continue  # the part that stays float
+            assert 0 < error < 0.1, error
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_unknown_arguments_name_the_parent_type(name):
+    parent, kwargs, _ = CASES[name]
+    with pytest.raises(TypeError):
+        MODELS.build(dict(type=name, **kwargs, colour='red'))
+
+
+@pytest.mark.parametrize('name', ['QuantResNet', 'QuantSECOND', 'QuantConvFuser'])
+def test_skip_keeps_layers_float_and_refuses_unknown_patterns(name):
+    _, kwargs, inputs = CASES[name]
+    model = MODELS.build(dict(type=name, **kwargs, skip={'*': 'all of it'}))
+    model.eval()
+    assert all(q.float_reason == 'all of it' for q in quantizers(model).values())
+    model(*inputs)  # nothing left to calibrate
+    with pytest.raises(ValueError, match=f"'conv99' matches no quantized layer of {name}"):
+        MODELS.build(dict(type=name, **kwargs, skip=['conv99']))

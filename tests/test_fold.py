@@ -1,0 +1,88 @@
+"""Folding batch norm, against the unfolded model in float and in fake-quant."""
+
+import copy
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule
+from mmdet3d.registry import MODELS
+from torch import nn
+
+from mmdet3d_quant import calibrate, fold_bn
+from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
+
+
+def randomise(model, seed=0):
+    """Weights and statistics that make every term of the fold matter, negative gammas too."""
+    torch.manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, -1.5, 1.5)
+            nn.init.normal_(m.bias)
+            nn.init.normal_(m.running_mean)
+            nn.init.uniform_(m.running_var, 0.2, 3)
+    model.eval()
+    return model
+
+
+def relative(a, b):
+    return float((a - b).norm() / a.norm())
+
+
+MODULES = {
+    'sequential': lambda: nn.Sequential(QuantConv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
+    'bias': lambda: nn.Sequential(QuantConv2d(4, 6, 3, bias=True), nn.BatchNorm2d(6)),
+    'groups': lambda: nn.Sequential(QuantConv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)),
+    'transposed': lambda: nn.Sequential(
+        QuantConvTranspose2d(4, 6, 2, stride=2, bias=False), nn.BatchNorm2d(6)
+    ),
+    'conv_module': lambda: ConvModule(
+        4, 6, 3, conv_cfg=dict(type='QuantConv2d'), norm_cfg=dict(type='BN')
+    ),
+    'not_affine': lambda: nn.Sequential(QuantConv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)),
+}
+
+
+@pytest.mark.parametrize('kind', MODULES)
+def test_folded_equals_unfolded_in_fake_quant(kind):
+    model = MODULES[kind]()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d) and m.affine:
+            randomise(model)
+    model.eval()
+    x = torch.randn(2, 4, 12, 12)
+    calibrate(model, [x])
+    folded = fold_bn(copy.deepcopy(model))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert relative(model(x), folded(x)) < 1e-5
+
+
+def test_folding_a_resnet_is_exact():
+    """In float64: in float32 a rounding tie flips here and there, and a deep net spreads it."""
+    backbone = MODELS.build(dict(type='QuantResNet', depth=50, base_channels=8))
+    randomise(backbone)
+    x = torch.randn(1, 3, 64, 96)
+    calibrate(backbone, [x])
+    backbone.double()
+    folded = fold_bn(copy.deepcopy(backbone))
+    for a, b in zip(backbone(x.double()), folded(x.double()), strict=True):
+        assert relative(a, b) < 1e-4
+
+
+def test_a_batch_norm_that_follows_no_convolution_stays():
+    model = nn.Sequential(nn.BatchNorm2d(4), QuantConv2d(4, 6, 1), nn.ReLU(), nn.BatchNorm2d(6))
+    model.eval()
+    fold_bn(model)
+    assert isinstance(model[0], nn.BatchNorm2d) and isinstance(model[3], nn.BatchNorm2d)
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(ValueError, match='1: it is in training mode'):
+        fold_bn(nn.Sequential(QuantConv2d(4, 6, 1), nn.BatchNorm2d(6)))
+
+
+def test_transposed_with_groups_is_refused():
+    model = nn.Sequential(QuantConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6))
+    model.eval()
+    with pytest.raises(ValueError, match='with groups'):
+        fold_bn(model)

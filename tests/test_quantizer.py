@@ -1,0 +1,138 @@
+"""The quantizer against pytorch-quantization, and its life from uncalibrated to loaded."""
+
+import copy
+
+import pytest
+import torch
+from pytorch_quantization.nn import TensorQuantizer
+from pytorch_quantization.tensor_quant import fake_tensor_quant
+from torch import nn
+
+from mmdet3d_quant import UncalibratedError, quantizers, set_mode
+from mmdet3d_quant.layers import QuantConv2d
+from mmdet3d_quant.modes import keep_float
+from mmdet3d_quant.quantizer import Quantizer, fake_quantize
+from mmdet3d_quant.spec import QuantSpec
+
+
+def library(x, amax, num_bits=8):
+    return fake_tensor_quant(x, amax, num_bits, False, False)
+
+
+@pytest.mark.parametrize('num_bits', [4, 6, 8])
+@pytest.mark.parametrize('axis', [None, 0, 1])
+def test_values_and_gradients_equal_the_library(num_bits, axis):
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 7, 3) * 3
+    amax = torch.tensor(4.0)
+    if axis is not None:
+        amax = torch.rand([x.shape[axis] if i == axis else 1 for i in range(4)]) * 4 + 0.5
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours = fake_quantize(a, amax, QuantSpec(num_bits, axis))
+    theirs = library(b, amax, num_bits)
+    # An exact tie may round to either side: the scale is multiplied in one, divided in the other.
+    step = (amax / (2 ** (num_bits - 1) - 1)).expand_as(x)
+    differs = (ours - theirs).abs() > 1e-5
+    assert differs.float().mean() < 1e-3
+    assert ((ours - theirs).abs() <= step * 1.001).all()
+    inside = x.abs() < amax * 0.999
+    outside = x.abs() > amax + step * 1.6  # ours passes what still rounds to the grid's ends
+    ours.sum().backward()
+    theirs.sum().backward()
+    assert torch.equal(a.grad[inside], b.grad[inside]) and (a.grad[inside] == 1).all()
+    assert (a.grad[outside] == 0).all() and outside.any()
+
+
+def test_float64_path_is_the_same_function():
+    x = torch.randn(1000) * 2
+    amax = torch.tensor(2.5)
+    single, double = (fake_quantize(t, amax, QuantSpec()) for t in (x, x.double()))
+    assert torch.allclose(single.double(), double, atol=1e-6)
+
+
+def test_grid_has_256_steps_and_saturates():
+    x = torch.linspace(-3, 3, 10_001)
+    y = fake_quantize(x, torch.tensor(1.0), QuantSpec())
+    steps = (y * 127).round().unique()
+    assert steps.min() == -128 and steps.max() == 127 and len(steps) == 256
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_types_keep_their_dtype(dtype):
+    x = torch.randn(100).to(dtype)
+    y = fake_quantize(x, torch.tensor(2.0), QuantSpec())
+    assert y.dtype == dtype
+    assert torch.equal(y, library(x.float(), torch.tensor(2.0)).to(dtype))
+
+
+def test_dead_channel_gives_zero_not_nan():
+    conv = QuantConv2d(2, 3, 1, bias=False)
+    conv.weight.data[1] = 0
+    conv._weight_quantizer.amax = conv.weight_amax()
+    conv._input_quantizer.amax = 1.0
+    y = conv(torch.randn(1, 2, 4, 4))
+    assert torch.isfinite(y).all() and (y[:, 1] == 0).all()
+
+
+def test_uncalibrated_is_an_error_that_names_the_layer_and_the_cure():
+    model = nn.Sequential(QuantConv2d(3, 4, 1))
+    with pytest.raises(UncalibratedError, match='input of QuantConv2d.*(?s:.)*tools/calibrate.py'):
+        model(torch.zeros(1, 3, 2, 2))
+
+
+def test_it_is_a_tensor_quantizer_with_the_library_names():
+    conv = QuantConv2d(3, 4, 3)
+    assert isinstance(conv._input_quantizer, TensorQuantizer)
+    assert conv.input_quantizer is conv._input_quantizer
+    assert conv._weight_quantizer._amax.shape == (4, 1, 1, 1)
+    assert conv._input_quantizer.amax is None and not conv._input_quantizer.calibrated
+
+
+def test_state_dict_round_trip_carries_calibration():
+    source, target = QuantConv2d(3, 4, 1), QuantConv2d(3, 4, 1)
+    assert list(source.state_dict()) == list(target.state_dict())
+    source._input_quantizer.amax = 1.5
+    source._weight_quantizer.amax = source.weight_amax()
+    target.load_state_dict(source.state_dict())
+    assert target._input_quantizer.calibrated and target._weight_quantizer.calibrated
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(source(x), target(x))
+
+
+def test_uncalibrated_checkpoint_loads_and_stays_uncalibrated():
+    target = QuantConv2d(3, 4, 1)
+    target.load_state_dict(QuantConv2d(3, 4, 1).state_dict())
+    assert not target._input_quantizer.calibrated
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -1.0, [1.0, 2.0]])
+def test_bad_ranges_are_refused(bad):
+    with pytest.raises(ValueError):
+        Quantizer().amax = bad
+
+
+def test_modes_restore_and_nest():
+    conv = QuantConv2d(3, 4, 1)
+    with set_mode(conv, 'float'):
+        with set_mode(conv, 'observe'):
+            assert {q.mode for q in quantizers(conv).values()} == {'observe'}
+        assert {q.mode for q in quantizers(conv).values()} == {'float'}
+    assert {q.mode for q in quantizers(conv).values()} == {'quant'}
+    with pytest.raises(ValueError, match='unknown mode'):
+        set_mode(conv, 'int8')
+
+
+def test_kept_float_is_for_good_visible_and_ignores_a_range_in_a_checkpoint():
+    model = nn.Sequential(QuantConv2d(3, 4, 1), nn.ReLU(), QuantConv2d(4, 4, 1))
+    calibrated = copy.deepcopy(model)
+    for q in quantizers(calibrated).values():
+        q.amax = torch.ones_like(q._amax)
+    keep_float(model, {'0': 'first layer'})
+    keys = model.load_state_dict(calibrated.state_dict(), strict=True)
+    assert not keys.missing_keys and not keys.unexpected_keys
+    set_mode(model, 'quant')
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(model[0](x), nn.functional.conv2d(x, model[0].weight, model[0].bias))
+    assert 'float: first layer' in repr(model)
+    with pytest.raises(ValueError, match='matches no quantized layer.*0, 2'):
+        keep_float(model, 'conv9')
