@@ -42,6 +42,24 @@ def whole(path: str | Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder; on success its files move into ``path``, else they vanish.
+
+    Args:
+        path: Folder to fill; other files in it stay.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+    """
+    path = Path(path)
+    check_writable(path / 'manifest.json')
+    with tempfile.TemporaryDirectory(dir=path, prefix='.part-') as name:
+        yield Path(name)
+        for file in sorted(Path(name).iterdir()):
+            os.replace(file, path / file.name)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -122,7 +140,9 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 _inert_pickle = SimpleNamespace(
-    Unpickler=_InertUnpickler, load=lambda file, **kw: _InertUnpickler(file, **kw).load()
+    __name__='inert_pickle',
+    Unpickler=_InertUnpickler,
+    load=lambda file, **kw: _InertUnpickler(file, **kw).load(),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,16 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
         UncalibratedError: If ``calibrated`` and a quantizer has no range.
     """
     checkpoint = read_checkpoint(path)
+    state = checkpoint['state_dict']
+    if not hasattr(state, '_metadata'):
+        # mmdet3d takes sparse weights without a version for spconv 1's layout; if the shapes
+        # are the model's, so is the layout.
+        own = model.state_dict()
+        if all(v.shape == own[k].shape for k, v in state.items() if k in own):
+            state = OrderedDict(state)
+            state._metadata = own._metadata  # type: ignore[attr-defined]
     try:
-        keys = model.load_state_dict(checkpoint['state_dict'], strict=False)
+        keys = model.load_state_dict(state, strict=False)
     except RuntimeError as err:
         raise CheckpointError(f'checkpoint {path} does not fit the model: {err}') from None
     ranges = {f'{name}._amax' for name in quantizers(model)}

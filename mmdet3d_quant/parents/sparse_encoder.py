@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from mmdet3d.models.layers import make_sparse_convmodule
@@ -18,6 +19,22 @@ else:
 _NORM = dict(type='BN1d', eps=1e-3, momentum=0.01)
 _CHANNELS = ((16,), (32, 32, 32), (64, 64, 64), (64, 64, 64))
 _PADDINGS = ((1,), (1, 1, 1), (1, 1, 1), ((0, 1, 1), 1, 1))
+
+
+@contextmanager
+def _one_cpu_thread(device: torch.device) -> Iterator[None]:
+    """Runs the CPU layers in it on one thread, then restores the number of threads.
+
+    spconv 2.3.8 adds into shared rows without locks: with several threads its CPU convolutions
+    lose summands now and then, and results are wrong by tens of per cent in single cells.
+    """
+    threads = torch.get_num_threads()
+    if device.type == 'cpu':
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class BEVFusionSparseEncoder(SparseEncoder):
@@ -94,12 +111,13 @@ class BEVFusionSparseEncoder(SparseEncoder):
             x = SparseConvTensor(
                 voxel_features, coors.int(), list(self.sparse_shape), int(batch_size)
             )
-            x = self.conv_input(x)
             middle = []
-            for stage in self.encoder_layers:
-                x = stage(x)
-                middle.append(x)
-            dense = self.conv_out(x).dense()
+            with _one_cpu_thread(voxel_features.device):
+                x = self.conv_input(x)
+                for stage in self.encoder_layers:
+                    x = stage(x)
+                    middle.append(x)
+                dense = self.conv_out(x).dense()
         bev = dense.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
         return (bev, middle) if self.return_middle_feats else bev
 

@@ -34,7 +34,7 @@ class ViewTransform(nn.Module):
         frustum: Pixel column, pixel row and depth of each bin; float32 (D, fH, fW, 3).
 
     Raises:
-        ValueError: If ``downsample`` is neither 1 nor 2.
+        ValueError: If ``downsample`` is neither 1 nor 2, or 2 with more than one cell along z.
     """
 
     def __init__(
@@ -67,6 +67,11 @@ class ViewTransform(nn.Module):
         self.frustum = fixed(self._frustum())
         self.C = out_channels
         self.D = self.frustum.shape[0]
+        if downsample == 2 and self.nx[2] != 1:
+            raise ValueError(
+                f'{type(self).__name__}: downsample=2 works on maps of one height; zbound '
+                f'{list(zbound)} gives {int(self.nx[2])}'
+            )
         self._build()
         self.downsample = self._downsample(out_channels) if downsample == 2 else nn.Identity()
 

@@ -172,6 +172,8 @@ def main() -> None:
     )
     parser.add_argument('--out', type=Path, required=True, help='where to write the figures')
     args = parser.parse_args()
+    # With more, spconv's CPU convolutions are not even equal to themselves.
+    torch.set_num_threads(1)
     import_public(Path(os.environ['MMDET3D_BEVFUSION_PROJECT']).expanduser())
 
     import mmdet3d_quant.bevfusion as ours

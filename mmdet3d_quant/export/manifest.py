@@ -1,0 +1,58 @@
+"""What an exported folder contains, for programs and people that build engines from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from torch import nn
+
+from mmdet3d_quant.modes import quantizers
+from mmdet3d_quant.quantizer import scale_of
+from mmdet3d_quant.ties import ties
+
+_DTYPES = onnx.TensorProto.DataType
+
+
+def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
+    """Inputs and outputs of a graph with shapes and types, opset, and node counts."""
+
+    def tensors(values: Any) -> dict[str, Any]:
+        return {
+            v.name: dict(
+                shape=[d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim],
+                dtype=_DTYPES.Name(v.type.tensor_type.elem_type).lower(),
+            )
+            for v in values
+        }
+
+    kinds: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.op_type != 'Constant':
+            kinds[node.op_type] = kinds.get(node.op_type, 0) + 1
+    return dict(
+        inputs=tensors(model.graph.input),
+        outputs=tensors(model.graph.output),
+        opset=model.opset_import[0].version,
+        nodes=kinds,
+    )
+
+
+def describe_scales(model: nn.Module) -> list[dict[str, Any]]:
+    """Activation scales by tie group, single quantizers included.
+
+    Returns:
+        Entries with ``scale`` (step size), ``amax`` and the names of the ``quantizers``, in the
+        order of the model.
+    """
+    found = {n: q for n, q in quantizers(model).items() if q.calibrated and q.spec.axis is None}
+    group_of = {name: group for group in ties(model) for name in group}
+    groups = dict.fromkeys(group_of.get(name, (name,)) for name in found)
+    return [
+        dict(
+            scale=float(scale_of(found[group[0]]._amax, found[group[0]].spec)),
+            amax=float(found[group[0]]._amax),
+            quantizers=list(group),
+        )
+        for group in groups
+    ]

@@ -1,0 +1,45 @@
+"""Our BEVFusion against the public project: same weights, same real frame, same results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.frame import frame_dir
+
+PUBLIC = os.environ.get('MMDET3D_BEVFUSION_PROJECT')
+EXACT = ('in.', 'geometry', 'img_backbone', 'result.labels')
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        PUBLIC is None, reason='MMDET3D_BEVFUSION_PROJECT (folder of projects/BEVFusion) not set'
+    ),
+    pytest.mark.skipif(frame_dir() is None, reason='no nuScenes frame beside the checkout'),
+]
+
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory) -> dict:
+    """Figures of ``compare.py``, in a process of its own: both families share their names."""
+    out = tmp_path_factory.mktemp('reference') / 'figures.json'
+    script = Path(__file__).with_name('compare.py')
+    subprocess.run([sys.executable, str(script), '--out', str(out)], check=True)
+    return json.loads(out.read_text())
+
+
+def test_inputs_and_geometry_are_bit_equal(report):
+    exact = {name: f for name, f in report['figures'].items() if name.startswith(EXACT)}
+    assert {'in.img', 'in.depth_map', 'in.voxel.0', 'in.voxel.1', 'geometry'} <= set(exact)
+    assert [name for name, f in exact.items() if not f['equal']] == []
+
+
+def test_every_part_agrees(report):
+    assert report['missing'] == []
+    parts = {name.split('.')[0] for name in report['figures']}
+    assert {'view_transform', 'pts_middle_encoder', 'fusion_layer', 'bbox_head', 'result'} <= parts
+    off = {n: f for n, f in report['figures'].items() if max(f['l2'], f['max']) > 1e-4}
+    assert off == {}

@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""Export a calibrated BEVFusion to Q/DQ ONNX, one file per engine, and check that engines agree."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import mmdet3d_quant as mq
+from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export.verify import Agreement, verify
+from mmdet3d_quant.files import CheckpointError
+from mmdet3d_quant.provenance import provenance
+
+EXAMPLE = """
+examples:
+  # camera.backbone.onnx, camera.vtransform.onnx, fuser.onnx and manifest.json
+  python tools/export_onnx.py configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_int8.py \\
+      int8.pth --out-dir onnx/int8
+
+  # the same graphs without Q/DQ, from a float or a calibrated checkpoint
+  python tools/export_onnx.py CONFIG float.pth --out-dir onnx/float --float
+"""
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config with Quant* types')
+    parser.add_argument('checkpoint', help='calibrated checkpoint, from tools/calibrate.py')
+    parser.add_argument('--out-dir', required=True, help='folder to write to')
+    parser.add_argument('--float', action='store_true', help='leave out Q/DQ')
+    parser.add_argument('--opset', type=int, default=17, help='ONNX opset; default: %(default)s')
+    parser.add_argument(
+        '--inputs',
+        choices=('auto', 'data', 'generated'),
+        default='auto',
+        help="what to verify on: the first frame of the config's data, or generated tensors; "
+        'auto takes data where they can be read',
+    )
+    parser.add_argument('--num-cams', type=int, default=6, help='cameras of generated inputs')
+    parser.add_argument('--no-verify', action='store_true', help='do not run the engines')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config'
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[Agreement]:
+    args = parse_args(argv)
+    console = Console()
+    cfg = fc.read_config(args.config, args.cfg_options)
+    model = fc.build_model(cfg)
+    fc.load_weights(model, args.checkpoint, calibrated=not args.float)
+    inputs = example_inputs(cfg, model, args, console)
+    cuts, manifest = export_suite(
+        model,
+        inputs,
+        args.out_dir,
+        provenance(cfg, args.checkpoint),
+        quantized=not args.float,
+        opset_version=args.opset,
+        tell=lambda name: console.print(f'Exporting {name}'),
+    )
+    console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
+    if args.no_verify:
+        return []
+    console.print('Verifying: ONNX Runtime and OpenVINO against torch')
+    results = []
+    for cut in cuts:
+        path = Path(args.out_dir) / f'{cut.name}.onnx'
+        results += verify(cut, path, quantized=not args.float)
+    console.print(agreement_table(results))
+    return results
+
+
+def example_inputs(
+    cfg: Config, model: nn.Module, args: argparse.Namespace, console: Console
+) -> dict[str, Tensor]:
+    """Inputs of the cuts, from data where wanted and possible."""
+    if args.inputs != 'generated':
+        try:
+            name, loader = fc.build_calibration_loader(cfg)
+            batch = next(iter(loader))
+        except (fc.ConfigError, OSError) as err:
+            if args.inputs == 'data':
+                raise
+            console.print(f'No data ({err}): verifying on generated inputs')
+        else:
+            console.print(f'Verifying on the first frame of {name}')
+            # Float and uncalibrated models alike: only the tensors between the cuts are wanted.
+            with mq.set_mode(model, 'float'), torch.no_grad():
+                return capture_inputs(model, batch)
+    return generate_inputs(model, args.num_cams)
+
+
+def agreement_table(results: list[Agreement]) -> Table:
+    """SQNR in dB: higher is closer."""
+    table = Table(title='Signal-to-quantization-noise ratio, dB')
+    for heading in ('file', 'output', 'INT8 convs in OpenVINO'):
+        table.add_column(heading)
+    for heading in (
+        'torch fake-quant\nvs torch float',
+        'ONNX Runtime\nvs torch',
+        'OpenVINO\nvs torch',
+    ):
+        table.add_column(heading, justify='right')
+    for r in results:
+        values: list[Any] = [r.fake_quant, r.onnxruntime, r.openvino]
+        table.add_row(
+            f'{r.cut}.onnx',
+            r.output,
+            f'{r.int8_convs} of {r.all_convs}',
+            *(f'{v:.1f}' for v in values),
+        )
+    return table
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (
+        CheckpointError,
+        ExportError,
+        fc.ConfigError,
+        mq.UncalibratedError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as err:
+        sys.exit(f'error: {err}')
