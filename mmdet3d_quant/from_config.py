@@ -85,7 +85,11 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
     try:
         keys = model.load_state_dict(state, strict=False)
     except RuntimeError as err:
-        raise CheckpointError(f'checkpoint {path} does not fit the model: {err}') from None
+        lines = [line.strip() for line in str(err).splitlines()[1:]]
+        raise CheckpointError(
+            f'checkpoint {path} is of another architecture: {len(lines)} entries do not fit, '
+            f'for example {lines[0] if lines else err}'
+        ) from None
     ranges = {f'{name}._amax' for name in quantizers(model)}
     missing = [k for k in keys.missing_keys if k not in ranges]
     for what, names in (('lacks', missing), ('has unknown', keys.unexpected_keys)):
@@ -112,14 +116,17 @@ def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
     if name is None:
         raise ConfigError(f'{cfg.filename} has none of {", ".join(CALIBRATION_LOADERS)}')
     init_default_scope(cfg.get('default_scope', 'mmdet3d'))
+    empty = f'`{name}` of {cfg.filename} is empty: there is nothing to calibrate on'
     try:
         loader = Runner.build_dataloader(cfg[name], seed=0)
     except Exception as err:  # whatever the data set raises
+        if 'need at least one array' in str(err):  # mmengine on an info file without frames
+            raise ConfigError(empty) from err
         raise ConfigError(
             f'`{name}` of {cfg.filename} cannot be built: {type(err).__name__}: {err}'
         ) from err
     if len(loader) == 0:
-        raise ConfigError(f'`{name}` of {cfg.filename} is empty: there is nothing to calibrate on')
+        raise ConfigError(empty)
     return name, loader
 
 

@@ -40,6 +40,8 @@ class BEVFusion(Base3DDetector):
         bbox_head: Config of the head.
         init_cfg: Kept as in any mmengine model.
         seg_head: Must be None.
+        train_cfg: Not used, the head has its own; mmdet3d's ``init_model`` passes it.
+        test_cfg: Not used, the head has its own.
 
     Raises:
         ValueError: If the parts given do not make a detector.
@@ -59,6 +61,8 @@ class BEVFusion(Base3DDetector):
         bbox_head: dict | None = None,
         init_cfg: dict | list[dict] | None = None,
         seg_head: dict | None = None,
+        train_cfg: dict | None = None,
+        test_cfg: dict | None = None,
     ) -> None:
         preprocessor = dict(data_preprocessor or {})
         voxelize_cfg = preprocessor.pop('voxelize_cfg', None)

@@ -1,0 +1,65 @@
+"""A small BEVFusion: the INT8 config of the full one with fewer pixels, voxels and channels."""
+
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+
+from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.samples import frame_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+INT8 = ROOT / 'configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py'
+RANGE = [-38.4, -38.4, -5.0, 38.4, 38.4, 3.0]
+GRID = [256, 256, 41]
+VOXEL = [0.3, 0.3, 0.2]
+
+
+def small_config(frame: Path, path: Path) -> Path:
+    """Writes the config for a frame to ``path``."""
+    cfg = Config.fromfile(INT8).to_dict()
+    m = cfg['model']
+    m['data_preprocessor']['voxelize_cfg'].update(point_cloud_range=RANGE, voxel_size=VOXEL)
+    m['img_backbone'].update(base_channels=8)
+    m['img_neck'].update(in_channels=[64, 128, 256], out_channels=32)
+    m['view_transform'].update(
+        in_channels=32,
+        out_channels=16,
+        image_size=[64, 192],
+        feature_size=[8, 24],
+        xbound=[-38.4, 38.4, 1.2],
+        ybound=[-38.4, 38.4, 1.2],
+        dbound=[1.0, 40.0, 1.0],
+    )
+    m['pts_middle_encoder'].update(
+        sparse_shape=GRID,
+        base_channels=8,
+        output_channels=16,
+        encoder_channels=((8, 16), (16, 16), (16, 16), (16,)),
+    )
+    m['pts_middle_encoder'].update(encoder_paddings=((0, 1), (0, 1), (0, (1, 1, 0)), (0,)))
+    m['fusion_layer'].update(in_channels=[16, 32], out_channels=32)
+    m['pts_backbone'].update(in_channels=32, out_channels=[16, 32], layer_nums=[1, 1])
+    m['pts_neck'].update(in_channels=[16, 32], out_channels=[32, 32])
+    m['bbox_head'].update(in_channels=64, num_proposals=20)
+    for part in ('test_cfg', 'bbox_coder'):
+        m['bbox_head'][part].update(voxel_size=VOXEL[:2], pc_range=RANGE[:2])
+    m['bbox_head']['test_cfg'].update(grid_size=GRID)
+    cfg.update(frame_settings(cfg, frame))
+    for step in cfg['test_dataloader']['dataset']['pipeline']:
+        if step['type'] == 'ImageAug3D':
+            step.update(final_dim=[64, 192], resize_lim=[0.12, 0.12])
+        if step['type'] == 'PointsRangeFilter':
+            step.update(point_cloud_range=RANGE)
+    Config(cfg).dump(path)
+    return path
+
+
+def save_float(config: Path, path: Path) -> Path:
+    """Writes a checkpoint of random float weights for a config."""
+    torch.manual_seed(0)
+    state = fc.build_model(fc.read_config(config)).state_dict()
+    for name in [n for n in state if n.endswith('_amax')]:
+        del state[name]
+    torch.save(dict(state_dict=state, meta=dict(epoch=1)), path)
+    return path
