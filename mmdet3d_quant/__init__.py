@@ -3,6 +3,9 @@
 Importing this package registers the ``Quant*`` types and nothing else.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from mmdet3d_quant import layers, models
 from mmdet3d_quant.calibration import Calibration, CalibrationError, calibrate
 from mmdet3d_quant.fold import fold_bn
@@ -24,3 +27,10 @@ __all__ = [
     'set_mode',
     'ties',
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports ``mmdet3d_quant.export``, which needs onnx, when it is first asked for."""
+    if name == 'export':
+        return import_module('mmdet3d_quant.export')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -23,6 +23,7 @@ FLOORS = {
     'models': 3,
     'bevfusion': 3,
     'provenance': 3,
+    'samples': 4,
     'calibration': 4,
     'from_config': 4,
     'export': 4,

@@ -4,7 +4,8 @@ Example:
     MMDET3D_BEVFUSION_PROJECT=~/mmdetection3d python tests/reference/compare.py --out out.json
 
 The folder holds ``projects/BEVFusion``. Its CUDA extensions are stood in for: the voxelisation
-is compiled from the project's own CPU sources (one line of them mended), the pooling is an ``index_add_``.
+is compiled from the project's own CPU sources (one line of them mended), the pooling is an
+``index_add_``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-from tests.frame import config_file, frame_dataset_cfg  # noqa: E402
+from tests.frame import FLOAT_CONFIG, frame_dataset_cfg  # noqa: E402
 
 PARTS = (
     'img_backbone', 'img_neck', 'view_transform', 'pts_middle_encoder', 'fusion_layer',
@@ -98,8 +99,17 @@ def flatten(name: str, value: object) -> dict[str, Tensor]:
     return out
 
 
-def run(dataset: dict, model_cfg: dict, weights: dict | None) -> tuple[dict, dict]:
+def run(
+    dataset: dict, model_cfg: dict, weights: dict | None, bev: Tensor | None = None
+) -> tuple[dict, dict]:
     """Builds dataset and model from what is registered now and runs the frame.
+
+    Args:
+        dataset: Settings of the data set.
+        model_cfg: Settings of the model.
+        weights: State dict; None for random weights.
+        bev: What the head reads instead of the output of ``pts_neck``. Which of two nearly equal
+            peaks comes first hangs on the last bit of its input, so heads are compared on one.
 
     Returns:
         Recorded tensors by name, and the model's state dict.
@@ -133,6 +143,8 @@ def run(dataset: dict, model_cfg: dict, weights: dict | None) -> tuple[dict, dic
     model.pts_middle_encoder.register_forward_pre_hook(
         lambda m, args: seen.update(flatten('in.voxel', list(args[:2])))
     )
+    if bev is not None:
+        model.bbox_head.register_forward_pre_hook(lambda m, args: ([bev], *args[1:]))
     geometry = model.view_transform.get_geometry
 
     def record(*args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -181,8 +193,8 @@ def main() -> None:
     assert MODELS.get('BEVFusion') is not ours.BEVFusion, 'ours must yield to the public project'
     init_default_scope('mmdet3d')
     MMLogger.get_instance('compare', log_level='ERROR')
-    cfg = Config.fromfile(config_file())
-    dataset = frame_dataset_cfg(cfg.test_dataloader.dataset)
+    cfg = Config.fromfile(FLOAT_CONFIG)
+    dataset = frame_dataset_cfg(cfg)
     model = cfg.model
     # The public head counts one class more unless it is told that the loss uses a sigmoid.
     model.bbox_head.loss_cls = dict(type='mmdet.FocalLoss', use_sigmoid=True)
@@ -193,7 +205,7 @@ def main() -> None:
         for cls in classes:
             registry.register_module(module=cls, force=True)
     print('ours')
-    our_seen, _ = run(dataset, model, weights)
+    our_seen, _ = run(dataset, model, weights, public_seen['pts_neck'])
 
     names = [name for name in public_seen if name in our_seen]
     figures = {name: difference(our_seen[name], public_seen[name]) for name in names}
