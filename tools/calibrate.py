@@ -22,12 +22,13 @@ from mmdet3d_quant.spec import Method
 
 EXAMPLE = """
 examples:
+  CONFIG=configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py
+
   # 128 batches of the config's calib_dataloader (or val_dataloader), method mse
-  python tools/calibrate.py configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_int8.py \\
-      float.pth --out int8.pth --num-batches 128
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --num-batches 128
 
   # keep the first convolution float
-  python tools/calibrate.py CONFIG float.pth --out int8.pth \\
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth \\
       --cfg-options model.img_backbone.skip="['conv1']"
 
 The output is an ordinary checkpoint: mmdet3d's init_model and tools/test.py load it.

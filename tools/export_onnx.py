@@ -23,12 +23,13 @@ from mmdet3d_quant.provenance import provenance
 
 EXAMPLE = """
 examples:
+  CONFIG=configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py
+
   # camera.backbone.onnx, camera.vtransform.onnx, fuser.onnx and manifest.json
-  python tools/export_onnx.py configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_int8.py \\
-      int8.pth --out-dir onnx/int8
+  python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/int8
 
   # the same graphs without Q/DQ, from a float or a calibrated checkpoint
-  python tools/export_onnx.py CONFIG float.pth --out-dir onnx/float --float
+  python tools/export_onnx.py $CONFIG float.pth --out-dir onnx/float --float
 """
 
 

@@ -124,6 +124,9 @@ model = dict(
             norm_cfg=dict(type='LN'),
             pos_encoding_cfg=dict(input_channel=2, num_pos_feats=128),
         ),
+        loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25),
+        loss_heatmap=dict(type='mmdet.GaussianFocalLoss'),
+        loss_bbox=dict(type='mmdet.L1Loss', loss_weight=0.25),
         common_heads=dict(center=[2, 2], height=[1, 2], dim=[3, 2], rot=[2, 2], vel=[2, 2]),
         test_cfg=dict(
             dataset='nuScenes',

@@ -43,3 +43,18 @@ def test_every_part_agrees(report):
     assert {'view_transform', 'pts_middle_encoder', 'fusion_layer', 'bbox_head', 'result'} <= parts
     off = {n: f for n, f in report['figures'].items() if max(f['l2'], f['max']) > 1e-4}
     assert off == {}
+
+
+def test_quant_types_work_in_the_public_detector(tmp_path):
+    """The INT8 config with the public family registered first: calibrate, export, verify."""
+    code = f"""
+import sys
+from pathlib import Path
+from tests.reference.compare import import_public
+import_public(Path({PUBLIC!r}).expanduser())
+import pytest
+assert pytest.main(['tests/export/test_suite.py', '-k', 'shapes']) == 0
+from mmdet3d.registry import MODELS
+assert MODELS.get('BEVFusion').__module__.startswith('projects.BEVFusion')
+"""
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parents[2])
