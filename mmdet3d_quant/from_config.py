@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def build_model(cfg: Config) -> nn.Module:
     """
     init_default_scope(cfg.get('default_scope', 'mmdet3d'))
     try:
-        model = MODELS.build(cfg.model)
+        model = MODELS.build(copy.deepcopy(cfg.model))  # some detectors change theirs
     except (KeyError, TypeError, ValueError, AssertionError) as err:
         raise ConfigError(f'the model of {cfg.filename} cannot be built: {err}') from err
     model.eval()  # not chained: some models return None

@@ -67,8 +67,7 @@ def test_a_camera_only_detector_exports_the_files_it_has(small, tmp_path):
 
 
 def test_generated_inputs_have_the_shapes_of_real_ones(small):
-    model = MODELS.build(small[0].model)
-    model.eval()
+    model = fc.build_model(small[0])
     calibrate(model, [small[1]], 'max')
     real, generated = capture_inputs(model, small[1]), generate_inputs(model)
     assert {k: v.shape for k, v in real.items()} == {k: v.shape for k, v in generated.items()}

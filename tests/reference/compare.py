@@ -143,8 +143,14 @@ def run(
     model.pts_middle_encoder.register_forward_pre_hook(
         lambda m, args: seen.update(flatten('in.voxel', list(args[:2])))
     )
+    own_bev: list[tuple] = []
     if bev is not None:
-        model.bbox_head.register_forward_pre_hook(lambda m, args: ([bev], *args[1:]))
+
+        def substitute(module: nn.Module, args: tuple) -> tuple:
+            own_bev.append(args)
+            return ([bev], *args[1:])
+
+        hook = model.bbox_head.register_forward_pre_hook(substitute)
     geometry = model.view_transform.get_geometry
 
     def record(*args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -159,10 +165,30 @@ def run(
         seen[f'in.{key}'] = torch.as_tensor(copy.deepcopy(sample['data_samples'].metainfo[key]))
     with torch.no_grad():
         result = model.test_step(pseudo_collate([sample]))[0].pred_instances_3d
-    seen['result.boxes'] = result.bboxes_3d.tensor
-    seen['result.scores'] = result.scores_3d
-    seen['result.labels'] = result.labels_3d
+    seen['result'] = labelled(result)
+    if own_bev:
+        hook.remove()
+        with torch.no_grad():
+            (alone,) = model.bbox_head.predict(*own_bev[0])
+        seen['end_to_end'] = labelled(alone)
     return seen, model.state_dict()
+
+
+def labelled(result: object) -> Tensor:
+    """Boxes, scores and labels in one table, (n, box + 2)."""
+    columns = (result.bboxes_3d.tensor, result.scores_3d[:, None], result.labels_3d[:, None])
+    return torch.cat([c.double() for c in columns], dim=1)
+
+
+def share_found(ours: Tensor, public: Tensor) -> float:
+    """Share of the public boxes that we have too, whatever the order.
+
+    Args:
+        ours: From :func:`labelled`.
+        public: The same.
+    """
+    near = (ours[None] - public[:, None]).abs() <= 1e-4 * public.abs().amax(0)
+    return near.all(-1).any(1).double().mean().item()
 
 
 def difference(ours: Tensor, public: Tensor) -> dict[str, float | bool]:
@@ -208,7 +234,19 @@ def main() -> None:
     names = [name for name in public_seen if name in our_seen]
     figures = {name: difference(our_seen[name], public_seen[name]) for name in names}
     missing = sorted(set(public_seen) - set(our_seen))
-    args.out.write_text(json.dumps(dict(figures=figures, missing=missing), indent=1))
+    # Which of two nearly equal peaks comes first, or last among the 200, hangs on the last bit.
+    heads = [n for n in figures if n.startswith('bbox_head.') and 'dense' not in n]
+    tables = [torch.cat([s[n][0].T for n in heads], dim=1) for s in (our_seen, public_seen)]
+    found = dict(
+        proposals=share_found(*tables),
+        boxes=share_found(our_seen['result'], public_seen['result']),
+        end_to_end=share_found(our_seen['end_to_end'], public_seen['result']),
+    )
+    figures = {n: f for n, f in figures.items() if n not in (*heads, 'result')}
+    report = dict(figures=figures, missing=missing, found=found)
+    args.out.write_text(json.dumps(report, indent=1))
+    for what, share in found.items():
+        print(f'{what}: {share:.1%} of the public ones are ours too')
     for name, f in sorted(figures.items()):
         shape = 'x'.join(map(str, public_seen[name].shape))
         print(f'{name:34s} {shape:>20s}  l2 {f["l2"]:.1e}  max {f["max"]:.1e}  {f["equal"]}')

