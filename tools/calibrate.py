@@ -12,6 +12,7 @@ from mmengine.config import DictAction
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from terminal import open_console
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
@@ -57,6 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    console = open_console()
     method = Method.parse(args.method)
     if args.num_batches is not None and args.num_batches < 1:
         raise ValueError(f'--num-batches must be at least 1, got {args.num_batches}')
@@ -67,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
     meta = fc.load_weights(model, args.checkpoint, calibrated=False)
     loader_name, loader = fc.build_calibration_loader(cfg)
 
-    console = Console()
     count = min(args.num_batches or len(loader), len(loader))
     console.print(f'Calibrating on {count} of {len(loader)} batches of {loader_name}, {device}')
     batches = track(loader, 'Observing', total=count, console=console)

@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
+from terminal import open_console
 from torch import nn
 
 import mmdet3d_quant as mq
@@ -47,7 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    console = Console()
+    console = open_console()
     work_dir = Path(args.work_dir)
     console.rule('1/5 a frame and a config that reads it')
     config = frame_config(args.frame, work_dir, console)

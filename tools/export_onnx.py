@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.table import Table
+from terminal import open_console
 from torch import Tensor, nn
 
 import mmdet3d_quant as mq
@@ -59,7 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> list[Agreement]:
     args = parse_args(argv)
-    console = Console()
+    console = open_console()
     cfg = fc.read_config(args.config, args.cfg_options)
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=not args.float)
@@ -109,7 +110,7 @@ def agreement_table(results: list[Agreement]) -> Table:
     """SQNR in dB: higher is closer."""
     table = Table(title='Signal-to-quantization-noise ratio, dB')
     for heading in ('file', 'output', 'INT8 convs in OpenVINO'):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for heading in (
         'torch fake-quant\nvs torch float',
         'ONNX Runtime\nvs torch',
