@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,7 +119,10 @@ class TransFusionHead(nn.Module):
             build_conv_layer(conv2d, hidden_channel, num_classes, **same),
         )
         self.class_encoding = nn.Conv1d(num_classes, hidden_channel, 1)
-        self.decoder = nn.ModuleList(MODELS.build(decoder_layer) for _ in range(num_decoder_layers))
+        self.decoder = nn.ModuleList(
+            MODELS.build(copy.deepcopy(decoder_layer))  # mmdet's layer writes into its config
+            for _ in range(num_decoder_layers)
+        )
         heads = dict(common_heads or {}, heatmap=(num_classes, num_heatmap_convs))
         self.prediction_heads = nn.ModuleList(
             SeparateHead(hidden_channel, heads, conv_cfg=conv_cfg, norm_cfg=norm_cfg, bias=bias)
