@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Iterable, Mapping
+from typing import Any, Iterable, Mapping
 
 from torch import nn
 
@@ -28,6 +28,22 @@ def uncalibrated(model: nn.Module) -> list[str]:
     return [
         name for name, q in quantizers(model).items() if q.float_reason is None and not q.calibrated
     ]
+
+
+def float_state_dict(model: nn.Module) -> dict[str, Any]:
+    """State dict without ranges: what the float parent has.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The dict of ``model.state_dict()``, with its ``_metadata``, which spconv reads the layout
+        of its weights from and a comprehension over the dict would lose.
+    """
+    state = model.state_dict()
+    for name in quantizers(model):
+        state.pop(f'{name}._amax', None)
+    return state
 
 
 def require_calibrated(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import torch
 from mmengine.config import Config
 
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.modes import float_state_dict
 from mmdet3d_quant.samples import frame_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,8 +59,6 @@ def small_config(frame: Path, path: Path) -> Path:
 def save_float(config: Path, path: Path) -> Path:
     """Writes a checkpoint of random float weights for a config."""
     torch.manual_seed(0)
-    state = fc.build_model(fc.read_config(config)).state_dict()
-    for name in [n for n in state if n.endswith('_amax')]:
-        del state[name]
+    state = float_state_dict(fc.build_model(fc.read_config(config)))
     torch.save(dict(state_dict=state, meta=dict(epoch=1)), path)
     return path

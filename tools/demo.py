@@ -24,6 +24,7 @@ from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import generate_inputs
 from mmdet3d_quant.export.engines import OpenVINO, latency
 from mmdet3d_quant.files import whole
+from mmdet3d_quant.modes import float_state_dict
 from mmdet3d_quant.samples import frame_settings, make_frame
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,11 +103,8 @@ def save_weights(config: Path, path: Path) -> None:
             m.train()
     with mq.set_mode(model, 'float'):
         model.test_step(next(iter(loader)))
-    state = model.state_dict()
-    for name in [n for n in state if n.endswith('_amax')]:  # in place: spconv reads its metadata
-        del state[name]
     with whole(path) as tmp:
-        torch.save(dict(state_dict=state, meta={}), tmp)
+        torch.save(dict(state_dict=float_state_dict(model), meta={}), tmp)
 
 
 def latency_table(config: Path, folders: dict[str, Path], console: Console) -> Table:
