@@ -116,6 +116,9 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
 
     Returns:
         Tensors by input name, on the detector's device.
+
+    Raises:
+        ValueError: If the batch has more than one sample.
     """
     seen: dict[str, Any] = {}
 
@@ -131,10 +134,12 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
     }
     hooks = [m.register_forward_pre_hook(keep(n)) for n, m in watched.items() if m is not None]
     try:
-        detector.test_step(batch)
+        samples = len(detector.test_step(batch))
     finally:
         for hook in hooks:
             hook.remove()
+    if samples != 1:
+        raise ValueError(f'expected a batch of one sample, got {samples}: set batch_size=1')
     if 'fused' in seen:
         seen['camera'], seen['lidar'] = seen.pop('fused')
     for name in ('img', 'depth'):  # (B * N, ...) with B = 1

@@ -7,7 +7,7 @@ import torch
 from mmdet3d.registry import MODELS
 from torch import nn
 
-from mmdet3d_quant import calibrate, ties
+from mmdet3d_quant import calibrate, set_mode, ties
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
 from mmdet3d_quant.export.verify import verify
@@ -71,6 +71,16 @@ def test_generated_inputs_have_the_shapes_of_real_ones(small):
     calibrate(model, [small[1]], 'max')
     real, generated = capture_inputs(model, small[1]), generate_inputs(model)
     assert {k: v.shape for k, v in real.items()} == {k: v.shape for k, v in generated.items()}
+
+
+def test_a_batch_of_two_is_refused(small):
+    """Its images would pass for those of twice as many cameras."""
+    model = fc.build_model(small[0])
+    two = {
+        k: {n: v * 2 for n, v in d.items()} if k == 'inputs' else d * 2 for k, d in small[1].items()
+    }
+    with set_mode(model, 'float'), pytest.raises(ValueError, match='one sample, got 2'):
+        capture_inputs(model, two)
 
 
 def test_nothing_to_export_is_an_error(tmp_path):
