@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmdet3d.models.layers import make_sparse_convmodule
@@ -13,28 +13,18 @@ from torch import Tensor
 
 if IS_SPCONV2_AVAILABLE:
     from spconv.pytorch import SparseConv3d, SparseConvTensor
+
+    from mmdet3d_quant.parents.sparse_conv import PortableSparseConv3d, PortableSubMConv3d
+
+    _CONVS = {'SubMConv3d': PortableSubMConv3d, 'SparseConv3d': PortableSparseConv3d}
 else:
     from mmcv.ops import SparseConv3d, SparseConvTensor
+
+    _CONVS = {name: name for name in ('SubMConv3d', 'SparseConv3d')}
 
 _NORM = dict(type='BN1d', eps=1e-3, momentum=0.01)
 _CHANNELS = ((16,), (32, 32, 32), (64, 64, 64), (64, 64, 64))
 _PADDINGS = ((1,), (1, 1, 1), (1, 1, 1), ((0, 1, 1), 1, 1))
-
-
-@contextmanager
-def _one_cpu_thread(device: torch.device) -> Iterator[None]:
-    """Runs the CPU layers in it on one thread, then restores the number of threads.
-
-    spconv 2.3.8 adds into shared rows without locks: with several threads its CPU convolutions
-    lose summands now and then, and results are wrong by tens of per cent in single cells.
-    """
-    threads = torch.get_num_threads()
-    if device.type == 'cpu':
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class BEVFusionSparseEncoder(SparseEncoder):
@@ -78,6 +68,16 @@ class BEVFusionSparseEncoder(SparseEncoder):
             block_type=block_type,
             return_middle_feats=return_middle_feats,
         )
+        self.conv_input = make_sparse_convmodule(
+            in_channels,
+            base_channels,
+            3,
+            norm_cfg=norm_cfg,
+            padding=1,
+            indice_key='subm1',
+            conv_type=_CONVS['SubMConv3d'],
+            order=('conv',) if order[0] != 'conv' else ('conv', 'norm', 'act'),
+        )
         # The last convolution squeezes the height, which is the last axis here.
         self.conv_out = make_sparse_convmodule(
             encoder_channels[-1][-1],
@@ -87,8 +87,19 @@ class BEVFusionSparseEncoder(SparseEncoder):
             padding=0,
             norm_cfg=norm_cfg,
             indice_key='spconv_down2',
-            conv_type='SparseConv3d',
+            conv_type=_CONVS['SparseConv3d'],
         )
+
+    def make_encoder_layers(
+        self, make_block: Any, norm_cfg: dict, in_channels: int, block_type: str = 'conv_module'
+    ) -> int:
+        """Builds the stages; the parent's, with convolutions that train on a CPU too."""
+
+        def make(*args: Any, conv_type: str, **kwargs: Any) -> Any:
+            return make_block(*args, conv_type=_CONVS[conv_type], **kwargs)
+
+        conv_cfg = dict(type=_CONVS['SubMConv3d'])
+        return super().make_encoder_layers(make, norm_cfg, in_channels, block_type, conv_cfg)
 
     def forward(
         self, voxel_features: Tensor, coors: Tensor, batch_size: int
@@ -112,12 +123,11 @@ class BEVFusionSparseEncoder(SparseEncoder):
                 voxel_features, coors.int(), list(self.sparse_shape), int(batch_size)
             )
             middle = []
-            with _one_cpu_thread(voxel_features.device):
-                x = self.conv_input(x)
-                for stage in self.encoder_layers:
-                    x = stage(x)
-                    middle.append(x)
-                dense = self.conv_out(x).dense()
+            x = self.conv_input(x)
+            for stage in self.encoder_layers:
+                x = stage(x)
+                middle.append(x)
+            dense = self.conv_out(x).dense()
         bev = dense.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
         return (bev, middle) if self.return_middle_feats else bev
 

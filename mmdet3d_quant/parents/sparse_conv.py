@@ -1,0 +1,160 @@
+"""spconv's 3D convolutions with a CPU path that trains, in plain torch.
+
+spconv 2.3.8 is made for GPUs. On a CPU its convolutions lose summands on more than one thread,
+and their backward asks for a CUDA stream and fails on a machine without a driver. Here spconv still
+finds out which voxels meet under which weight; the arithmetic is gather, multiply and sum. On a
+GPU these classes are spconv's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from spconv.pytorch import SparseConv3d, SparseConvTensor, SubMConv3d, ops
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rulebook:
+    """Which input voxel adds to which output voxel under which weight.
+
+    Attributes:
+        inputs: Indices of the input voxels (n, 4), int32, for which the rules hold.
+        outputs: Indices of the output voxels (m, 4), int32.
+        source: Input row of each of p pairs, ordered by weight; int64 (p,).
+        target: Output row of each pair, int64 (p,).
+        counts: Number of pairs of each of the K weights.
+        by_source: Pairs ordered by input row (p,), and where each row's begin (n,).
+        by_target: The same by output row, (p,) and (m,).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    source: Tensor
+    target: Tensor
+    counts: list[int]
+    by_source: tuple[Tensor, Tensor]
+    by_target: tuple[Tensor, Tensor]
+
+
+def rulebook(conv: SparseConv3d | SubMConv3d, x: SparseConvTensor) -> Rulebook:
+    """Rules of a convolution for the voxels of a tensor."""
+    outputs, pairs, counts = ops.get_indice_pairs(
+        x.indices,
+        x.batch_size,
+        x.spatial_shape,
+        conv.algo,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.output_padding,
+        conv.subm,
+        conv.transposed,
+    )
+    sizes = counts.tolist()
+    rows = list(pairs.long().unbind(1))
+    if conv.subm:
+        # spconv counts the first half; the weight opposite has as many pairs, the middle all.
+        middle = len(sizes) // 2
+        sizes = [*sizes[:middle], len(x.indices), *sizes[:middle][::-1]]
+        rows[middle] = torch.arange(len(x.indices)).expand(2, -1)
+    joint = torch.cat([row[:, :size] for row, size in zip(rows, sizes, strict=True)], dim=1)
+    source, target = joint.contiguous()
+    return Rulebook(
+        inputs=x.indices,
+        outputs=outputs,
+        source=source,
+        target=target,
+        counts=sizes,
+        by_source=_grouped(source, len(x.indices)),
+        by_target=_grouped(target, len(outputs)),
+    )
+
+
+def _grouped(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    sizes = torch.bincount(rows, minlength=count)
+    return rows.argsort(stable=True), sizes.cumsum(0) - sizes
+
+
+class _Convolve(torch.autograd.Function):
+    """Features (n, in), weights (K, in, out) and rules to features (m, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, rules: Rulebook) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        ctx.rules = rules
+        return _sum(_per_weight(features[rules.source], weight, rules), rules.by_target)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        features, weight = ctx.saved_tensors
+        rules = ctx.rules
+        grads = grad[rules.target]
+        to_features = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_features = _sum(_per_weight(grads, weight.mT, rules), rules.by_source)
+        if ctx.needs_input_grad[1]:
+            parts = zip(
+                features[rules.source].split(rules.counts), grads.split(rules.counts), strict=True
+            )
+            to_weight = torch.stack([x.T @ g for x, g in parts])
+        return to_features, to_weight, None
+
+
+def _per_weight(rows: Tensor, weight: Tensor, rules: Rulebook) -> Tensor:
+    """Each row times the weight of its pair."""
+    out = rows.new_empty(len(rows), weight.shape[2])
+    parts = zip(rows.split(rules.counts), weight, out.split(rules.counts), strict=True)
+    for row, matrix, place in parts:
+        torch.mm(row, matrix, out=place)
+    return out
+
+
+def _sum(rows: Tensor, groups: tuple[Tensor, Tensor]) -> Tensor:
+    """Sums of the rows of each group, always in the same order."""
+    order, begins = groups
+    return F.embedding_bag(order, rows, begins, mode='sum')
+
+
+class _Portable:
+    """Takes over on the CPU; the constructor and the parameters are spconv's."""
+
+    def _conv_forward(
+        self,
+        training: bool,
+        input: SparseConvTensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> SparseConvTensor:
+        if input.features.device.type != 'cpu' or self.conv1x1:
+            return super()._conv_forward(training, input, weight, bias, *args, **kwargs)
+        # Layers of one stage read the same voxels: the rules travel with the tensor.
+        geometry = (self.subm, *self.kernel_size, *self.stride, *self.padding, *self.dilation)
+        key = f'rulebook{geometry}'
+        rules = input.indice_dict.get(key)
+        if rules is None or rules.inputs is not input.indices:
+            rules = rulebook(self, input)
+        matrices = weight.flatten(1, 3).permute(1, 2, 0)
+        features = _Convolve.apply(input.features, matrices, rules)
+        output = input.replace_feature(features if bias is None else features + bias)
+        output.indices = rules.outputs
+        output.indice_dict = {**input.indice_dict, key: rules}
+        if not self.subm:
+            output.spatial_shape = ops.get_conv_output_size(
+                input.spatial_shape, self.kernel_size, self.stride, self.padding, self.dilation
+            )
+        return output
+
+
+class PortableSubMConv3d(_Portable, SubMConv3d):
+    """``spconv.pytorch.SubMConv3d`` that also runs and trains on a CPU."""
+
+
+class PortableSparseConv3d(_Portable, SparseConv3d):
+    """``spconv.pytorch.SparseConv3d`` that also runs and trains on a CPU."""
