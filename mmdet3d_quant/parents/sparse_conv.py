@@ -87,30 +87,31 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, weight: Tensor, rules: Rulebook) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.rules = rules
-        return _sum(_per_weight(features[rules.source], weight, rules), rules.by_target)
+        return _sum(_products(features, rules.source, weight, rules.counts), rules.by_target)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         features, weight = ctx.saved_tensors
         rules = ctx.rules
-        grads = grad[rules.target]
         to_features = to_weight = None
         if ctx.needs_input_grad[0]:
-            to_features = _sum(_per_weight(grads, weight.mT, rules), rules.by_source)
+            products = _products(grad, rules.target, weight.mT, rules.counts)
+            to_features = _sum(products, rules.by_source)
         if ctx.needs_input_grad[1]:
-            parts = zip(
-                features[rules.source].split(rules.counts), grads.split(rules.counts), strict=True
+            pairs = zip(
+                rules.source.split(rules.counts), rules.target.split(rules.counts), strict=True
             )
-            to_weight = torch.stack([x.T @ g for x, g in parts])
+            to_weight = torch.stack(
+                [features.index_select(0, s).T @ grad.index_select(0, t) for s, t in pairs]
+            )
         return to_features, to_weight, None
 
 
-def _per_weight(rows: Tensor, weight: Tensor, rules: Rulebook) -> Tensor:
-    """Each row times the weight of its pair."""
-    out = rows.new_empty(len(rows), weight.shape[2])
-    parts = zip(rows.split(rules.counts), weight, out.split(rules.counts), strict=True)
-    for row, matrix, place in parts:
-        torch.mm(row, matrix, out=place)
+def _products(rows: Tensor, pick: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """The picked rows, each times the weight of its pair: (p, columns of a weight)."""
+    out = rows.new_empty(len(pick), weight.shape[2])
+    for picked, matrix, place in zip(pick.split(counts), weight, out.split(counts), strict=True):
+        torch.mm(rows.index_select(0, picked), matrix, out=place)
     return out
 
 
