@@ -9,6 +9,11 @@ a family is never mixed from two sources. (Import the public project first if yo
 from mmdet3d.registry import MODELS, TASK_UTILS, TRANSFORMS
 from mmengine.logging import print_log
 
+from mmdet3d_quant.bevfusion.augment import (
+    BEVFusionGlobalRotScaleTrans,
+    BEVFusionRandomFlip3D,
+    GridMask,
+)
 from mmdet3d_quant.bevfusion.box_coder import TransFusionBBoxCoder
 from mmdet3d_quant.bevfusion.detector import BEVFusion
 from mmdet3d_quant.bevfusion.head import TransFusionHead
@@ -39,7 +44,16 @@ FAMILY = (
         ),
     ),
     (TASK_UTILS, (TransFusionBBoxCoder,)),
-    (TRANSFORMS, (BEVLoadMultiViewImageFromFiles, ImageAug3D)),
+    (
+        TRANSFORMS,
+        (
+            BEVFusionGlobalRotScaleTrans,
+            BEVFusionRandomFlip3D,
+            BEVLoadMultiViewImageFromFiles,
+            GridMask,
+            ImageAug3D,
+        ),
+    ),
 )
 
 __all__ = ['FAMILY', *(cls.__name__ for _, types in FAMILY for cls in types)]

@@ -1,0 +1,49 @@
+"""What tools/train.py and tools/test.py share: flags, and a config for mmengine's Runner."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from mmdet3d.utils import replace_ceph_backend
+from mmengine.config import Config, DictAction
+
+import mmdet3d_quant  # noqa: F401  registers the Quant* types, whatever the config imports
+from mmdet3d_quant.from_config import ConfigError, read_config
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that mmdet3d's tools have in common."""
+    parser.add_argument('--ceph', action='store_true', help='read the data from Ceph')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config'
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch')
+
+
+def runner_config(args: argparse.Namespace, needs: tuple[str, ...]) -> Config:
+    """The config that a tool was given, ready for the Runner.
+
+    Raises:
+        ConfigError: If it cannot be read or lacks an entry of ``needs``.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args.config)
+    if args.ceph:
+        cfg = replace_ceph_backend(cfg)
+    cfg.merge_from_dict(args.cfg_options or {})
+    missing = [name for name in needs if cfg.get(name) is None]
+    if missing:
+        raise ConfigError(f'config {args.config} has no {", ".join(missing)}')
+    cfg.launcher = args.launcher
+    cfg.work_dir = (
+        args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
+    )
+    return cfg
