@@ -24,7 +24,9 @@ FLOORS = {
     'bevfusion': 3,
     'provenance': 3,
     'samples': 4,
+    'synthetic': 4,
     'calibration': 4,
+    'conversion': 4,
     'from_config': 4,
     'export': 4,
 }

@@ -1,0 +1,171 @@
+"""Makes a whole data set, block by block in several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Callable, Sequence
+
+import cv2
+
+from mmdet3d_quant.files import whole_folder
+from mmdet3d_quant.synthetic.record import Settings, record_block
+from mmdet3d_quant.synthetic.sensors import LIDAR
+from mmdet3d_quant.synthetic.tables import (
+    CHANNELS,
+    TRAIN_SCENES,
+    VAL_SCENES,
+    VERSION,
+    write_tables,
+)
+from mmdet3d_quant.synthetic.world import KEYFRAME_INTERVAL
+
+#: Disk space that a key frame takes at most, bytes: six images and its point clouds.
+_IMAGES, _SCAN = 900_000, 700_000
+
+
+def make_synthetic_nuscenes(
+    out: str | Path,
+    scenes: Sequence[str] = TRAIN_SCENES + VAL_SCENES,
+    samples: int = 40,
+    val_samples: int | None = None,
+    settings: Settings | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes a generated data set in the form of nuScenes v1.0-mini.
+
+    A block of a scene depends on ``settings`` and nothing else: with fewer scenes or samples the
+    result is a part of what more would give, whatever the number of workers.
+
+    Args:
+        out: Folder to create.
+        scenes: Scenes of nuScenes mini to make up.
+        samples: Key frames of each training scene, 0.5 s apart.
+        val_samples: Of each validation scene; default: ``samples``.
+        settings: What decides the content.
+        workers: Processes; default: one per processor.
+        overwrite: Replace what is in ``out``.
+        progress: Called with key frames done and in total.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If an argument makes no sense.
+        FileExistsError: If ``out`` holds files already and ``overwrite`` is not set.
+        OSError: If ``out`` cannot be written to or the disk is too small.
+    """
+    settings = settings or Settings()
+    counts = {s: samples if s in TRAIN_SCENES else val_samples or samples for s in scenes}
+    check_arguments(counts, settings, workers)
+    out = Path(out)
+    total = sum(counts.values())
+    _check_folder(out, total * (_IMAGES + _SCAN * (1 + settings.sweeps)), overwrite)
+    with whole_folder(out) as part:
+        for channel in CHANNELS:
+            (part / 'samples' / channel).mkdir(parents=True)
+        (part / 'sweeps' / LIDAR).mkdir(parents=True)
+        jobs = [
+            (part, settings, scene, index, count)
+            for scene, count in counts.items()
+            for index in range(count // settings.block)
+        ]
+        blocks = []
+        for rows in _run(jobs, workers or os.cpu_count() or 1):
+            blocks.append(rows)
+            if progress:
+                progress(len(blocks) * settings.block, total)
+        write_tables(part, list(counts), counts, settings.width, blocks)
+        if overwrite:
+            _clear(out, keep=part)
+    return out
+
+
+def _run(jobs: list[tuple], workers: int):
+    """Rows of each block, in order."""
+    if min(workers, len(jobs)) == 1:
+        yield from (record_block(*job) for job in jobs)
+        return
+    context = multiprocessing.get_context('spawn')  # forking a process with threads may hang
+    with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
+        try:
+            yield from pool.map(_record, jobs, chunksize=2)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    cv2.setNumThreads(1)
+
+
+def _record(job: tuple):
+    return record_block(*job)
+
+
+def check_arguments(counts: dict[str, int], settings: Settings, workers: int | None) -> None:
+    """Refuses what makes no sense.
+
+    Raises:
+        ValueError: With the argument, its value and what is expected.
+    """
+    known = TRAIN_SCENES + VAL_SCENES
+    if not counts:
+        raise ValueError('no scenes to make')
+    for scene, count in counts.items():
+        if scene not in known:
+            raise ValueError(f'{scene!r} is no scene of nuScenes mini; choose from {known}')
+        if count < 1 or count % settings.block:
+            raise ValueError(
+                f'{scene}: samples must be a positive multiple of block ({settings.block}), so '
+                f'that every object is seen at least twice; got {count}'
+            )
+    if settings.block < 2:
+        raise ValueError(f'block must be at least 2 (velocities need two), got {settings.block}')
+    if settings.block > 20:
+        raise ValueError(f'block must be at most 20, got {settings.block}')
+    if settings.seed < 0:
+        raise ValueError(f'seed must not be negative, got {settings.seed}')
+    if settings.width % 16 or not 160 <= settings.width <= 1600:
+        raise ValueError(f'width must be a multiple of 16 from 160 to 1600, got {settings.width}')
+    if not 0 <= settings.sweeps <= 9:
+        raise ValueError(f'sweeps must be from 0 to 9, got {settings.sweeps}')
+    if settings.sweep_interval <= 0 or (
+        settings.sweeps * settings.sweep_interval >= KEYFRAME_INTERVAL - 1e-9
+    ):
+        raise ValueError(
+            f'{settings.sweeps} sweeps {settings.sweep_interval} s apart do not fit between key '
+            f'frames, which are {KEYFRAME_INTERVAL} s apart'
+        )
+    if not 10 <= settings.radius <= 45:
+        raise ValueError(f'radius must be from 10 to 45 metres, got {settings.radius}')
+    if workers is not None and workers < 1:
+        raise ValueError(f'workers must be at least 1, got {workers}')
+
+
+def _check_folder(out: Path, size: int, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f'{out} is a file, not a folder')
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f'{out} is not empty; choose another folder or --overwrite it')
+        if not (out / VERSION).is_dir() and not (out / 'samples').is_dir():
+            raise FileExistsError(f'{out} holds something else than a data set; remove it yourself')
+    at = next(p for p in [out, *out.absolute().parents] if p.exists())
+    free = shutil.disk_usage(at).free
+    if free < size:
+        raise OSError(
+            f'{out} needs up to {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: ask for fewer '
+            'scenes, samples or sweeps'
+        )
+
+
+def _clear(out: Path, keep: Path) -> None:
+    for path in out.iterdir():
+        if path != keep:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
