@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from mmdet3d_quant.files import CheckpointError, read_checkpoint
 from mmdet3d_quant.modes import quantizers, require_calibrated
+from mmdet3d_quant.parents.sparse_layout import accept_any_layout
 
 #: Where calibration data come from: the first of these that the config has.
 CALIBRATION_LOADERS = ('calib_dataloader', 'val_dataloader', 'test_dataloader')
@@ -71,18 +71,12 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
 
     Raises:
         CheckpointError: If the file cannot be read, or a weight is missing, left over or of
-            another shape.
+            another shape. Sparse weights may have the layout of spconv 1 (mmcv) or 2.
         UncalibratedError: If ``calibrated`` and a quantizer has no range.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint['state_dict']
-    if not hasattr(state, '_metadata'):
-        # mmdet3d takes sparse weights without a version for spconv 1's layout; if the shapes
-        # are the model's, so is the layout.
-        own = model.state_dict()
-        if all(v.shape == own[k].shape for k, v in state.items() if k in own):
-            state = OrderedDict(state)
-            state._metadata = own._metadata  # type: ignore[attr-defined]
+    accept_any_layout(model)  # a LiDAR encoder of the public project does not by itself
     try:
         keys = model.load_state_dict(state, strict=False)
     except RuntimeError as err:

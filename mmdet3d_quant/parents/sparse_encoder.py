@@ -11,6 +11,8 @@ from mmdet3d.models.layers.spconv import IS_SPCONV2_AVAILABLE
 from mmdet3d.models.middle_encoders import SparseEncoder
 from torch import Tensor
 
+from mmdet3d_quant.parents.sparse_layout import accept_any_layout
+
 if IS_SPCONV2_AVAILABLE:
     from spconv.pytorch import SparseConv3d, SparseConvTensor
 
@@ -89,6 +91,7 @@ class BEVFusionSparseEncoder(SparseEncoder):
             indice_key='spconv_down2',
             conv_type=_CONVS['SparseConv3d'],
         )
+        accept_any_layout(self)
 
     def make_encoder_layers(
         self, make_block: Any, norm_cfg: dict, in_channels: int, block_type: str = 'conv_module'
