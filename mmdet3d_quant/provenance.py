@@ -14,16 +14,16 @@ from mmdet3d_quant.version import __version__
 PACKAGES = ('torch', 'mmcv', 'mmengine', 'mmdet', 'mmdet3d', 'pytorch-quantization')
 
 
-def provenance(cfg: Config, checkpoint: str | Path) -> dict[str, Any]:
+def provenance(cfg: Config | None, checkpoint: str | Path) -> dict[str, Any]:
     """Describes the inputs of a run.
 
     Args:
-        cfg: The config, with overrides applied.
+        cfg: The config, with overrides applied; None where a run needs none.
         checkpoint: The checkpoint that was read.
 
     Returns:
-        Plain dict: ``config`` (path), ``cfg`` (full text), ``source_checkpoint`` (name and
-        SHA-256), ``versions``, and ``dataset_meta`` where the config tells the classes.
+        Plain dict: ``source_checkpoint`` (name and SHA-256) and ``versions``; of the config its
+        ``config`` (path), ``cfg`` (full text), and ``dataset_meta`` where it tells the classes.
     """
     versions = {'mmdet3d_quant': __version__}
     for name in PACKAGES:
@@ -32,11 +32,12 @@ def provenance(cfg: Config, checkpoint: str | Path) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     found: dict[str, Any] = dict(
-        config=str(cfg.filename),
-        cfg=cfg.pretty_text,
         source_checkpoint=dict(name=Path(checkpoint).name, sha256=sha256(checkpoint)),
         versions=versions,
     )
+    if cfg is None:
+        return found
+    found.update(config=str(cfg.filename), cfg=cfg.pretty_text)
     classes = cfg.get('class_names') or cfg.get('metainfo', {}).get('classes')
     if classes:
         found['dataset_meta'] = dict(classes=list(classes))
