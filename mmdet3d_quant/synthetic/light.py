@@ -104,7 +104,7 @@ def make_light(rng: np.random.Generator) -> Light:
         if rng.random() < 0.6:
             glow[GLOWS['window']] = np.array([0.5, 0.42, 0.26]) * rng.uniform(0.2, 1.2)
     level = (direct * 0.5 + ambient).mean() + 0.06 * dark
-    gain = (0.75 if hour == 'day' else 0.6 if hour == 'dusk' else 0.38) / level
+    gain = (0.6 if hour == 'day' else 0.6 if hour == 'dusk' else 0.38) / level
     return Light(
         hour=hour,
         sun=sun,

@@ -193,16 +193,22 @@ def make_block(rng: np.random.Generator, frames: int, radius: float) -> Block:
         -block.speed * LEAD / 2, 0, 0, (_EGO_BOX[1] / 2 + fast * span / 2, _EGO_BOX[0] / 2 + 0.3)
     )
     for name, kind in {**KINDS, **SCENERY}.items():
-        wanted = rng.poisson(kind.count) if kind.count > 2 or not kind.category else 1
-        wanted = max(wanted, 1) + (kind.count <= 2 and rng.random() < kind.count - 1)
-        if kind.category == '':
-            wanted = rng.poisson(kind.count)
+        wanted = _count(rng, kind)
         while wanted > 0:
             group = int(rng.integers(2, kind.group + 1)) if kind.group > 1 else 1
             group = min(wanted, group if rng.random() < 0.5 else 1)
             _place(rng, block, ground, name, group, radius, (-LEAD, last))
             wanted -= group
     return block
+
+
+def _count(rng: np.random.Generator, kind: Kind) -> int:
+    """How many to place: at least one of what is labelled."""
+    if not kind.category:
+        return int(rng.poisson(kind.count))
+    if kind.count > 2:
+        return max(1, int(rng.poisson(kind.count)))
+    return 1 + int(rng.random() < kind.count - 1)
 
 
 def _place(rng, block, ground, name, group, radius, span) -> None:
