@@ -70,14 +70,28 @@ def rulebook(conv: SparseConv3d | SubMConv3d, x: SparseConvTensor) -> Rulebook:
         source=source,
         target=target,
         counts=sizes,
-        by_source=_grouped(source, len(x.indices)),
-        by_target=_grouped(target, len(outputs)),
+        by_source=_grouped(source, sizes, len(x.indices)),
+        by_target=_grouped(target, sizes, len(outputs)),
     )
 
 
-def _grouped(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _grouped(rows: Tensor, counts: list[int], count: int) -> tuple[Tensor, Tensor]:
+    """Order of the pairs by row, and where each row's pairs begin: a sort by counting.
+
+    Args:
+        rows: Row of each pair, (p,); a row comes once per weight at most.
+        counts: Number of pairs of each weight.
+        count: Number of rows.
+    """
     sizes = torch.bincount(rows, minlength=count)
-    return rows.argsort(stable=True), sizes.cumsum(0) - sizes
+    begins = sizes.cumsum(0) - sizes
+    order = torch.empty_like(rows)
+    free, numbers = begins.clone(), torch.arange(len(rows))
+    for part, number in zip(rows.split(counts), numbers.split(counts), strict=True):
+        place = free.index_select(0, part)
+        order[place] = number
+        free[part] = place + 1
+    return order, begins
 
 
 class _Convolve(torch.autograd.Function):
