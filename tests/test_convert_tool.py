@@ -4,10 +4,12 @@ import sys
 
 import pytest
 import torch
+from mmdet3d.apis import init_model
 
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.conversion import ConversionError
 from mmdet3d_quant.files import CheckpointError, read_checkpoint, sha256
+from mmdet3d_quant.modes import float_state_dict
 from mmdet3d_quant.samples import make_frame
 from tests.small import ROOT, save_float, small_config
 from tests.test_conversion import same, to_mit_by_hand
@@ -60,6 +62,16 @@ def test_there_and_back_and_into_calibration(work, tmp_path, capsys):
 def same_numbers(state, path):
     other = read_checkpoint(path)['state_dict']
     return set(state) == set(other) and all(torch.equal(v, other[n]) for n, v in state.items())
+
+
+def test_mmdet3d_init_model_loads_what_mmdet3d_published(work, tmp_path):
+    """Weights in spconv 2's layout without its version, as in mmdet3d's issue 2584."""
+    state = dict(read_checkpoint(work / 'float.pth')['state_dict'])
+    classes = fc.read_config(work / 'int8.py').class_names
+    meta = dict(dataset_meta=dict(classes=classes))
+    torch.save(dict(state_dict=state, meta=meta), tmp_path / 'published.pth')
+    model = init_model(str(work / 'int8.py'), str(tmp_path / 'published.pth'), device='cpu')
+    assert same_numbers(float_state_dict(model), work / 'float.pth')
 
 
 def test_without_a_config_it_says_that_nothing_was_checked(work, tmp_path, capsys):
