@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from terminal import open_console
 
 from mmdet3d_quant.synthetic.generate import make_synthetic_nuscenes
-from mmdet3d_quant.synthetic.infos import ConverterError, make_infos
+from mmdet3d_quant.synthetic.infos import ConverterError
 from mmdet3d_quant.synthetic.record import Settings
 from mmdet3d_quant.synthetic.tables import TRAIN_SCENES, VAL_SCENES
 
@@ -73,10 +71,15 @@ def main(argv: list[str] | None = None) -> None:
         sweep_interval=args.sweep_interval,
         radius=args.radius,
     )
-    start = time.time()
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task('Key frames', total=None)
+
+        def show(done: int, total: int) -> None:
+            finished = done == total and not args.no_infos
+            text = "Key frames, mmdet3d's converter" if finished else 'Key frames'
+            progress.update(task, completed=done, total=total, description=text)
+
         out = make_synthetic_nuscenes(
             args.out,
             names,
@@ -84,16 +87,12 @@ def main(argv: list[str] | None = None) -> None:
             args.val_samples,
             settings,
             args.workers,
-            args.overwrite,
-            lambda done, total: progress.update(task, completed=done, total=total),
+            infos=not args.no_infos,
+            gt_database=args.gt_database,
+            overwrite=args.overwrite,
+            progress=show,
         )
-    console.print(f'Recorded in {time.time() - start:.0f} s')
-    if not args.no_infos:
-        start = time.time()
-        with console.status("mmdet3d's converter"):
-            make_infos(out, max_sweeps=max(args.sweeps, 0), gt_database=args.gt_database)
-        console.print(f'Info files in {time.time() - start:.0f} s')
-    size = sum(f.stat().st_size for f in Path(out).rglob('*') if f.is_file())
+    size = sum(f.stat().st_size for f in out.rglob('*') if f.is_file())
     console.print(f'Wrote {out}: {size / 1e9:.2f} GB')
 
 

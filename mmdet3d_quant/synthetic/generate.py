@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Callable, Sequence
 
 import cv2
 
 from mmdet3d_quant.files import whole_folder
+from mmdet3d_quant.synthetic.infos import make_infos
 from mmdet3d_quant.synthetic.record import Settings, record_block
 from mmdet3d_quant.synthetic.sensors import LIDAR
 from mmdet3d_quant.synthetic.tables import (
     CHANNELS,
     TRAIN_SCENES,
     VAL_SCENES,
-    VERSION,
     write_tables,
 )
 from mmdet3d_quant.synthetic.world import KEYFRAME_INTERVAL
 
+#: Tells a generated set, and from what it was generated.
+MARK = 'synthetic.json'
 #: Disk space that a key frame takes at most, bytes: six images and its point clouds.
 _IMAGES, _SCAN = 900_000, 700_000
 
@@ -34,13 +38,17 @@ def make_synthetic_nuscenes(
     val_samples: int | None = None,
     settings: Settings | None = None,
     workers: int | None = None,
+    infos: bool = True,
+    gt_database: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes a generated data set in the form of nuScenes v1.0-mini.
 
     A block of a scene depends on ``settings`` and nothing else: with fewer scenes or samples the
-    result is a part of what more would give, whatever the number of workers.
+    result is a part of what more would give, whatever the number of workers. More than one worker
+    means new processes that import the main module, which must not start this again: call it
+    below ``if __name__ == '__main__'``.
 
     Args:
         out: Folder to create.
@@ -49,7 +57,9 @@ def make_synthetic_nuscenes(
         val_samples: Of each validation scene; default: ``samples``.
         settings: What decides the content.
         workers: Processes; default: one per processor.
-        overwrite: Replace what is in ``out``.
+        infos: Also run mmdet3d's converter, for ``nuscenes_infos_*.pkl``.
+        gt_database: Also cut out the objects of the training scenes, for ``ObjectSample``.
+        overwrite: Replace an earlier generated set in ``out``.
         progress: Called with key frames done and in total.
 
     Returns:
@@ -57,11 +67,14 @@ def make_synthetic_nuscenes(
 
     Raises:
         ValueError: If an argument makes no sense.
-        FileExistsError: If ``out`` holds files already and ``overwrite`` is not set.
+        FileExistsError: If ``out`` holds files already, and they are no generated set or
+            ``overwrite`` is not set.
         OSError: If ``out`` cannot be written to or the disk is too small.
+        ConverterError: If mmdet3d's converter fails.
     """
     settings = settings or Settings()
-    counts = {s: samples if s in TRAIN_SCENES else val_samples or samples for s in scenes}
+    val_samples = samples if val_samples is None else val_samples
+    counts = {s: val_samples if s in VAL_SCENES else samples for s in scenes}
     check_arguments(counts, settings, workers)
     out = Path(out)
     total = sum(counts.values())
@@ -80,7 +93,10 @@ def make_synthetic_nuscenes(
             blocks.append(rows)
             if progress:
                 progress(len(blocks) * settings.block, total)
-        write_tables(part, list(counts), counts, settings.width, blocks)
+        write_tables(part, counts, settings.width, blocks)
+        (part / MARK).write_text(json.dumps(dict(samples=counts, **settings._asdict()), indent=1))
+        if infos or gt_database:
+            make_infos(part, max_sweeps=settings.sweeps, gt_database=gt_database)
         if overwrite:
             _clear(out, keep=part)
     return out
@@ -92,12 +108,15 @@ def _run(jobs: list[tuple], workers: int):
         yield from (record_block(*job) for job in jobs)
         return
     context = multiprocessing.get_context('spawn')  # forking a process with threads may hang
-    with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_one_thread) as pool:
         try:
             yield from pool.map(_record, jobs, chunksize=2)
-        except BaseException:
+        except BrokenProcessPool:
+            raise OSError(
+                'a worker process died, maybe for lack of memory: ask for fewer'
+            ) from None
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _one_thread() -> None:
@@ -117,6 +136,10 @@ def check_arguments(counts: dict[str, int], settings: Settings, workers: int | N
     known = TRAIN_SCENES + VAL_SCENES
     if not counts:
         raise ValueError('no scenes to make')
+    if not 2 <= settings.block <= 20:
+        raise ValueError(
+            f'block must be from 2 (a velocity needs two key frames) to 20, got {settings.block}'
+        )
     for scene, count in counts.items():
         if scene not in known:
             raise ValueError(f'{scene!r} is no scene of nuScenes mini; choose from {known}')
@@ -125,10 +148,6 @@ def check_arguments(counts: dict[str, int], settings: Settings, workers: int | N
                 f'{scene}: samples must be a positive multiple of block ({settings.block}), so '
                 f'that every object is seen at least twice; got {count}'
             )
-    if settings.block < 2:
-        raise ValueError(f'block must be at least 2 (velocities need two), got {settings.block}')
-    if settings.block > 20:
-        raise ValueError(f'block must be at most 20, got {settings.block}')
     if settings.seed < 0:
         raise ValueError(f'seed must not be negative, got {settings.seed}')
     if settings.width % 16 or not 160 <= settings.width <= 1600:
@@ -154,8 +173,8 @@ def _check_folder(out: Path, size: int, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise FileExistsError(f'{out} is not empty; choose another folder or --overwrite it')
-        if not (out / VERSION).is_dir() and not (out / 'samples').is_dir():
-            raise FileExistsError(f'{out} holds something else than a data set; remove it yourself')
+        if not (out / MARK).is_file():
+            raise FileExistsError(f'{out} holds no generated data set (no {MARK}); left alone')
     at = next(p for p in [out, *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(at).free
     if free < size:

@@ -12,17 +12,23 @@ from pathlib import Path
 from mmdet3d_quant.synthetic.tables import VERSION
 
 INFO_FILES = ('nuscenes_infos_train.pkl', 'nuscenes_infos_val.pkl')
-#: Runs what ``tools/create_data.py`` runs for nuScenes; objects to paste only on request.
+#: Runs what ``tools/create_data.py`` runs for nuScenes; objects to paste only on request. A split
+#: without scenes, at which the converter would stop, gets no file.
 _RUN = """
-import sys
+import os, sys
 home, version, max_sweeps, gt_database = sys.argv[1:]
 sys.path.insert(0, home)
+import mmengine
 from tools.dataset_converters.nuscenes_converter import create_nuscenes_infos
 from tools.dataset_converters.update_infos_to_v2 import update_pkl_infos
 root = './data/nuscenes'
 create_nuscenes_infos(root, 'nuscenes', version=version, max_sweeps=int(max_sweeps))
-for part in ('train', 'val'):
-    update_pkl_infos('nuscenes', out_dir=root, pkl_path=f'{root}/nuscenes_infos_{part}.pkl')
+for split in ('train', 'val'):
+    path = f'{root}/nuscenes_infos_{split}.pkl'
+    if mmengine.load(path)['infos']:
+        update_pkl_infos('nuscenes', out_dir=root, pkl_path=path)
+    else:
+        os.remove(path)
 if gt_database == '1':
     from tools.dataset_converters.create_gt_database import create_groundtruth_database
     name = 'nuscenes_infos_train.pkl'
@@ -35,7 +41,10 @@ class ConverterError(RuntimeError):
 
 
 def make_infos(
-    data_root: str | Path, version: str = VERSION, max_sweeps: int = 10, gt_database: bool = False
+    data_root: str | Path,
+    version: str = VERSION,
+    max_sweeps: int = 3,
+    gt_database: bool = False,
 ) -> list[Path]:
     """Writes mmdet3d's info files beside the tables.
 
@@ -45,11 +54,11 @@ def make_infos(
     Args:
         data_root: Folder with ``v1.0-*``, ``samples`` and ``sweeps``.
         version: Name of the folder with the tables.
-        max_sweeps: Most earlier sweeps listed for a key frame.
+        max_sweeps: Most earlier sweeps listed for a key frame; a generated set has 3 by default.
         gt_database: Also cut out the objects, for ``ObjectSample`` in published configs.
 
     Returns:
-        The info files.
+        The info files: one for each split that has scenes.
 
     Raises:
         ConverterError: If the converter fails; with the end of what it said.
@@ -74,8 +83,8 @@ def make_infos(
             stderr=subprocess.STDOUT,
             text=True,
         )
-    files = [root / name for name in INFO_FILES]
-    if result.returncode or not all(f.is_file() for f in files):
+    files = [root / name for name in INFO_FILES if (root / name).is_file()]
+    if result.returncode or not files:
         end = '\n'.join(result.stdout.splitlines()[-15:])
         raise ConverterError(f"mmdet3d's converter failed on {root}:\n{end}")
     return files

@@ -103,14 +103,13 @@ def file_name(scene: str, channel: str, when: int, key: bool) -> str:
 
 
 def write_tables(
-    root: Path, scenes: Sequence[str], samples: dict[str, int], width: int, blocks: Sequence[dict]
+    root: Path, samples: dict[str, int], width: int, blocks: Sequence[dict[str, list[dict]]]
 ) -> None:
     """Writes all tables and the map.
 
     Args:
         root: Data root.
-        scenes: Names.
-        samples: Key frames of each scene.
+        samples: Scenes and their numbers of key frames.
         width: Of the images, pixels.
         blocks: What ``record.py`` returned for each block, in order: lists of ``sample``,
             ``sample_data``, ``ego_pose``, ``instance`` and ``sample_annotation`` rows.
@@ -127,8 +126,8 @@ def write_tables(
         tables['sensor'].append(
             dict(token=token('sensor', channel), channel=channel, modality=modality)
         )
-    for name in scenes:
-        _add_scene(tables, name, samples[name], width)
+    for name, count in samples.items():
+        _add_scene(tables, name, count, width)
     for block in blocks:
         for name, rows in block.items():
             tables[name].extend(rows)

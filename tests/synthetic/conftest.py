@@ -1,0 +1,23 @@
+"""A tiny data set for the tests of this folder, made once."""
+
+import pytest
+
+from mmdet3d_quant.synthetic.generate import make_synthetic_nuscenes
+
+SCENES = ('scene-0061', 'scene-0103')
+SAMPLES = 2
+
+
+@pytest.fixture(scope='session')
+def tiny_nuscenes(tmp_path_factory):
+    """Two scenes of two key frames, with info files."""
+    folder = tmp_path_factory.mktemp('synthetic') / 'nuscenes'
+    return make_synthetic_nuscenes(folder, SCENES, SAMPLES, workers=1)
+
+
+@pytest.fixture(scope='session')
+def devkit(tiny_nuscenes):
+    """The same, as nuscenes-devkit reads it."""
+    from nuscenes.nuscenes import NuScenes
+
+    return NuScenes(version='v1.0-mini', dataroot=str(tiny_nuscenes), verbose=False)
