@@ -121,7 +121,11 @@ class Scorer:
             results: Detections of every sample of the split, in any order.
         """
         metric = self.metric
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.redirect_stdout(io.StringIO()),  # progress bars of the devkit
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             metric.data_infos = load(metric.ann_file)['data_list']
             files, _ = metric.format_results(results, metric.dataset_meta['classes'], folder)
             evaluation = NuScenesEval(

@@ -9,6 +9,12 @@ a family is never mixed from two sources. (Import the public project first if yo
 from mmdet3d.registry import MODELS, TASK_UTILS, TRANSFORMS
 from mmengine.logging import print_log
 
+from mmdet3d_quant.bevfusion.assigner import (
+    BBoxBEVL1Cost,
+    HeuristicAssigner3D,
+    HungarianAssigner3D,
+    IoU3DCost,
+)
 from mmdet3d_quant.bevfusion.augment import (
     BEVFusionGlobalRotScaleTrans,
     BEVFusionRandomFlip3D,
@@ -43,7 +49,16 @@ FAMILY = (
             TransformerDecoderLayer,
         ),
     ),
-    (TASK_UTILS, (TransFusionBBoxCoder,)),
+    (
+        TASK_UTILS,
+        (
+            BBoxBEVL1Cost,
+            HeuristicAssigner3D,
+            HungarianAssigner3D,
+            IoU3DCost,
+            TransFusionBBoxCoder,
+        ),
+    ),
     (
         TRANSFORMS,
         (

@@ -18,7 +18,7 @@ _MATRICES = ('lidar2img', 'cam2img', 'cam2lidar')
 
 
 class BEVFusion(Base3DDetector):
-    """Inference side of BEVFusion.
+    """BEVFusion.
 
     Give the ``img_*`` parts and ``view_transform`` for cameras, the voxel encoder and
     ``pts_middle_encoder`` for LiDAR, or both and a ``fusion_layer``. ``pts_backbone`` and
@@ -257,12 +257,20 @@ class BEVFusion(Base3DDetector):
         boxes = self.bbox_head.predict(self.extract_feat(batch_inputs_dict, metas), metas)
         return self.add_pred_to_datasample(batch_data_samples, boxes)
 
-    def loss(self, *args: Any, **kwargs: Any) -> None:
-        """Raises NotImplementedError: training comes with a later release."""
-        raise NotImplementedError(
-            'BEVFusion has no losses yet; train with the public BEVFusion project of mmdet3d, '
-            'whose checkpoints load here'
-        )
+    def loss(
+        self, batch_inputs_dict: dict, batch_data_samples: list[Det3DDataSample]
+    ) -> dict[str, Tensor]:
+        """Losses of a batch; mode ``'loss'``.
+
+        Args:
+            batch_inputs_dict: As :meth:`extract_feat` takes them.
+            batch_data_samples: One per input sample, with ``gt_instances_3d``.
+
+        Returns:
+            The head's losses.
+        """
+        metas = [sample.metainfo for sample in batch_data_samples]
+        return self.bbox_head.loss(self.extract_feat(batch_inputs_dict, metas), batch_data_samples)
 
 
 def _build(cfg: dict | None) -> nn.Module | None:

@@ -12,8 +12,11 @@ from mmcv.cnn import ConvModule, build_conv_layer
 from mmdet3d.models import circle_nms
 from mmdet3d.models.dense_heads.centerpoint_head import SeparateHead
 from mmdet3d.registry import MODELS, TASK_UTILS
+from mmdet3d.structures import Det3DDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+
+from mmdet3d_quant.bevfusion.targets import make_targets
 
 _CONV = dict(type='Conv1d')
 _NORM = dict(type='BN1d')
@@ -29,7 +32,7 @@ Outputs = tuple[list[dict[str, Tensor]]]
 
 
 class TransFusionHead(nn.Module):
-    """Inference side of the TransFusion head; losses are accepted, not computed.
+    """TransFusion head.
 
     Args:
         num_proposals: Boxes per sample, P.
@@ -47,10 +50,12 @@ class TransFusionHead(nn.Module):
         conv_cfg: Convolution type of the prediction heads.
         norm_cfg: Norm type of the prediction heads.
         bias: Bias of the convolutions, as mmcv takes it.
-        loss_cls: Kept for training; must use a sigmoid.
-        loss_bbox: Kept for training.
-        loss_heatmap: Kept for training.
-        train_cfg: Kept for training.
+        loss_cls: Config of the loss of the class scores; must use a sigmoid.
+        loss_bbox: Config of the loss of the regressed quantities.
+        loss_heatmap: Config of the loss of the heatmap.
+        train_cfg: Needed to train: ``assigner``, ``pos_weight``, ``code_weights``,
+            ``gaussian_overlap``, ``min_radius``, ``grid_size``, ``point_cloud_range``,
+            ``voxel_size``, ``out_size_factor``.
         test_cfg: ``dataset``, ``grid_size``, ``out_size_factor`` and ``nms_type`` (None or
             ``'circle'``).
         bbox_coder: Config of the box coder.
@@ -102,7 +107,12 @@ class TransFusionHead(nn.Module):
         self.bn_momentum = bn_momentum
         self.train_cfg = train_cfg
         self.test_cfg = test_cfg
-        self.loss_cfgs = dict(cls=loss_cls, bbox=loss_bbox, heatmap=loss_heatmap)
+        self.losses = {
+            name: MODELS.build(cfg)
+            for name, cfg in (('cls', loss_cls), ('bbox', loss_bbox), ('heatmap', loss_heatmap))
+            if cfg is not None
+        }
+        self.bbox_assigner = None if train_cfg is None else TASK_UTILS.build(train_cfg['assigner'])
         self.bbox_coder = TASK_UTILS.build(bbox_coder)
 
         conv2d = dict(type='Conv2d')
@@ -223,12 +233,79 @@ class TransFusionHead(nn.Module):
             raise ValueError(f'TransFusionHead expects one map, got {len(feats)}')
         return (self.forward_single(feats[0], metas),)
 
-    def loss(self, *args: Any, **kwargs: Any) -> None:
-        """Raises NotImplementedError: training comes with a later release."""
-        raise NotImplementedError(
-            'TransFusionHead has no losses yet; train with the public BEVFusion project of '
-            'mmdet3d, whose checkpoints load here'
+    def loss(
+        self, batch_feats: Tensor | Sequence[Tensor], batch_data_samples: list[Det3DDataSample]
+    ) -> dict[str, Tensor]:
+        """Losses of a batch, in float32 under autocast too: positions span the whole map.
+
+        Args:
+            batch_feats: Map or maps, as :meth:`forward` takes them.
+            batch_data_samples: With ``gt_instances_3d``.
+
+        Returns:
+            See :meth:`loss_by_feat`.
+        """
+        maps = [batch_feats] if isinstance(batch_feats, Tensor) else batch_feats
+        with torch.autocast(maps[0].device.type, enabled=False):
+            outputs = self([m.float() for m in maps], [s.metainfo for s in batch_data_samples])
+            return self.loss_by_feat(outputs, [s.gt_instances_3d for s in batch_data_samples])
+
+    def loss_by_feat(
+        self, preds_dicts: Outputs, batch_gt_instances_3d: list[InstanceData]
+    ) -> dict[str, Tensor]:
+        """Losses of what :meth:`forward` returns.
+
+        Args:
+            preds_dicts: Result of :meth:`forward`.
+            batch_gt_instances_3d: Per sample ``bboxes_3d`` and ``labels_3d``.
+
+        Returns:
+            ``loss_heatmap``; per decoder layer ``layer_i_loss_cls`` and ``layer_i_loss_bbox``
+            (the last is ``layer_-1``); ``matched_ious``, which is no loss.
+
+        Raises:
+            ValueError: If the head was built without what training needs.
+        """
+        missing = [f'loss_{n}' for n in ('cls', 'bbox', 'heatmap') if n not in self.losses]
+        missing += ['train_cfg'] if self.bbox_assigner is None else []
+        if missing:
+            raise ValueError(f'to train, TransFusionHead needs bbox_head.{", ".join(missing)}')
+        outputs = preds_dicts[0][0]
+        targets = make_targets(
+            batch_gt_instances_3d,
+            outputs,
+            self.bbox_assigner,
+            self.bbox_coder,
+            self.train_cfg,
+            self.num_proposals,
         )
+        dense = outputs['dense_heatmap'].sigmoid().clamp(1e-4, 1 - 1e-4)
+        peaks = max(targets.heatmap.eq(1).sum().item(), 1)
+        losses = dict(loss_heatmap=self.losses['heatmap'](dense, targets.heatmap, avg_factor=peaks))
+        objects = max(targets.num_pos, 1)
+        quantities = [outputs[n] for n in ('center', 'height', 'dim', 'rot')]
+        quantities += [outputs['vel']] if 'vel' in outputs else []
+        regressed = torch.cat(quantities, dim=1).transpose(1, 2)
+        scores = outputs['heatmap'].transpose(1, 2)
+        code_weights = regressed.new_tensor(self.train_cfg['code_weights'])
+        layers = scores.shape[1] // self.num_proposals
+        for i in range(layers):
+            part = slice(i * self.num_proposals, (i + 1) * self.num_proposals)
+            name = f'layer_{-1 if i == layers - 1 else i}'
+            losses[f'{name}_loss_cls'] = self.losses['cls'](
+                scores[:, part].flatten(0, 1),
+                targets.labels[:, part].flatten(),
+                targets.label_weights[:, part].flatten(),
+                avg_factor=objects,
+            )
+            losses[f'{name}_loss_bbox'] = self.losses['bbox'](
+                regressed[:, part],
+                targets.bboxes[:, part],
+                targets.bbox_weights[:, part] * code_weights,
+                avg_factor=objects,
+            )
+        losses['matched_ious'] = scores.new_tensor(targets.matched_iou)
+        return losses
 
     def predict(
         self, batch_feats: Tensor | Sequence[Tensor], batch_input_metas: list[dict]

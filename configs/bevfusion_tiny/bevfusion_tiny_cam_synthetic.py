@@ -1,0 +1,25 @@
+# The tiny BEVFusion with cameras alone: depth is estimated from the images.
+_base_ = ['./bevfusion_tiny_lidar-cam_synthetic.py']
+
+model = dict(
+    data_preprocessor=dict(voxelize_cfg=None),
+    view_transform=dict(type='LSSTransform'),
+    pts_voxel_encoder=None,
+    pts_middle_encoder=None,
+    fusion_layer=None,
+    pts_backbone=dict(in_channels=32),
+)
+
+modality = dict(use_lidar=False, use_camera=True)
+pack = [dict(_base_.pack[0], keys=['img', 'gt_bboxes_3d', 'gt_labels_3d'])]
+# Training loads the points too: mmdet3d's augmentation moves boxes only together with them.
+train_pipeline = (
+    [_base_.load_images] + _base_.load_points + _base_.load_boxes + [_base_.train_images]
+    + _base_.move_scene + _base_.boxes_in_range + pack
+)  # yapf: disable
+test_pipeline = [_base_.load_images, _base_.test_images] + pack
+
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline, modality=modality))
+test_dataloader = val_dataloader
+calib_dataloader = val_dataloader

@@ -1,0 +1,11 @@
+# The tiny BEVFusion in INT8: types change, everything else is inherited.
+_base_ = ['./bevfusion_tiny_lidar-cam_synthetic.py']
+
+model = dict(
+    img_backbone=dict(type='QuantResNet'),
+    img_neck=dict(type='QuantGeneralizedLSSFPN'),
+    view_transform=dict(type='QuantDepthLSSTransform'),
+    fusion_layer=dict(type='QuantConvFuser'),
+    pts_backbone=dict(type='QuantSECOND'),
+    pts_neck=dict(type='QuantSECONDFPN'),
+)
