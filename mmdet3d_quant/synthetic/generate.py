@@ -136,9 +136,9 @@ def check_arguments(counts: dict[str, int], settings: Settings, workers: int | N
     known = TRAIN_SCENES + VAL_SCENES
     if not counts:
         raise ValueError('no scenes to make')
-    if not 2 <= settings.block <= 20:
+    if not 2 <= settings.block <= 10:
         raise ValueError(
-            f'block must be from 2 (a velocity needs two key frames) to 20, got {settings.block}'
+            f'block must be from 2 (a velocity needs two key frames) to 10, got {settings.block}'
         )
     for scene, count in counts.items():
         if scene not in known:

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from mmdet3d_quant.synthetic.camera import Scene, expose
+from mmdet3d_quant.synthetic.camera import Scene
+from mmdet3d_quant.synthetic.kinds import KINDS
+from mmdet3d_quant.synthetic.layout import make_block
+from mmdet3d_quant.synthetic.lens import expose
 from mmdet3d_quant.synthetic.lidar import Scan, scan
 from mmdet3d_quant.synthetic.light import make_light
 from mmdet3d_quant.synthetic.sensors import CAMERAS, LIDAR, Pose
 from mmdet3d_quant.synthetic.tables import file_name, timestamp, token
-from mmdet3d_quant.synthetic.world import KEYFRAME_INTERVAL, KINDS, Block, Thing, make_block
+from mmdet3d_quant.synthetic.world import KEYFRAME_INTERVAL, Block, Thing
 
 
 class Settings(NamedTuple):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmdet3d_quant.synthetic.shapes import FACES, SHAPES, Shape
+from mmdet3d_quant.synthetic.parts import AROUND, FACES, Shape
+from mmdet3d_quant.synthetic.shapes import SHAPES
 
 #: Gap between an object's surface and its annotated box, metres: LiDAR noise stays inside.
 MARGIN = 0.03
@@ -133,7 +134,7 @@ def _wear(shape: Shape, rng: np.random.Generator) -> None:
     extents = np.array([p[:6] for p in shape.parts])
     large = np.argsort(-np.prod(extents[:, 1::2] - extents[:, 0::2], axis=1))[:2]
     for part in large:
-        for face in FACES[:4]:
+        for face in AROUND:
             for u, v in rng.uniform(0, 0.85, (rng.integers(0, 4), 2)):
                 w, h = rng.uniform(0.03, 0.4, 2)
                 material = str(rng.choice(['dirt', 'pale', 'sticker'], p=[0.5, 0.3, 0.2]))

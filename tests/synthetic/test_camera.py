@@ -7,8 +7,9 @@ from nuscenes.utils.data_classes import Box
 from nuscenes.utils.geometry_utils import view_points
 from pyquaternion import Quaternion
 
-from mmdet3d_quant.synthetic.camera import Scene, paint_order
+from mmdet3d_quant.synthetic.camera import Scene
 from mmdet3d_quant.synthetic.light import make_light
+from mmdet3d_quant.synthetic.order import paint_order
 from mmdet3d_quant.synthetic.sensors import CAMERAS, Pose
 from mmdet3d_quant.synthetic.solid import MARGIN, make_solid
 from mmdet3d_quant.synthetic.world import Block, Thing

@@ -10,8 +10,8 @@ from mmdet3d.utils import register_all_modules
 
 from mmdet3d_quant.synthetic.check import check
 from mmdet3d_quant.synthetic.generate import make_synthetic_nuscenes
+from mmdet3d_quant.synthetic.kinds import CLASSES
 from mmdet3d_quant.synthetic.sensors import CAMERAS
-from mmdet3d_quant.synthetic.world import CLASSES
 
 VAL = 'nuscenes_infos_val.pkl'
 

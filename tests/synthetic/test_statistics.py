@@ -4,10 +4,11 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdet3d_quant.synthetic.kinds import CLASSES, KINDS
+from mmdet3d_quant.synthetic.layout import LEAD
 from mmdet3d_quant.synthetic.light import HOURS, make_light
 from mmdet3d_quant.synthetic.record import Settings, generators, make_layout
 from mmdet3d_quant.synthetic.solid import GLOWS
-from mmdet3d_quant.synthetic.world import CLASSES, KINDS, LEAD
 
 BLOCKS = 30
 

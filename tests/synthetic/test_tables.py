@@ -5,11 +5,13 @@ import pytest
 from nuscenes.utils.data_classes import LidarPointCloud
 from nuscenes.utils.geometry_utils import points_in_box
 
+from mmdet3d_quant.synthetic.kinds import CLASSES
+from mmdet3d_quant.synthetic.layout import MOVING
 from mmdet3d_quant.synthetic.lidar import scan
 from mmdet3d_quant.synthetic.light import make_light
 from mmdet3d_quant.synthetic.record import Settings, generators, make_layout
 from mmdet3d_quant.synthetic.tables import token
-from mmdet3d_quant.synthetic.world import CLASSES, KEYFRAME_INTERVAL, MOVING
+from mmdet3d_quant.synthetic.world import KEYFRAME_INTERVAL
 
 SCENE = 'scene-0103'
 
