@@ -10,6 +10,7 @@ from mmdet3d.utils import replace_ceph_backend
 from mmengine.config import Config, DictAction
 
 import mmdet3d_quant  # noqa: F401  registers the Quant* types, whatever the config imports
+import mmdet3d_quant.optim  # noqa: F401  for --amp without a GPU
 from mmdet3d_quant.from_config import ConfigError, read_config
 
 

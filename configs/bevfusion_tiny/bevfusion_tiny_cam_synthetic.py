@@ -2,6 +2,7 @@
 _base_ = ['./bevfusion_tiny_lidar-cam_synthetic.py']
 
 model = dict(
+    img_backbone=dict(init_cfg=None),
     data_preprocessor=dict(voxelize_cfg=None),
     view_transform=dict(type='LSSTransform'),
     pts_voxel_encoder=None,
@@ -23,3 +24,11 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline, modality=modality))
 test_dataloader = val_dataloader
 calib_dataloader = val_dataloader
+
+max_epochs = 5
+train_cfg = dict(max_epochs=max_epochs, val_interval=5)
+param_scheduler = [
+    _base_.param_scheduler[0],
+    dict(_base_.param_scheduler[1], T_max=max_epochs, end=max_epochs),
+]
+load_from = None

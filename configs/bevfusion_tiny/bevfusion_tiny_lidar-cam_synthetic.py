@@ -6,10 +6,10 @@ custom_imports = dict(
     imports=['mmdet3d_quant', 'mmdet3d_quant.bevfusion'], allow_failed_imports=False
 )
 
-# Metres. 72 / 0.2 = 360 voxels along x and y; one map cell per 4 voxels (0.8 m), for both sensors.
+# Metres. 72 / 0.25 = 288 voxels along x and y; one map cell per 4 voxels (1 m), for both sensors.
 point_cloud_range = [-36.0, -36.0, -5.0, 36.0, 36.0, 3.0]
-voxel_size = [0.2, 0.2, 0.2]
-grid_size = [360, 360, 41]
+voxel_size = [0.25, 0.25, 0.25]
+grid_size = [288, 288, 33]
 out_size_factor = 4
 image_size = [128, 352]
 
@@ -48,6 +48,11 @@ model = dict(
         norm_cfg=dict(type='BN', requires_grad=True),
         norm_eval=False,
         style='pytorch',
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='work_dirs/bevfusion_tiny_cam_synthetic/epoch_5.pth',
+            prefix='img_backbone.',
+        ),
     ),
     img_neck=dict(
         type='GeneralizedLSSFPN',
@@ -65,10 +70,10 @@ model = dict(
         out_channels=32,
         image_size=image_size,
         feature_size=[16, 44],
-        xbound=[-36.0, 36.0, 0.4],
-        ybound=[-36.0, 36.0, 0.4],
+        xbound=[-36.0, 36.0, 0.5],
+        ybound=[-36.0, 36.0, 0.5],
         zbound=[-10.0, 10.0, 20.0],
-        dbound=[1.0, 45.0, 0.5],
+        dbound=[1.0, 49.0, 1.0],
         downsample=2,
     ),
     pts_voxel_encoder=dict(type='HardSimpleVFE', num_features=5),
@@ -84,7 +89,7 @@ model = dict(
         encoder_paddings=((0, 1), (0, (1, 1, 0)), (0,)),
         block_type='basicblock',
     ),
-    fusion_layer=dict(type='ConvFuser', in_channels=[32, 128], out_channels=64),
+    fusion_layer=dict(type='ConvFuser', in_channels=[32, 96], out_channels=64),
     pts_backbone=dict(
         type='SECOND',
         in_channels=64,
@@ -204,9 +209,7 @@ load_points = [
     ),
 ]
 load_boxes = [
-    dict(
-        type='LoadAnnotations3D', with_bbox_3d=True, with_label_3d=True, with_attr_label=False
-    )
+    dict(type='LoadAnnotations3D', with_bbox_3d=True, with_label_3d=True, with_attr_label=False)
 ]
 in_range = [dict(type='PointsRangeFilter', point_cloud_range=point_cloud_range)]
 move_scene = [
@@ -307,7 +310,10 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 8
+# As published: the LiDAR branch comes from the LiDAR-only model, the image backbone from a
+# camera model (bevfusion_tiny_lidar_synthetic.py and bevfusion_tiny_cam_synthetic.py).
+load_from = 'work_dirs/bevfusion_tiny_lidar_synthetic/epoch_3.pth'
+max_epochs = 4
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=2)
 val_cfg = dict()
 test_cfg = dict()

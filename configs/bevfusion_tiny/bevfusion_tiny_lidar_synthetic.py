@@ -6,7 +6,7 @@ model = dict(
     img_neck=None,
     view_transform=None,
     fusion_layer=None,
-    pts_backbone=dict(in_channels=128),  # the encoder's 32 channels at 4 heights
+    pts_backbone=dict(in_channels=96),  # the encoder's 32 channels at 3 heights
 )
 
 modality = dict(use_lidar=True, use_camera=False)
@@ -20,3 +20,11 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline, modality=modality)
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline, modality=modality))
 test_dataloader = val_dataloader
 calib_dataloader = val_dataloader
+
+max_epochs = 3
+train_cfg = dict(max_epochs=max_epochs, val_interval=1)
+param_scheduler = [
+    _base_.param_scheduler[0],
+    dict(_base_.param_scheduler[1], T_max=max_epochs, end=max_epochs),
+]
+load_from = None
