@@ -25,8 +25,8 @@ val_dataloader = dict(dataset=dict(pipeline=test_pipeline, modality=modality))
 test_dataloader = val_dataloader
 calib_dataloader = val_dataloader
 
-max_epochs = 5
-train_cfg = dict(max_epochs=max_epochs, val_interval=5)
+max_epochs = 3
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
 param_scheduler = [
     _base_.param_scheduler[0],
     dict(_base_.param_scheduler[1], T_max=max_epochs, end=max_epochs),

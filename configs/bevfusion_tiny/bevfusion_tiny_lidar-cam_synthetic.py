@@ -50,7 +50,7 @@ model = dict(
         style='pytorch',
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='work_dirs/bevfusion_tiny_cam_synthetic/epoch_5.pth',
+            checkpoint='work_dirs/bevfusion_tiny_cam_synthetic/epoch_3.pth',
             prefix='img_backbone.',
         ),
     ),

@@ -1,0 +1,192 @@
+#!/usr/bin/env python
+"""What quantization costs the tiny BEVFusion: bits, methods and branches, one at a time.
+
+Every row is the mAP and NDS of one setting on the validation scenes, with the 95 % interval of
+its difference to float (bootstrap over layouts, the same draws for all rows).
+
+Example:
+    python benchmarks/accuracy_ladder.py --out work_dirs/ladder
+
+Rows that a former run finished are read from the folder, not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import DictAction
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+import mmdet3d_quant as mq
+from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.evaluation import Scorer, Scores, bootstrap, predict
+from mmdet3d_quant.files import sha256, whole
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / 'configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_int8_synthetic.py'
+CHECKPOINT = ROOT / 'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth'
+#: Parts of the model by branch; the LiDAR encoder and the head are float throughout.
+BRANCHES = {
+    'camera': ('img_backbone', 'img_neck', 'view_transform'),
+    'decoder': ('fusion_layer', 'pts_backbone', 'pts_neck'),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row.
+
+    Attributes:
+        weight_bits: Width of the weights' integers.
+        activation_bits: Width of the activations' integers.
+        method: How ranges of activations are chosen.
+        naive: One range per weight tensor instead of one per output channel.
+        branches: Branches that are quantized.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    method: str = 'mse'
+    naive: bool = False
+    branches: tuple[str, ...] = tuple(BRANCHES)
+
+    def __str__(self) -> str:
+        if not self.branches:
+            return 'float'
+        text = f'w{self.weight_bits}a{self.activation_bits} {self.method}'
+        text += ' naive' if self.naive else ''
+        return text if len(self.branches) > 1 else f'{text} {self.branches[0]} only'
+
+
+def settings() -> Iterator[Setting]:
+    """All rows, the most important first."""
+    yield Setting(branches=())
+    for bits in (8, 6, 4):
+        for method in ('mse', 'max'):
+            yield Setting(bits, bits, method)
+        yield Setting(bits, bits, 'max', naive=True)
+    for bits in (8, 4):
+        for branch in BRANCHES:
+            yield Setting(bits, bits, branches=(branch,))
+    yield Setting(4, 8)
+    yield Setting(8, 4)
+    for method in ('percentile:99.99', 'entropy'):
+        yield Setting(method=method)
+
+
+def apply(model: nn.Module, setting: Setting, batches: list) -> None:
+    """Calibrates a model with float weights for a setting."""
+    mq.set_mode(model, 'float')
+    if not setting.branches:
+        return
+    found = mq.quantizers(model)
+    for name, quantizer in found.items():
+        weight = name.endswith('_weight_quantizer')
+        bits = setting.weight_bits if weight else setting.activation_bits
+        quantizer.spec = replace(quantizer.spec, num_bits=bits)
+    mq.calibrate(model, track(batches, f'  calibrating {setting}'), setting.method)
+    on = tuple(part for branch in setting.branches for part in BRANCHES[branch])
+    for name, quantizer in found.items():
+        if not name.startswith(on):
+            quantizer.mode = 'float'
+        if setting.naive and name.endswith('_weight_quantizer'):
+            quantizer.amax = quantizer.amax.max().expand(quantizer.amax.shape)
+
+
+def measured(folder: Path, key: dict, run) -> Scores:
+    """Scores of a row, from the folder if they are there for the same inputs."""
+    path = folder / (key['setting'].replace(' ', '_').replace(':', '') + '.pkl')
+    if path.is_file():
+        known, scores = pickle.loads(path.read_bytes())  # written by this script
+        if known == key:
+            return scores
+    scores = run()
+    with whole(path) as part:
+        Path(part).write_bytes(pickle.dumps((key, scores)))
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--config', default=CONFIG)
+    parser.add_argument('--checkpoint', default=CHECKPOINT)
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/ladder'))
+    parser.add_argument('--calib-batches', type=int, default=8, help='of the calib_dataloader')
+    parser.add_argument('--only', nargs='+', help='rows to measure, by name; default: all')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    args = parser.parse_args()
+    console = Console()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    cfg = fc.read_config(args.config, args.cfg_options)
+    model = fc.build_model(cfg)
+    fc.load_weights(model, args.checkpoint, calibrated=False)
+    _, calibration = fc.build_calibration_loader(cfg)
+    batches = [b for b, _ in zip(calibration, range(args.calib_batches), strict=False)]
+    loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
+    scorer = Scorer(cfg.val_evaluator, loader.dataset.metainfo)
+    key = dict(
+        checkpoint=sha256(args.checkpoint),
+        calib_batches=args.calib_batches,
+        data=str(cfg.val_evaluator['data_root']),
+    )
+
+    rows: dict[str, Scores] = {}
+    for setting in settings():
+        if args.only and str(setting) not in ('float', *args.only):
+            continue
+
+        def run(setting: Setting = setting) -> Scores:
+            start = time.time()
+            apply(model, setting, batches)
+            scores = scorer.score(predict(model, track(loader, f'  testing {setting}')))
+            console.print(f'{setting}: mAP {scores.mAP:.4f}, {time.time() - start:.0f} s')
+            return scores
+
+        rows[str(setting)] = measured(args.out, dict(key, setting=str(setting)), run)
+
+    draws = bootstrap(list(rows.values()))
+    table = Table('setting', 'mAP', '+-', 'NDS', 'mAP - float', '95 % interval')
+    report = []
+    for (name, scores), luck in zip(rows.items(), draws, strict=True):
+        change = 100 * (luck - draws[0])
+        low, high = np.percentile(change, [2.5, 97.5])
+        entry = dict(
+            setting=name,
+            mAP=scores.mAP,
+            mAP_std=luck.std(),
+            NDS=scores.NDS,
+            change=100 * (scores.mAP - rows['float'].mAP),
+            interval=[low, high],
+            ap=scores.ap,
+        )
+        report.append(entry)
+        table.add_row(
+            name,
+            f'{scores.mAP:.4f}',
+            f'{luck.std():.4f}',
+            f'{scores.NDS:.4f}',
+            f'{entry["change"]:+.2f}',
+            f'{low:+.2f} to {high:+.2f}',
+        )
+    console.print(table)
+    with whole(args.out / 'ladder.json') as part:
+        Path(part).write_text(json.dumps(report, indent=1))
+    console.print(f'Wrote {args.out / "ladder.json"}')
+
+
+if __name__ == '__main__':
+    main()
