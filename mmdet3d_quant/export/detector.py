@@ -1,0 +1,150 @@
+"""A detector that runs its exported files: what they score, not what torch simulates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdet3d_quant.export.cuts import bevfusion_cuts
+from mmdet3d_quant.export.engines import Engine, OpenVINO
+from mmdet3d_quant.export.onnx import ExportError
+
+
+def engine_detector(
+    detector: nn.Module, folder: str | Path, engine: Callable[[Path], Engine] = OpenVINO
+) -> nn.Module:
+    """Puts the exported files of a detector in the place of its layers.
+
+    Everything that is not exported stays in torch: preprocessing, voxels, sparse encoder, depth
+    maps, BEV pooling, head.
+
+    Args:
+        detector: The BEVFusion detector in eval mode; left unchanged.
+        folder: Its files, from ``export_suite``.
+        engine: Makes an engine of a file.
+
+    Returns:
+        A detector of the same type on the same device, with the same ``test_step``, for batches
+        of any size.
+
+    Raises:
+        ExportError: If a file is missing, or nothing of the detector is exported.
+        TypeError: If the view transform is not of this package.
+    """
+    names = [cut.name for cut in bevfusion_cuts(detector, {})]
+    if not names:
+        raise ExportError(f'{type(detector).__name__} has no part that can be exported')
+    parts = {}
+    for name in names:
+        path = Path(folder) / f'{name}.onnx'
+        if not path.is_file():
+            raise ExportError(f'{path} does not exist; make it with tools/export_onnx.py')
+        parts[name] = EnginePart(engine(path))
+
+    result = copy.deepcopy(detector)
+    if 'camera.backbone' in parts:
+        if 'camera.vtransform' in parts:
+            result.view_transform.downsample = _Downsample(parts['camera.vtransform'])
+        result.view_transform = _View(result.view_transform, parts['camera.backbone'])
+        result.img_backbone = nn.Identity()  # the view transform gets the images
+        result.img_neck = None
+    if 'fuser' in parts:
+        result.fusion_layer = _Fuser(parts['fuser'])
+        result.pts_backbone = nn.Identity()
+        result.pts_neck = nn.Identity()
+    return result
+
+
+class EnginePart(nn.Module):
+    """An engine between tensors; takes a batch sample by sample, since graphs have a batch of one.
+
+    Args:
+        engine: Runs the graph.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Runs the graph on every sample.
+
+        Args:
+            **inputs: By the graph's names, (B, ...).
+
+        Returns:
+            Outputs by the graph's names, those of the samples joined along the first axis, on the
+            device of the inputs.
+        """
+        device = next(iter(inputs.values())).device
+        arrays = {name: x.detach().cpu().numpy() for name, x in inputs.items()}
+        batch = len(next(iter(arrays.values())))
+        samples = [self.engine({n: x[i : i + 1] for n, x in arrays.items()}) for i in range(batch)]
+        return {
+            name: torch.cat([torch.from_numpy(sample[name]) for sample in samples]).to(device)
+            for name in samples[0]
+        }
+
+
+class _View(nn.Module):
+    """The view transform from images: ``camera.backbone`` lifts, geometry and pooling are torch."""
+
+    def __init__(self, view: nn.Module, backbone: EnginePart) -> None:
+        super().__init__()
+        self.view = view
+        self.backbone = backbone
+
+    def forward(
+        self,
+        img: Tensor,
+        points: Sequence[Tensor] | None,
+        lidar2image: Tensor,
+        camera_intrinsics: Tensor,
+        camera2lidar: Tensor,
+        img_aug_matrix: Tensor,
+        lidar_aug_matrix: Tensor,
+        metas: Any = None,
+    ) -> Tensor:
+        """As the view transform's, with images (B, N, 3, H, W) instead of features."""
+        inputs = dict(img=img)
+        if hasattr(self.view, 'depth_map'):
+            inputs['depth'] = self.view.depth_map(
+                points, lidar2image, img_aug_matrix, lidar_aug_matrix, img.shape[1]
+            )
+        lifted = self.backbone(**inputs)
+        context = lifted['camera_feature'].permute(0, 3, 1, 2)
+        return self.view._project(
+            (context, lifted['camera_depth_weights']),
+            camera_intrinsics,
+            camera2lidar,
+            img_aug_matrix,
+            lidar_aug_matrix,
+        )
+
+
+class _Downsample(nn.Module):
+    """``camera.vtransform``."""
+
+    def __init__(self, part: EnginePart) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(feat_in=x)['feat_out']
+
+
+class _Fuser(nn.Module):
+    """``fuser``: fusion layer, BEV backbone and neck in one."""
+
+    def __init__(self, part: EnginePart) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        camera, lidar = features
+        return self.part(camera=camera, lidar=lidar)['middle']

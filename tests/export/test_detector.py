@@ -1,0 +1,101 @@
+"""A detector whose exported files run in an engine finds what the torch model finds."""
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import pseudo_collate
+
+from mmdet3d_quant import calibrate, set_mode
+from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.evaluation import predict
+from mmdet3d_quant.export import ExportError, capture_inputs, export_suite
+from mmdet3d_quant.export.detector import EnginePart, engine_detector
+from mmdet3d_quant.export.engines import ONNXRuntime
+from mmdet3d_quant.export.verify import sqnr
+from mmdet3d_quant.samples import make_frame
+from tests.small import small_config
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    """Calibrated detector, its float and INT8 files, and a batch of two different frames."""
+    folder = tmp_path_factory.mktemp('small')
+    samples = []
+    for seed in (0, 1):
+        frame = make_frame(folder / f'frame{seed}', seed)
+        cfg = fc.read_config(small_config(frame, folder / f'small{seed}.py'))
+        if seed == 0:
+            torch.manual_seed(0)
+            model = fc.build_model(cfg)
+        samples.append(fc.build_calibration_loader(cfg)[1].dataset[0])
+    one, two = pseudo_collate(samples[:1]), pseudo_collate(samples)
+    calibrate(model, [one, pseudo_collate(samples[1:])])
+    inputs = capture_inputs(model, one)
+    for name in ('float', 'int8'):
+        out = folder / name
+        export_suite(model, inputs, out, {}, name == 'int8', tell=lambda name: None)
+    return model, folder, two
+
+
+def found(model, batch):
+    """Per sample rows of label, score and box, by label and score."""
+    rows = []
+    for sample in predict(model, [batch]):
+        p = sample['pred_instances_3d']
+        table = torch.cat([p.labels_3d[:, None], p.scores_3d[:, None], p.bboxes_3d.tensor], 1)
+        rows.append(np.array(sorted(table.tolist())))
+    return rows
+
+
+def neck_output(model, batch):
+    """What enters the head, (B, C, X, Y)."""
+    seen = []
+    hook = model.bbox_head.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    predict(model, [batch])
+    hook.remove()
+    return seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
+
+
+@pytest.mark.parametrize('engine', [None, ONNXRuntime])
+def test_float_files_give_the_boxes_of_the_float_model(work, engine):
+    model, folder, batch = work
+    made = engine_detector(model, folder / 'float', *([engine] if engine else []))
+    with set_mode(model, 'float'):
+        expected = found(model, batch)
+    result = found(made, batch)
+    assert len(expected) == 2 and not np.array_equal(*expected)
+    for there, here in zip(expected, result, strict=True):
+        assert len(there) > 0
+        np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-3)
+
+
+def test_int8_files_are_closer_to_fake_quant_than_that_is_to_float(work):
+    """Through two files in a row; float ones would be 0 dB closer, a wrong scale less."""
+    model, folder, batch = work
+    quantized = neck_output(model, batch)
+    with set_mode(model, 'float'):
+        cost = sqnr(neck_output(model, batch), quantized)
+    made = neck_output(engine_detector(model, folder / 'int8'), batch)
+    assert cost < 60
+    assert sqnr(quantized, made) > cost + 1
+
+
+def test_the_layers_in_the_files_are_gone_and_the_detector_is_unchanged(work):
+    model, folder, batch = work
+    before = found(model, batch)
+    made = engine_detector(model, folder / 'int8')
+    names = {n.split('.')[0] for n, _ in made.named_parameters()}
+    assert not names & {'img_backbone', 'img_neck', 'fusion_layer', 'pts_backbone', 'pts_neck'}
+    assert type(made) is type(model) and model.img_neck is not None
+    assert all(np.array_equal(a, b) for a, b in zip(before, found(model, batch), strict=True))
+
+
+def test_a_missing_file_is_an_error(work, tmp_path):
+    with pytest.raises(ExportError, match='camera.backbone.onnx does not exist.*export_onnx'):
+        engine_detector(work[0], tmp_path)
+
+
+def test_samples_of_a_batch_keep_their_order():
+    part = EnginePart(lambda inputs: {'y': np.repeat(inputs['x'], 2, 0)})
+    x = torch.arange(3.0)[:, None]
+    assert part(x=x)['y'][:, 0].tolist() == [0, 0, 1, 1, 2, 2]
