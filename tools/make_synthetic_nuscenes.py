@@ -73,12 +73,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task('Key frames', total=None)
+        task = progress.add_task('Key frames', visible=False)
 
         def show(done: int, total: int) -> None:
             finished = done == total and not args.no_infos
             text = "Key frames, mmdet3d's converter" if finished else 'Key frames'
-            progress.update(task, completed=done, total=total, description=text)
+            progress.update(task, completed=done, total=total, description=text, visible=True)
 
         out = make_synthetic_nuscenes(
             args.out,
@@ -101,3 +101,5 @@ if __name__ == '__main__':
         main()
     except (ConverterError, OSError, ValueError) as err:
         sys.exit(f'error: {err}')
+    except KeyboardInterrupt:
+        sys.exit('error: interrupted; nothing was written')

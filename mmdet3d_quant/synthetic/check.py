@@ -195,9 +195,9 @@ def _check_infos(root: Path, name: str, version: str, samples: dict, max_files: 
         raise DatasetError(f'info file {path}: {strange[0]} is not in sample.json; {_CONVERT}')
     step = max(1, len(frames) // max_files)
     for frame in frames[::step]:
-        for file in _files(root, frame):
-            if not file.is_file() or not file.stat().st_size:
-                raise DatasetError(f'{file}, named in {path}, is missing or empty; {_AGAIN}')
+        for needed in _files(root, frame):
+            if not needed.is_file() or not needed.stat().st_size:
+                raise DatasetError(f'{needed}, named in {path}, is missing or empty; {_AGAIN}')
 
 
 def _files(root: Path, frame: dict[str, Any]) -> Iterator[Path]:

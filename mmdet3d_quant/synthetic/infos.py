@@ -65,7 +65,8 @@ def make_infos(
     """
     root = Path(data_root).resolve()
     spec = importlib.util.find_spec('mmdet3d')
-    home = Path(spec.submodule_search_locations[0]) / '.mim' if spec else Path()
+    found = spec.submodule_search_locations if spec else None
+    home = Path(found[0] if found else 'mmdet3d') / '.mim'
     if not (home / 'tools/dataset_converters/nuscenes_converter.py').is_file():
         raise ConverterError(
             f'{home}/tools/create_data.py is missing: install mmdet3d from a wheel or by mim, '

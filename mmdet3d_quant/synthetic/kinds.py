@@ -12,7 +12,7 @@ class Kind(NamedTuple):
         category: Category name of nuScenes; empty for what is not labelled.
         size: Mean width, length, height, metres.
         spread: Standard deviation of the logarithm of the size.
-        count: Mean number in a layout.
+        number: Mean number in a layout.
         moving: Share that moves.
         speed: Slowest and fastest, m/s.
         group: Most members of a row or crowd; 1 for singles.
@@ -21,7 +21,7 @@ class Kind(NamedTuple):
     category: str
     size: tuple[float, float, float]
     spread: float
-    count: float
+    number: float
     moving: float = 0.0
     speed: tuple[float, float] = (0.0, 0.0)
     group: int = 1

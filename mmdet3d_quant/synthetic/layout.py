@@ -82,7 +82,8 @@ def make_block(rng: np.random.Generator, frames: int, radius: float) -> Block:
         radius: Labelled objects are within this distance of the origin, metres.
     """
     last = (frames - 1) * KEYFRAME_INTERVAL
-    anchor = Pose(*rng.uniform(300, 1500, 2), rng.uniform(-math.pi, math.pi))
+    x, y = rng.uniform(300, 1500, 2)
+    anchor = Pose(x, y, rng.uniform(-math.pi, math.pi))
     speed = rng.choice([0.0, rng.uniform(1, 9)])
     turn = rng.uniform(-0.12, 0.12) * (speed > 0)
     block = Block(anchor, speed, turn, last / 2, [])
@@ -100,10 +101,10 @@ def make_block(rng: np.random.Generator, frames: int, radius: float) -> Block:
 def _count(rng: np.random.Generator, kind: Kind) -> int:
     """How many to place: at least one of what is labelled."""
     if not kind.category:
-        return int(rng.poisson(kind.count))
-    if kind.count > 2:
-        return max(1, int(rng.poisson(kind.count)))
-    return 1 + int(rng.random() < kind.count - 1)
+        return int(rng.poisson(kind.number))
+    if kind.number > 2:
+        return max(1, int(rng.poisson(kind.number)))
+    return 1 + int(rng.random() < kind.number - 1)
 
 
 class _Builder:

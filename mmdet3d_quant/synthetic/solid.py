@@ -26,6 +26,8 @@ _CORNERS = np.array(
     ],
     dtype=bool,
 )
+#: Red, green, blue, 0 to 1.
+Colour = tuple[float, ...]
 _GLOWS = ('none', 'head lamp', 'tail lamp', 'window', 'lamp', 'beacon')
 
 
@@ -58,16 +60,16 @@ class Solid:
 GLOWS = {name: k for k, name in enumerate(_GLOWS)}
 
 
-def random_colour(rng: np.random.Generator) -> tuple[float, float, float]:
+def random_colour(rng: np.random.Generator) -> Colour:
     """A colour from the one wide distribution that all objects share."""
     value = float(np.clip(rng.lognormal(-1.2, 0.7), 0.02, 0.9))
     saturation = rng.beta(0.8, 1.6)
     return colorsys.hsv_to_rgb(rng.random(), saturation, value)
 
 
-def make_palette(rng: np.random.Generator) -> dict[str, tuple[tuple, float]]:
+def make_palette(rng: np.random.Generator) -> dict[str, tuple[Colour, float]]:
     """Colour and LiDAR reflectivity of each material, for one object."""
-    palette = {}
+    palette: dict[str, tuple[Colour, float]] = {}
     for name in ('body', 'second', 'third', 'fourth', 'skin', 'collar', 'sign'):
         colour = random_colour(rng)
         palette[name] = colour, float(np.clip(rng.lognormal(-2.6, 0.9), 0.003, 0.8))

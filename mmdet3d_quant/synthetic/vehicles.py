@@ -123,7 +123,8 @@ def construction_vehicle(rng: np.random.Generator, rider: bool) -> Shape:
         s.row(bucket, '+x', 6, 0, 0.2, 'rib', gap=0.5)
     s.patch(cab, ('+x', '+y', '-y'), 0.1, 0.9, 0.2, 0.9, 'glass')
     s.patch(cab, '-x', 0.15, 0.85, 0.4, 0.85, 'glass')
-    s.part(*_on(s.parts[cab]), 'beacon')
+    x0, x1, y0, y1, z0, z1 = _on(s.parts[cab])
+    s.part(x0, x1, y0, y1, z0, z1, 'beacon')
     s.parts = [(*p[:5], p[5] * 0.96, p[6]) if p[6] != 'beacon' else p for p in s.parts]
     return s
 
