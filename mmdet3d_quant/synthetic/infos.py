@@ -30,6 +30,8 @@ for split in ('train', 'val'):
     else:
         os.remove(path)
 if gt_database == '1':
+    from mmengine.registry import init_default_scope
+    init_default_scope('mmdet3d')
     from tools.dataset_converters.create_gt_database import create_groundtruth_database
     name = 'nuscenes_infos_train.pkl'
     create_groundtruth_database('NuScenesDataset', root, 'nuscenes', name)

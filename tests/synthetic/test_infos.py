@@ -1,5 +1,7 @@
 """mmdet3d reads the set as it stands, and its metric knows right from wrong."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,15 @@ def test_metric(tmp_path):
     assert mean_ap > 0.99 and nds > 0.95  # attributes are guessed from speeds
     mean_ap, _ = score(root, lambda x: (x + 3) % 10)
     assert mean_ap < 0.05
+
+
+@pytest.mark.slow
+def test_objects_to_paste(tmp_path):
+    root = make_synthetic_nuscenes(
+        tmp_path / 'data', ['scene-0061'], samples=2, workers=1, gt_database=True
+    )
+    objects = pickle.loads((root / 'nuscenes_dbinfos_train.pkl').read_bytes())
+    assert set(objects) == set(CLASSES)
+    car = objects['car'][0]
+    points = np.fromfile(root / car['path'], np.float32).reshape(-1, 5)
+    assert len(points) == car['num_points_in_gt'] > 0
