@@ -45,14 +45,34 @@ def small_config(frame: Path, path: Path) -> Path:
     m['bbox_head'].update(in_channels=64, num_proposals=20)
     for part in ('test_cfg', 'bbox_coder'):
         m['bbox_head'][part].update(voxel_size=VOXEL[:2], pc_range=RANGE[:2])
-    m['bbox_head']['test_cfg'].update(grid_size=GRID)
+    for part in ('test_cfg', 'train_cfg'):
+        m['bbox_head'][part].update(grid_size=GRID)
+    m['bbox_head']['train_cfg'].update(point_cloud_range=RANGE, voxel_size=VOXEL)
     cfg.update(frame_settings(cfg, frame))
-    for step in cfg['test_dataloader']['dataset']['pipeline']:
+    test = cfg['test_dataloader']['dataset']
+    train = dict(test, test_mode=False, pipeline=cfg['train_pipeline'])
+    train['pipeline'] = [s for s in train['pipeline'] if s['type'] != 'LoadPointsFromMultiSweeps']
+    cfg['train_dataloader'].update(
+        num_workers=0, persistent_workers=False, batch_size=2, dataset=train
+    )
+    for step in (*test['pipeline'], *train['pipeline']):
         if step['type'] == 'ImageAug3D':
-            step.update(final_dim=[64, 192], resize_lim=[0.12, 0.12])
-        if step['type'] == 'PointsRangeFilter':
+            sizes = [0.1, 0.14] if step['is_train'] else [0.12, 0.12]
+            step.update(final_dim=[64, 192], resize_lim=sizes)
+        if 'point_cloud_range' in step:
             step.update(point_cloud_range=RANGE)
     Config(cfg).dump(path)
+    return path
+
+
+def small_float_config(frame: Path, path: Path) -> Path:
+    """The same with float types, as the public project has them too."""
+    cfg = Config.fromfile(small_config(frame, path))
+    for part in cfg.model.values():
+        if isinstance(part, dict) and part.get('type', '').startswith('Quant'):
+            name = part['type'].removeprefix('Quant')
+            part['type'] = f'mmdet.{name}' if name == 'ResNet' else name
+    cfg.dump(path)
     return path
 
 

@@ -1,4 +1,4 @@
-# BEVFusion, camera and LiDAR, with a ResNet-50: float model, inference and calibration data.
+# BEVFusion, camera and LiDAR, with a ResNet-50: float model, data, the published training.
 # Six 256x704 images, voxels of 0.075 m, ten sweeps; as in CUDA-BEVFusion's resnet50 model.
 _base_ = ['mmdet3d::_base_/default_runtime.py']
 custom_imports = dict(
@@ -124,6 +124,24 @@ model = dict(
             norm_cfg=dict(type='LN'),
             pos_encoding_cfg=dict(input_channel=2, num_pos_feats=128),
         ),
+        train_cfg=dict(
+            dataset='nuScenes',
+            point_cloud_range=point_cloud_range,
+            grid_size=grid_size,
+            voxel_size=voxel_size,
+            out_size_factor=out_size_factor,
+            gaussian_overlap=0.1,
+            min_radius=2,
+            pos_weight=-1,
+            code_weights=[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2],
+            assigner=dict(
+                type='HungarianAssigner3D',
+                iou_calculator=dict(type='BboxOverlaps3D', coordinate='lidar'),
+                cls_cost=dict(type='mmdet.FocalLossCost', gamma=2.0, alpha=0.25, weight=0.15),
+                reg_cost=dict(type='BBoxBEVL1Cost', weight=0.25),
+                iou_cost=dict(type='IoU3DCost', weight=0.25),
+            ),
+        ),
         loss_cls=dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25),
         loss_heatmap=dict(type='mmdet.GaussianFocalLoss'),
         loss_bbox=dict(type='mmdet.L1Loss', loss_weight=0.25),
@@ -161,13 +179,13 @@ data_prefix = dict(
 )
 backend_args = None
 
-test_pipeline = [
-    dict(
-        type='BEVLoadMultiViewImageFromFiles',
-        to_float32=True,
-        color_type='color',
-        backend_args=backend_args,
-    ),
+load_images = dict(
+    type='BEVLoadMultiViewImageFromFiles',
+    to_float32=True,
+    color_type='color',
+    backend_args=backend_args,
+)
+load_points = [
     dict(
         type='LoadPointsFromFile',
         coord_type='LIDAR',
@@ -184,6 +202,47 @@ test_pipeline = [
         remove_close=True,
         backend_args=backend_args,
     ),
+]
+in_range = dict(type='PointsRangeFilter', point_cloud_range=point_cloud_range)
+pack = dict(
+    type='Pack3DDetInputs',
+    keys=['img', 'points', 'gt_bboxes_3d', 'gt_labels_3d'],
+    meta_keys=[
+        'cam2img', 'ori_cam2img', 'lidar2cam', 'lidar2img', 'cam2lidar', 'ori_lidar2img',
+        'img_aug_matrix', 'lidar_aug_matrix', 'box_type_3d', 'sample_idx', 'lidar_path',
+        'img_path', 'num_pts_feats'
+    ],
+)  # yapf: disable
+
+train_pipeline = [
+    load_images,
+    *load_points,
+    dict(type='LoadAnnotations3D', with_bbox_3d=True, with_label_3d=True, with_attr_label=False),
+    dict(
+        type='ImageAug3D',
+        final_dim=image_size,
+        resize_lim=[0.38, 0.55],
+        bot_pct_lim=[0.0, 0.0],
+        rot_lim=[-5.4, 5.4],
+        rand_flip=True,
+        is_train=True,
+    ),
+    dict(
+        type='BEVFusionGlobalRotScaleTrans',
+        scale_ratio_range=[0.9, 1.1],
+        rot_range=[-0.78539816, 0.78539816],
+        translation_std=0.5,
+    ),
+    dict(type='BEVFusionRandomFlip3D'),
+    in_range,
+    dict(type='ObjectRangeFilter', point_cloud_range=point_cloud_range),
+    dict(type='ObjectNameFilter', classes=class_names),
+    dict(type='PointShuffle'),
+    pack,
+]
+test_pipeline = [
+    load_images,
+    *load_points,
     dict(
         type='ImageAug3D',
         final_dim=image_size,
@@ -193,27 +252,32 @@ test_pipeline = [
         rand_flip=False,
         is_train=False,
     ),
-    dict(type='PointsRangeFilter', point_cloud_range=point_cloud_range),
-    dict(
-        type='Pack3DDetInputs',
-        keys=['img', 'points', 'gt_bboxes_3d', 'gt_labels_3d'],
-        meta_keys=[
-            'cam2img',
-            'ori_cam2img',
-            'lidar2cam',
-            'lidar2img',
-            'cam2lidar',
-            'ori_lidar2img',
-            'img_aug_matrix',
-            'box_type_3d',
-            'sample_idx',
-            'lidar_path',
-            'img_path',
-            'num_pts_feats',
-        ],  # yapf: disable
-    ),
+    in_range,
+    pack,
 ]
 
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='CBGSDataset',  # shows rare classes more often
+        dataset=dict(
+            type=dataset_type,
+            data_root=data_root,
+            ann_file='nuscenes_infos_train.pkl',
+            pipeline=train_pipeline,
+            metainfo=dict(classes=class_names),
+            modality=dict(use_lidar=True, use_camera=True),
+            data_prefix=data_prefix,
+            use_valid_flag=True,
+            test_mode=False,
+            box_type_3d='LiDAR',
+            backend_args=backend_args,
+        ),
+    ),
+)
 test_dataloader = dict(
     batch_size=1,
     num_workers=4,
@@ -252,6 +316,45 @@ test_evaluator = dict(
 val_evaluator = test_evaluator
 val_cfg = dict()
 test_cfg = dict()
+
+# Six epochs from a trained LiDAR-only model (`load_from`), for 8 GPUs with 4 samples each.
+train_cfg = dict(by_epoch=True, max_epochs=6, val_interval=1)
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=0.0002, weight_decay=0.01),
+    clip_grad=dict(max_norm=35, norm_type=2),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.33333333, by_epoch=False, begin=0, end=500),
+    dict(
+        type='CosineAnnealingLR',
+        begin=0,
+        T_max=6,
+        end=6,
+        by_epoch=True,
+        eta_min_ratio=1e-4,
+        convert_to_iter_based=True,
+    ),
+    # The first momentum falls from 0.95 to 0.85 while the model warms up, then returns.
+    dict(
+        type='CosineAnnealingMomentum',
+        eta_min=0.85 / 0.95,
+        begin=0,
+        end=2.4,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
+    dict(
+        type='CosineAnnealingMomentum',
+        eta_min=1,
+        begin=2.4,
+        end=6,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
+]
+auto_scale_lr = dict(enable=False, base_batch_size=32)
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
 
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='Det3DLocalVisualizer', vis_backends=vis_backends, name='visualizer')

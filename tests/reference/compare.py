@@ -64,8 +64,12 @@ def import_public(folder: Path) -> None:
         row = ((sample * d + col_z) * h + col_x) * w + col_y
         return x.new_zeros(b * d * h * w, x.shape[1]).index_add_(0, row, x).view(b, d, h, w, -1)
 
+    def backward(grad, geom, lengths, starts, batch, depth, height, width):  # noqa: ANN001
+        col_x, col_y, col_z, sample = geom.long().unbind(1)
+        return grad[sample, col_z, col_x, col_y]
+
     pool = types.ModuleType(f'{ops}.bev_pool.bev_pool_ext')
-    pool.bev_pool_forward = forward
+    pool.bev_pool_forward, pool.bev_pool_backward = forward, backward
     sys.modules[pool.__name__] = pool
     sys.path.insert(0, str(folder))
     import projects.BEVFusion.bevfusion  # noqa: F401

@@ -1,0 +1,175 @@
+"""Trains the public BEVFusion project and ours one step on the real frame, side by side.
+
+Example:
+    MMDET3D_BEVFUSION_PROJECT=~/mmdetection3d python tests/reference/compare_training.py \\
+        --out out.json
+
+A small model, float, in training mode without dropout: same frame, same random numbers, same
+weights. The sparse encoder is frozen: spconv's backward needs a GPU, so the public one cannot
+train here (ours is compared with dense convolutions in tests/parents).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parents[2])]
+
+from mmdet3d.registry import DATASETS, MODELS  # noqa: E402
+from mmengine.config import Config, ConfigDict  # noqa: E402
+from mmengine.dataset import pseudo_collate  # noqa: E402
+from mmengine.logging import MMLogger  # noqa: E402
+from mmengine.registry import init_default_scope  # noqa: E402
+
+from tests.frame import frame_dir  # noqa: E402
+from tests.reference.compare import difference, import_public  # noqa: E402
+from tests.small import GRID, small_float_config  # noqa: E402
+
+MATRICES = ('img_aug_matrix', 'lidar_aug_matrix')
+GRID_MASK = dict(
+    type='GridMask', use_h=True, use_w=True, max_epoch=6, prob=0.5, mode=1, fixed_prob=True
+)
+
+
+def without_dropout(node: object) -> object:
+    """A config whose dropouts are 0."""
+    if isinstance(node, dict):
+        return {
+            k: 0.0 if k in ('dropout', 'ffn_drop') else without_dropout(v) for k, v in node.items()
+        }
+    return [without_dropout(v) for v in node] if isinstance(node, list) else node
+
+
+def batch_of(dataset: dict, seeds: tuple[int, ...]) -> dict:
+    """One frame, augmented differently for every seed."""
+    built = DATASETS.build(copy.deepcopy(dataset))
+    samples = []
+    for seed in seeds:
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        samples.append(built[0])
+    return pseudo_collate(samples)
+
+
+def step(
+    model_cfg: dict, batch: dict, weights: dict | None
+) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, gradients and the weights of before."""
+    torch.manual_seed(0)
+    model = MODELS.build(copy.deepcopy(model_cfg))
+    model.init_weights()
+    if weights is not None:
+        model.load_state_dict(weights, strict=True)
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    model.pts_middle_encoder.requires_grad_(False)
+    losses = model(**model.data_preprocessor(copy.deepcopy(batch), True), mode='loss')
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: v.item() for n, v in losses.items()}, grads, before
+
+
+def targets_of(model_cfg: dict, batch: dict) -> dict[str, Tensor]:
+    """Losses and gradients of the head on proposals near the objects, where overlaps count."""
+    head = MODELS.build(copy.deepcopy(model_cfg['bbox_head']))
+    truth = [sample.gt_instances_3d for sample in batch['data_samples']]
+    torch.manual_seed(0)
+    codes = torch.zeros(len(truth), head.num_proposals, head.bbox_coder.code_size)
+    labels = torch.randint(head.num_classes, codes.shape[:2])
+    for i, objects in enumerate(truth):
+        chosen = torch.randperm(len(objects))[: head.num_proposals - 5]
+        codes[i, : len(chosen)] = head.bbox_coder.encode(objects.bboxes_3d.tensor[chosen])
+        labels[i, : len(chosen)] = objects.labels_3d[chosen]
+    codes = codes + 0.1 * torch.randn_like(codes)
+    parts = dict(center=2, height=1, dim=3, rot=2, vel=2)
+    outputs = dict(zip(parts, codes.transpose(1, 2).split(list(parts.values()), 1), strict=True))
+    outputs['heatmap'] = torch.randn(len(truth), head.num_classes, head.num_proposals)
+    side = [n // model_cfg['bbox_head']['test_cfg']['out_size_factor'] for n in GRID[:2]]
+    outputs['dense_heatmap'] = torch.randn(len(truth), head.num_classes, *side)
+    outputs = {n: v.detach().requires_grad_() for n, v in outputs.items()}
+    head.query_labels = outputs['query_labels'] = labels
+    losses = head.loss_by_feat(([outputs],), truth)
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    found = {f'loss.{n}': v.detach()[None] for n, v in losses.items()}
+    return found | {f'grad.{n}': v.grad for n, v in outputs.items() if n != 'query_labels'}
+
+
+def inputs_of(batch: dict) -> dict[str, Tensor]:
+    """Everything augmented in a batch, by name."""
+    found = {}
+    for i, sample in enumerate(batch['data_samples']):
+        found[f'{i}.img'] = batch['inputs']['img'][i]
+        found[f'{i}.points'] = batch['inputs']['points'][i]
+        found[f'{i}.boxes'] = sample.gt_instances_3d.bboxes_3d.tensor
+        found[f'{i}.labels'] = sample.gt_instances_3d.labels_3d
+        for key in MATRICES:
+            found[f'{i}.{key}'] = torch.as_tensor(np.stack(sample.metainfo[key]))
+    return found
+
+
+def main() -> None:
+    """Compares and writes the figures as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--out', type=Path, required=True, help='where to write the figures')
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # spconv's CPU convolutions are wrong with more
+    import_public(Path(os.environ['MMDET3D_BEVFUSION_PROJECT']).expanduser())
+    import mmdet3d_quant.bevfusion as ours
+
+    assert MODELS.get('BEVFusion') is not ours.BEVFusion, 'ours must yield to the public project'
+    init_default_scope('mmdet3d')
+    MMLogger.get_instance('compare', log_level='ERROR')
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = Config.fromfile(small_float_config(frame_dir(), Path(folder) / 'small.py'))
+    model = ConfigDict(without_dropout(cfg.model.to_dict()))
+    dataset = cfg.train_dataloader.dataset.to_dict()
+    dataset['pipeline'].insert(-1, GRID_MASK)
+    seeds = (0, 1)
+
+    public_batch = batch_of(dataset, seeds)
+    public_losses, public_grads, weights = step(model, public_batch, None)
+    public_targets = targets_of(model, public_batch)
+    for registry, classes in ours.FAMILY:
+        for cls in classes:
+            registry.register_module(module=cls, force=True)
+    our_batch = batch_of(dataset, seeds)
+    our_losses, our_grads, _ = step(model, public_batch, weights)
+    our_targets = targets_of(model, public_batch)
+
+    theirs, mine = inputs_of(public_batch), inputs_of(our_batch)
+    report = dict(
+        inputs={n: difference(mine[n], theirs[n]) for n in theirs},
+        losses={n: (our_losses.get(n), v) for n, v in public_losses.items()},
+        grads={
+            n: dict(difference(our_grads[n], g), norm=max(g.norm(), our_grads[n].norm()).item())
+            for n, g in public_grads.items()
+            if n in our_grads
+        },
+        targets={n: difference(our_targets[n], v) for n, v in public_targets.items()},
+        overlap=public_targets['loss.matched_ious'].item(),
+        missing=sorted(public_grads.keys() ^ our_grads.keys()),
+        boxes=sum(len(theirs[f'{i}.boxes']) for i in range(len(seeds))),
+    )
+    args.out.write_text(json.dumps(report, indent=1))
+    for name, (mine_, theirs_) in report['losses'].items():
+        print(f'{name:24s} ours {mine_:.7g}  public {theirs_:.7g}')
+    print(f'mean overlap of the crafted proposals: {report["overlap"]:.3f}')
+    for kind in ('inputs', 'targets', 'grads'):
+        worst = max(report[kind].items(), key=lambda item: item[1]['l2'])
+        print(f'{len(report[kind])} {kind}, worst l2 {worst[1]["l2"]:.1e} ({worst[0]})')
+
+
+if __name__ == '__main__':
+    main()
