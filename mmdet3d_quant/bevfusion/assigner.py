@@ -11,7 +11,7 @@ from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-_IOU = dict(type='BboxOverlaps3D')
+_IOU = dict(type='BboxOverlaps3D', coordinate='lidar')
 
 
 class BBoxBEVL1Cost:
@@ -116,7 +116,7 @@ class HungarianAssigner3D:
 
 
 class HeuristicAssigner3D:
-    """Every object's nearest proposal; where several objects have the same, the nearest wins.
+    """Every object's nearest proposal; of objects that share one the nearest wins, then the first.
 
     Args:
         dist_thre: Greatest distance of centres from above, metres.
@@ -150,12 +150,13 @@ class HeuristicAssigner3D:
         result = _nothing(bboxes, len(gt_bboxes))
         if len(gt_bboxes) == 0 or len(bboxes) == 0:
             return result
-        apart = torch.cdist(gt_bboxes[:, :2], bboxes[:, :2])
+        # Not torch.cdist, which multiplies matrices and is then centimetres off.
+        apart = (gt_bboxes[:, None, :2] - bboxes[None, :, :2]).norm(dim=-1)
         if query_labels is not None:
             apart += (query_labels[None] != gt_labels[:, None]) * self.dist_thre
         distance, proposal = apart.min(dim=1)
-        # From far to near, so that the nearest object is written last.
-        for i in distance.argsort(descending=True, stable=True).tolist():
+        # From far to near, so that the nearest object is written last; of equals the first.
+        for i in distance.argsort(stable=True).flip(0).tolist():
             if distance[i] <= self.dist_thre:
                 result.gt_inds[proposal[i]] = i + 1
                 result.labels[proposal[i]] = gt_labels[i]

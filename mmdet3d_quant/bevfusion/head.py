@@ -266,10 +266,11 @@ class TransFusionHead(nn.Module):
         Raises:
             ValueError: If the head was built without what training needs.
         """
-        missing = [f'loss_{n}' for n in ('cls', 'bbox', 'heatmap') if n not in self.losses]
-        missing += ['train_cfg'] if self.bbox_assigner is None else []
-        if missing:
-            raise ValueError(f'to train, TransFusionHead needs bbox_head.{", ".join(missing)}')
+        needs = [f'loss_{n}' for n in ('cls', 'bbox', 'heatmap') if n not in self.losses]
+        needs += ['train_cfg'] if self.bbox_assigner is None else []
+        if needs:
+            names = ', '.join(f'bbox_head.{n}' for n in needs)
+            raise ValueError(f'to train, TransFusionHead needs {names}; the config has none')
         outputs = preds_dicts[0][0]
         targets = make_targets(
             batch_gt_instances_3d,

@@ -123,7 +123,8 @@ def heatmap_targets(
     """One Gaussian per object, 1 at its cell; its radius after CornerNet (gaussian_overlap).
 
     Args:
-        boxes: Objects; those without extent or with centres off the map leave no trace.
+        boxes: Objects; those without extent leave no trace, of those with centres just off the
+            map the part of the Gaussian on it remains.
         labels: Their classes, int64 (n,).
         num_classes: Classes.
         train_cfg: ``grid_size`` (voxels), ``point_cloud_range`` (metres), ``voxel_size``
