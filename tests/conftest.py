@@ -1,4 +1,4 @@
-"""A tiny data set for the tests of this folder, made once."""
+"""A tiny data set, made once for all tests that want one."""
 
 import pytest
 
