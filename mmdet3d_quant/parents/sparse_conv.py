@@ -55,6 +55,8 @@ def rulebook(conv: SparseConv3d | SubMConv3d, x: SparseConvTensor) -> Rulebook:
         conv.subm,
         conv.transposed,
     )
+    if conv.subm:
+        outputs = x.indices  # equal to spconv's copy; the tensor itself is what rules are known by
     sizes = counts.tolist()
     rows = list(pairs.long().unbind(1))
     if conv.subm:
