@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +107,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         try:
             data = torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError:
-            data = torch.load(path, map_location='cpu', pickle_module=_inert_pickle)
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch's own use
+                data = torch.load(path, map_location='cpu', pickle_module=_inert_pickle)
     except Exception as err:  # torch raises RuntimeError, EOFError, OSError, KeyError ...
         raise CheckpointError(f'checkpoint {path} is truncated or damaged: {_reason(err)}') from err
     state = data.get('state_dict', data) if isinstance(data, dict) else None
