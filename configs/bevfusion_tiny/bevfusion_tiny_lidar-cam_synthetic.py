@@ -48,11 +48,6 @@ model = dict(
         norm_cfg=dict(type='BN', requires_grad=True),
         norm_eval=False,
         style='pytorch',
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='work_dirs/bevfusion_tiny_cam_synthetic/epoch_3.pth',
-            prefix='img_backbone.',
-        ),
     ),
     img_neck=dict(
         type='GeneralizedLSSFPN',
@@ -310,8 +305,8 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-# As published: the LiDAR branch comes from the LiDAR-only model, the image backbone from a
-# camera model (bevfusion_tiny_lidar_synthetic.py and bevfusion_tiny_cam_synthetic.py).
+# As published, the LiDAR branch comes from the LiDAR-only model, which is to be trained first:
+# bevfusion_tiny_lidar_synthetic.py.
 load_from = 'work_dirs/bevfusion_tiny_lidar_synthetic/epoch_3.pth'
 max_epochs = 4
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=2)
