@@ -104,12 +104,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f'checkpoint {path} does not exist')
     try:
-        try:
-            data = torch.load(path, map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError:
-            with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch's own use
-                data = torch.load(path, map_location='cpu', pickle_module=_inert_pickle)
+        data = _load(path)
     except Exception as err:  # torch raises RuntimeError, EOFError, OSError, KeyError ...
         raise CheckpointError(f'checkpoint {path} is truncated or damaged: {_reason(err)}') from err
     state = data.get('state_dict', data) if isinstance(data, dict) else None
@@ -123,6 +118,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f'checkpoint {path}: {odd[0]!r} in the state_dict is no tensor')
     meta = _plain(data.get('meta')) if 'state_dict' in data else None
     return dict(state_dict=state, meta=meta if isinstance(meta, dict) else {})
+
+
+def _load(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch's own use of it
+        try:
+            return torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError:
+            return torch.load(path, map_location='cpu', pickle_module=_inert_pickle)
 
 
 class _Inert:
