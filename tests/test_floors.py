@@ -16,6 +16,7 @@ FLOORS = {
     'modes': 1,
     'amax': 1,
     'files': 1,
+    'optim': 1,
     'layers': 2,
     'ties': 2,
     'fold': 2,
@@ -25,10 +26,12 @@ FLOORS = {
     'provenance': 3,
     'samples': 4,
     'synthetic': 4,
+    'evaluation': 4,
     'calibration': 4,
     'conversion': 4,
     'from_config': 4,
     'export': 4,
+    'report': 4,
 }
 MODULES = sorted(PACKAGE.rglob('*.py'))
 #: Rooms below the models know nothing of mmdet3d; float parents subclass it.
