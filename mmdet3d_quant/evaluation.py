@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,11 +123,7 @@ class Scorer:
             results: Detections of every sample of the split, in any order.
         """
         metric = self.metric
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            contextlib.redirect_stdout(io.StringIO()),  # progress bars of the devkit
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with tempfile.TemporaryDirectory() as folder, _quiet():
             metric.data_infos = load(metric.ann_file)['data_list']
             files, _ = metric.format_results(results, metric.dataset_meta['classes'], folder)
             evaluation = NuScenesEval(
@@ -173,6 +171,21 @@ def bootstrap(scores: list[Scores], draws: int = 1000, seed: int = 0) -> np.ndar
                 [m.average_precision(times) for of in entry.matches.values() for m in of]
             )
     return result
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides progress bars: mmengine's hold on to the stream that they found at import."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, 'w') as nothing, contextlib.redirect_stderr(io.StringIO()):
+            os.dup2(nothing.fileno(), 1)
+            yield
+            sys.stdout.flush()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _match(evaluation: NuScenesEval) -> dict[str, list[Matches]]:
