@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 .PHONY: help setup demo test test-slow lint format bench clean
 
 help:
-	@echo 'make demo       calibrate, export and run BEVFusion in INT8, end to end'
+	@echo 'make demo       a small BEVFusion from float to INT8: scores, speed, report'
 	@echo 'make test       lint, type check and tests'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make bench      the measurements in benchmarks/'
@@ -50,7 +50,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
+data/synthetic/synthetic.json: | $(READY)
+	@echo '== synthetic nuScenes, 10 minutes on 2 cores'
+	$(BIN)/python tools/make_synthetic_nuscenes.py --out data/synthetic --samples 160 --val-samples 80
+
+bench: $(READY) data/synthetic/synthetic.json
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
