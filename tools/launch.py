@@ -12,6 +12,10 @@ from mmengine.config import Config, DictAction
 import mmdet3d_quant  # noqa: F401  registers the Quant* types, whatever the config imports
 import mmdet3d_quant.optim  # noqa: F401  for --amp without a GPU
 from mmdet3d_quant.from_config import ConfigError, read_config
+from mmdet3d_quant.synthetic.check import check
+
+#: Tables of more megabytes are not read through at every start: v1.0-trainval takes a minute.
+_SMALL = 300
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,7 @@ def runner_config(args: argparse.Namespace, needs: tuple[str, ...]) -> Config:
 
     Raises:
         ConfigError: If it cannot be read or lacks an entry of ``needs``.
+        DatasetError: If a nuScenes folder that it names is incomplete or damaged.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config)
@@ -43,8 +48,30 @@ def runner_config(args: argparse.Namespace, needs: tuple[str, ...]) -> Config:
     missing = [name for name in needs if cfg.get(name) is None]
     if missing:
         raise ConfigError(f'config {args.config} has no {", ".join(missing)}')
+    check_data(cfg, needs)
     cfg.launcher = args.launcher
     cfg.work_dir = (
         args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     )
     return cfg
+
+
+def check_data(cfg: Config, needs: tuple[str, ...]) -> None:
+    """Looks through the nuScenes folders that the needed entries read and are scored on."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for name in needs:
+        dataset = (cfg[name] or {}).get('dataset')
+        while dataset is not None and dataset.get('dataset') is not None:
+            dataset = dataset.dataset  # inside a wrapper such as CBGSDataset
+        if dataset is None or dataset.type != 'NuScenesDataset':
+            continue
+        scored = cfg.get(name.replace('_dataloader', '_evaluator')) or cfg.get('val_evaluator')
+        if scored is not None and scored.get('type') == 'NuScenesMetric':
+            version = dataset.get('metainfo', {}).get('version', 'v1.0-trainval')
+            found.setdefault((dataset.data_root, version), set()).add(dataset.ann_file)
+    for (root, version), infos in found.items():
+        check(root, version, sorted(infos), tables=_megabytes(Path(root) / version) < _SMALL)
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.glob('*.json')) / 1e6
