@@ -17,6 +17,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmdet3d_quant*']),
+    package_data={'mmdet3d_quant.report': ['page.html']},
     # torch and mmcv are not listed: they must fit the CUDA version and are there already.
     install_requires=[
         'mmengine>=0.10,<0.11',
@@ -25,6 +26,8 @@ setup(
         'pytorch-quantization>=2.1.3,<2.2',
         'numpy<2',
         'rich>=12',
+        'jinja2>=3',
+        'matplotlib',
     ],
     extras_require={
         'export': ['onnx>=1.14', 'onnxruntime>=1.16', 'openvino>=2024.0'],
