@@ -1,10 +1,11 @@
 # The tiny BEVFusion with cameras alone: depth is estimated from the images. From random weights
-# it does not leave the ground in the time that the others take, so it starts from the fusion model.
+# it does not leave the ground in the time that the others take, so it starts from the fusion model,
+# and LiDAR points teach it depth; once trained it needs none, and is an LSSTransform.
 _base_ = ['./bevfusion_tiny_lidar-cam_synthetic.py']
 
 model = dict(
     data_preprocessor=dict(voxelize_cfg=None),
-    view_transform=dict(type='LSSTransform'),
+    view_transform=dict(type='DepthSupervisedLSSTransform'),
     pts_voxel_encoder=None,
     pts_middle_encoder=None,
     fusion_layer=None,
@@ -12,12 +13,11 @@ model = dict(
 )
 
 modality = dict(use_lidar=False, use_camera=True)
-pack = [dict(_base_.pack[0], keys=['img', 'gt_bboxes_3d', 'gt_labels_3d'])]
-# Training loads the points too: mmdet3d's augmentation moves boxes only together with them.
 train_pipeline = (
     [_base_.load_images] + _base_.load_points + _base_.load_boxes + [_base_.train_images]
-    + _base_.move_scene + _base_.boxes_in_range + pack
+    + _base_.move_scene + _base_.boxes_in_range + _base_.pack
 )  # yapf: disable
+pack = [dict(_base_.pack[0], keys=['img', 'gt_bboxes_3d', 'gt_labels_3d'])]
 test_pipeline = [_base_.load_images, _base_.test_images] + pack
 
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

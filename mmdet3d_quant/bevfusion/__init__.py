@@ -21,6 +21,7 @@ from mmdet3d_quant.bevfusion.augment import (
     GridMask,
 )
 from mmdet3d_quant.bevfusion.box_coder import TransFusionBBoxCoder
+from mmdet3d_quant.bevfusion.depth import DepthSupervisedLSSTransform
 from mmdet3d_quant.bevfusion.detector import BEVFusion
 from mmdet3d_quant.bevfusion.head import TransFusionHead
 from mmdet3d_quant.bevfusion.loading import BEVLoadMultiViewImageFromFiles
@@ -43,6 +44,7 @@ FAMILY = (
             BEVFusionSparseEncoder,
             ConvFuser,
             DepthLSSTransform,
+            DepthSupervisedLSSTransform,
             GeneralizedLSSFPN,
             LSSTransform,
             TransFusionHead,

@@ -267,10 +267,14 @@ class BEVFusion(Base3DDetector):
             batch_data_samples: One per input sample, with ``gt_instances_3d``.
 
         Returns:
-            The head's losses.
+            The head's losses, and those of a view transform that has some.
         """
         metas = [sample.metainfo for sample in batch_data_samples]
-        return self.bbox_head.loss(self.extract_feat(batch_inputs_dict, metas), batch_data_samples)
+        features = self.extract_feat(batch_inputs_dict, metas)
+        losses = self.bbox_head.loss(features, batch_data_samples)
+        if hasattr(self.view_transform, 'pop_losses'):
+            losses.update(self.view_transform.pop_losses())
+        return losses
 
 
 def _build(cfg: dict | None) -> nn.Module | None:
