@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from mmengine.config import DictAction
 from mmengine.runner import Runner
 from rich.console import Console
@@ -184,8 +185,42 @@ def main() -> None:
         )
     console.print(table)
     with whole(args.out / 'ladder.json') as part:
-        Path(part).write_text(json.dumps(report, indent=1))
-    console.print(f'Wrote {args.out / "ladder.json"}')
+        part.write_text(json.dumps(report, indent=1))
+    with whole(args.out / 'ladder.md') as part:
+        part.write_text(markdown(report))
+    with whole(args.out / 'ladder.png') as part:
+        draw(report).savefig(part, format='png', dpi=100)
+    console.print(f'Wrote ladder.json, ladder.md and ladder.png to {args.out}')
+
+
+def markdown(report: list[dict]) -> str:
+    """The rows as a table for documents."""
+    lines = ['| setting | mAP | +- | NDS | mAP - float, points | 95 % interval |']
+    lines.append('|---|---|---|---|---|---|')
+    for row in report:
+        low, high = row['interval']
+        interval = '' if row['setting'] == 'float' else f'{low:+.2f} to {high:+.2f}'
+        lines.append(
+            f'| {row["setting"]} | {row["mAP"]:.4f} | {row["mAP_std"]:.4f} | {row["NDS"]:.4f} '
+            f'| {row["change"]:+.2f} | {interval} |'
+        )
+    return '\n'.join(lines) + '\n'
+
+
+def draw(report: list[dict]) -> Figure:
+    """Each row's difference to float with its interval."""
+    figure = Figure(figsize=(8, 0.3 * len(report) + 1), layout='constrained')
+    axes = figure.subplots()
+    places = range(len(report))
+    ends = np.array([row['interval'] for row in report]).T
+    axes.hlines(places, *ends, color='#0072B2', lw=2)
+    axes.plot([row['change'] for row in report], places, 'o', color='#0072B2')
+    axes.set_yticks(places, [row['setting'] for row in report])
+    axes.set(xlabel='mAP - float, points (95 % interval)', xscale='symlog')
+    axes.invert_yaxis()
+    axes.axvline(0, color='gray', lw=1)
+    axes.grid(alpha=0.3)
+    return figure
 
 
 if __name__ == '__main__':
