@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -199,8 +200,10 @@ def test_a_few_steps_lower_the_loss(trainable):
         optimizer.step()
         totals.append(total.item())
     assert totals[-1] < 0.8 * totals[0]
-    still = [n for n, p in model.named_parameters() if n in before and torch.equal(p, before[n])]
-    assert still == []
+    still = {n for n, p in model.named_parameters() if n in before and torch.equal(p, before[n])}
+    # Blocks begin as identities (bn3.weight is 0), so nothing reaches what lies before; weights
+    # decay all the same, biases are 0 and stay.
+    assert still == {n for n in before if re.fullmatch(r'img_backbone.layer.*\.bn[12]\.bias', n)}
 
 
 @pytest.mark.slow
@@ -226,8 +229,10 @@ def test_a_step_of_the_full_model_on_the_real_frame():
     total.backward()
     assert all(torch.isfinite(p.grad).all() for n, p in model.named_parameters() if n in before)
     optimizer.step()
-    still = [n for n, p in model.named_parameters() if n in before and torch.equal(p, before[n])]
-    assert still == []
+    still = {n for n, p in model.named_parameters() if n in before and torch.equal(p, before[n])}
+    # Blocks begin as identities (bn3.weight is 0), so nothing reaches what lies before; weights
+    # decay all the same, biases are 0 and stay.
+    assert still == {n for n in before if re.fullmatch(r'img_backbone.layer.*\.bn[12]\.bias', n)}
 
 
 def test_training_without_its_settings_says_what_is_missing(trainable):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from mmdet3d.registry import MODELS
+from mmengine.config import ConfigDict
 from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode, ties
@@ -35,7 +36,7 @@ def small(tmp_path_factory):
 
 def exported(model_cfg, batch, folder):
     torch.manual_seed(0)
-    model = MODELS.build(model_cfg)
+    model = MODELS.build(ConfigDict(model_cfg))  # which the public project's head wants
     model.eval()
     calibrate(model, [batch])
     inputs = capture_inputs(model, batch)

@@ -96,12 +96,13 @@ def targets_of(model_cfg: dict, batch: dict) -> dict[str, Tensor]:
     outputs['heatmap'] = torch.randn(len(truth), head.num_classes, head.num_proposals)
     side = [n // model_cfg['bbox_head']['test_cfg']['out_size_factor'] for n in GRID[:2]]
     outputs['dense_heatmap'] = torch.randn(len(truth), head.num_classes, *side)
-    outputs = {n: v.detach().requires_grad_() for n, v in outputs.items()}
+    leaves = {n: v.detach().requires_grad_() for n, v in outputs.items()}
+    outputs = {n: v.clone() for n, v in leaves.items()}  # the public head writes into its inputs
     head.query_labels = outputs['query_labels'] = labels
     losses = head.loss_by_feat(([outputs],), truth)
     sum(value for name, value in losses.items() if 'loss' in name).backward()
     found = {f'loss.{n}': v.detach()[None] for n, v in losses.items()}
-    return found | {f'grad.{n}': v.grad for n, v in outputs.items() if n != 'query_labels'}
+    return found | {f'grad.{n}': v.grad for n, v in leaves.items()}
 
 
 def inputs_of(batch: dict) -> dict[str, Tensor]:
