@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.amax import Histogram
+from mmdet3d_quant.histogram import Histogram
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.modes import quantizers, set_mode
 from mmdet3d_quant.spec import Method

@@ -15,6 +15,7 @@ FLOORS = {
     'quantizer': 1,
     'modes': 1,
     'amax': 1,
+    'histogram': 1,
     'files': 1,
     'optim': 1,
     'layers': 2,

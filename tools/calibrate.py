@@ -16,8 +16,8 @@ from terminal import open_console
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.amax import NonFiniteError
 from mmdet3d_quant.files import CheckpointError, check_writable, whole
+from mmdet3d_quant.histogram import NonFiniteError
 from mmdet3d_quant.provenance import provenance
 from mmdet3d_quant.spec import Method
 
