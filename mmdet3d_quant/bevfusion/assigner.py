@@ -111,7 +111,7 @@ class HungarianAssigner3D:
         )
         result.gt_inds[rows] = cols + 1
         result.labels[rows] = gt_labels[cols]
-        result.max_overlaps[rows] = iou[rows, cols]
+        result.max_overlaps[rows] = iou[rows, cols].to(result.max_overlaps)
         return result
 
 

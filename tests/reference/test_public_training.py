@@ -41,17 +41,17 @@ def test_losses_agree(report):
         report['losses']
     )
     for ours, public in report['losses'].values():
-        assert ours == pytest.approx(public, rel=1e-4)
+        assert ours == pytest.approx(public, rel=1e-5)
 
 
 def test_targets_agree_where_boxes_overlap(report):
-    assert report['overlap'] > 0.3
+    assert report['overlap'] > 0.2
     assert {n: f for n, f in report['targets'].items() if f['l2'] > 1e-5} == {}
 
 
 def test_gradients_agree(report):
     assert report['missing'] == [] and len(report['grads']) > 200
     # A bias in front of a batch norm has no gradient but rounding.
-    rest = {n: f for n, f in report['grads'].items() if f['norm'] > 1e-5}
-    assert len(rest) > 0.9 * len(report['grads'])
-    assert {n: f for n, f in rest.items() if f['l2'] > 1e-4} == {}
+    rest = {n: f for n, f in report['grads'].items() if f['norm'] > 1e-9}
+    assert len(rest) > 0.95 * len(report['grads'])
+    assert {n: f for n, f in rest.items() if f['l2'] > 1e-5} == {}
