@@ -7,7 +7,13 @@ from importlib import import_module
 from types import ModuleType
 
 from mmdet3d_quant import layers, models
-from mmdet3d_quant.calibration import Calibration, CalibrationError, calibrate
+from mmdet3d_quant.calibration import (
+    Calibration,
+    CalibrationError,
+    Calibrator,
+    Plan,
+    calibrate,
+)
 from mmdet3d_quant.fold import fold_bn
 from mmdet3d_quant.modes import quantizers, set_mode
 from mmdet3d_quant.quantizer import UncalibratedError
@@ -17,6 +23,8 @@ from mmdet3d_quant.version import __version__
 __all__ = [
     'Calibration',
     'CalibrationError',
+    'Calibrator',
+    'Plan',
     'UncalibratedError',
     '__version__',
     'calibrate',

@@ -7,7 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Iterable, Mapping
 
 MODES = ('float', 'observe', 'quant')
-METHODS = ('max', 'percentile', 'entropy', 'mse')
+METHODS = ('max', 'percentile', 'entropy', 'mse', 'auto')
+#: How ranges of weights are chosen.
+WEIGHT_METHODS = ('max', 'mse')
 
 #: Ranges below this are treated as this: a scale must never be zero or denormal. It is the
 #: threshold under which pytorch-quantization, too, calls a range empty (2**-24).

@@ -16,6 +16,7 @@ FLOORS = {
     'modes': 1,
     'amax': 1,
     'histogram': 1,
+    'counting': 1,
     'files': 1,
     'optim': 1,
     'layers': 2,

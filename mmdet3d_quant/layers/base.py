@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from pytorch_quantization.nn.modules._utils import QuantMixin
 from torch import Tensor
 
-from mmdet3d_quant.quantizer import Quantizer
-from mmdet3d_quant.spec import QuantSpec
+from mmdet3d_quant.quantizer import Quantizer, scale_of
+from mmdet3d_quant.spec import WEIGHT_METHODS, QuantSpec
+
+#: The smallest range of a weight that is tried, in percent of its largest value.
+_LEAST_PERCENT = 20
 
 
 class QuantLayer(QuantMixin):
@@ -33,11 +37,36 @@ class QuantLayer(QuantMixin):
             label=f'weight of {kind}',
         )
 
-    def weight_amax(self) -> Tensor:
-        """Largest absolute weight of each output channel.
+    def weight_amax(self, method: str = 'max') -> Tensor:
+        """Range of each output channel.
+
+        Args:
+            method: ``'max'``, the largest absolute weight, or ``'mse'``, the share of it, in
+                steps of 1 %, with the least squared error.
 
         Returns:
             float32 of the shape of ``_weight_quantizer._amax``.
+
+        Raises:
+            ValueError: If the method is unknown.
         """
-        dims = [d for d in range(self.weight.dim()) if d != self.weight_axis]
-        return self.weight.detach().float().abs().amax(dims, keepdim=True)
+        if method not in WEIGHT_METHODS:
+            raise ValueError(
+                f'unknown method {method!r} for weights: expected {" or ".join(WEIGHT_METHODS)}'
+            )
+        weight = self.weight.detach().float()
+        dims = [d for d in range(weight.dim()) if d != self.weight_axis]
+        largest = weight.abs().amax(dims, keepdim=True)
+        if method == 'max':
+            return largest
+        spec = self._weight_quantizer.spec
+        best = torch.full_like(largest, float('inf'))
+        chosen = largest.clone()
+        for percent in range(100, _LEAST_PERCENT - 1, -1):
+            amax = largest * (percent / 100)
+            step = scale_of(amax, spec)
+            error = (weight / step).round().clamp(spec.qmin, spec.qmax).mul(step).sub(weight)
+            error = error.square().sum(dims, keepdim=True)
+            chosen = torch.where(error < best, amax, chosen)
+            best = torch.minimum(error, best)
+        return chosen

@@ -1,0 +1,143 @@
+"""The method ``auto``: the range with which a layer's own output is least wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.dist import all_gather_object
+from torch import Tensor, nn
+
+from mmdet3d_quant.calibration.observe import Forward, evaluating, run
+from mmdet3d_quant.layers.base import QuantLayer
+from mmdet3d_quant.modes import quantizers, set_mode
+from mmdet3d_quant.quantizer import Quantizer, fake_quantize
+
+#: Names of the quantizers of a unit, and its candidate ranges.
+Candidates = list[tuple[tuple[str, ...], list[float]]]
+
+
+def least_output_error(
+    model: nn.Module,
+    candidates: Candidates,
+    batches: Iterable[tuple[int, Any]],
+    forward: Forward | None = None,
+) -> list[int]:
+    """Tries ranges on held-out batches.
+
+    The model runs in float; every layer computes its output again for each candidate range of its
+    input, with quantized weights. The error is the squared difference to the float output,
+    divided by the square of that; it is added up over the quantizers of a unit. Where a quantizer
+    stands before a join (an add, a concat), the join's error is that of its input.
+
+    Args:
+        model: The model, its weight quantizers with a range.
+        candidates: Per unit the names of its quantizers and the ranges to try.
+        batches: Numbered batches that the ranges were not chosen from.
+        forward: See :func:`mmdet3d_quant.calibrate`.
+
+    Returns:
+        Per unit the index of the best range, the first of equals. The same for any number of
+        processes: errors are kept by batch and added up in order.
+
+    Raises:
+        ValueError: If there are no batches, in all processes together.
+    """
+    ranges = {name: values for names, values in candidates for name in names}
+    by_batch: dict[int, dict[str, list[float]]] = {}
+    with set_mode(model, 'float'), evaluating(model), torch.no_grad():
+        for number, batch in batches:
+            with _errors(model, ranges) as errors:
+                (forward or run)(model, batch)
+            by_batch[number] = {n: e.tolist() for n, e in errors.items()}
+    merged: dict[int, dict[str, list[float]]] = {}
+    for part in all_gather_object(by_batch):
+        merged.update(part)
+    if not merged:
+        raise ValueError('the method auto needs a held-out batch: use more batches')
+    return [_best(names, len(values), merged) for names, values in candidates]
+
+
+def _best(names: tuple[str, ...], count: int, by_batch: dict[int, dict[str, list[float]]]) -> int:
+    totals = [0.0] * count
+    for name in names:
+        rows = [by_batch[number][name] for number in sorted(by_batch) if name in by_batch[number]]
+        *errors, power = map(math.fsum, zip(*rows, strict=True)) if rows else [0.0] * (count + 1)
+        if power > 0:
+            totals = [t + e / power for t, e in zip(totals, errors, strict=True)]
+    return min(range(count), key=totals.__getitem__)
+
+
+@contextmanager
+def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[str, Tensor]]:
+    """Collects, while the model runs, per quantizer its candidates' errors and the power.
+
+    Yields:
+        float64 (candidates + 1,) by name, added up over the calls of a batch.
+    """
+    errors: dict[str, Tensor] = {}
+    found = quantizers(model)
+    inputs = {
+        m._input_quantizer: (m, m._weight_quantizer)
+        for m in model.modules()
+        if isinstance(m, QuantLayer)
+    }
+
+    def note(name: str, exact: Tensor, tried: Iterable[Tensor]) -> None:
+        sums = [(y.double() - exact.double()).square().sum() for y in tried]
+        row = torch.stack([*sums, exact.double().square().sum()])
+        errors[name] = errors[name] + row if name in errors else row
+
+    def of_layer(name: str, layer: Any, weight: Quantizer) -> Any:
+        quantizer, busy = found[name], False
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            nonlocal busy
+            if busy:
+                return
+            busy = True
+            try:
+                note(name, output, (trial(args, amax) for amax in ranges[name]))
+            finally:
+                busy = False
+
+        def trial(args: tuple, amax: float) -> Tensor:
+            limit = torch.tensor(amax, device=args[0].device)
+            with _quantized(weight):
+                return layer(fake_quantize(args[0], limit, quantizer.spec), *args[1:])
+
+        return layer.register_forward_hook(hook)
+
+    def of_join(name: str) -> Any:
+        quantizer = found[name]
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            x = args[0]
+            limits = (torch.tensor(amax, device=x.device) for amax in ranges[name])
+            note(name, x, (fake_quantize(x, limit, quantizer.spec) for limit in limits))
+
+        return quantizer.register_forward_hook(hook)
+
+    handles = []
+    try:
+        for name in ranges:
+            owner = inputs.get(found[name])
+            handles.append(of_join(name) if owner is None else of_layer(name, *owner))
+        yield errors
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quantized(quantizer: Quantizer) -> Iterator[None]:
+    before = quantizer.mode
+    if quantizer.float_reason is None:
+        quantizer.mode = 'quant'
+    try:
+        yield
+    finally:
+        quantizer.mode = before

@@ -1,0 +1,195 @@
+"""Statistics of a model's tensors: what each quantizer saw, in which batches."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from typing import Any, Callable, Iterable, Iterator, Mapping
+
+import torch
+from mmengine.dist import all_gather_object
+from torch import Tensor, nn
+
+from mmdet3d_quant.histogram import TENSORS, Histogram
+from mmdet3d_quant.layers.base import QuantLayer
+from mmdet3d_quant.modes import quantizers, set_mode
+from mmdet3d_quant.quantizer import Quantizer
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+class Statistics:
+    """One :class:`Histogram` per activation quantizer, and the batches that are in them.
+
+    Statistics of different batches merge exactly, in any order: those of several processes, or of
+    a run that was interrupted and its continuation, are those of one run.
+
+    Args:
+        names: Names of the quantizers, in the order of the model.
+
+    Attributes:
+        histograms: By name.
+        batches: Numbers of the batches that were seen.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.histograms = {name: Histogram(name) for name in names}
+        self.batches: set[int] = set()
+
+    def merge(self, other: Statistics) -> None:
+        """Adds statistics of other batches.
+
+        Raises:
+            ValueError: If some batches are in both, or the quantizers differ.
+        """
+        if self.histograms.keys() != other.histograms.keys():
+            raise ValueError('statistics of different quantizers cannot be merged')
+        if self.batches & other.batches:
+            both = sorted(self.batches & other.batches)
+            raise ValueError(f'batch {both[0]} would be counted twice')
+        for name, histogram in self.histograms.items():
+            histogram.merge(other.histograms[name])
+        self.batches |= other.batches
+
+    def gathered(self) -> Statistics:
+        """The statistics of all processes together; a copy."""
+        total = Statistics(self.histograms)
+        for state in all_gather_object(self.state_dict()):
+            part = Statistics(self.histograms)
+            part.load_state_dict(state)
+            total.merge(part)
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and stacked tensors on a CPU, for ``torch.save``."""
+        states = [h.state_dict() for h in self.histograms.values()]
+        stacked = {n: torch.stack([s[n] for s in states]) for n in TENSORS} if states else {}
+        counts = {n: [s[n] for s in states] for n in ('num_elements', 'num_tensors')}
+        return dict(stacked, **counts, names=list(self.histograms), batches=sorted(self.batches))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Becomes what :meth:`state_dict` told.
+
+        Raises:
+            ValueError: If it is of other quantizers.
+        """
+        if list(state['names']) != list(self.histograms):
+            raise ValueError('these statistics are of a model with other quantizers')
+        keys = (*TENSORS, 'num_elements', 'num_tensors')
+        for i, histogram in enumerate(self.histograms.values()):
+            histogram.load_state_dict({key: state[key][i] for key in keys})
+        self.batches = set(state['batches'])
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Those that see activations, by name; without those kept float."""
+    weights = set(weight_layers(model))
+    return {
+        n: q for n, q in quantizers(model).items() if q.float_reason is None and n not in weights
+    }
+
+
+def weight_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """Layers by the name of their weight quantizer; without those kept float."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
+    return {
+        f'{n}._weight_quantizer' if n else '_weight_quantizer': m
+        for n, m in layers.items()
+        if m._weight_quantizer.float_reason is None
+    }
+
+
+def observe(
+    model: nn.Module,
+    batches: Iterable[tuple[int, Any]],
+    statistics: Statistics,
+    forward: Forward | None = None,
+) -> Iterator[int]:
+    """Runs batches through the float model; adds what its quantizers see to the statistics.
+
+    A generator: every step is a batch, and between steps the statistics are complete.
+
+    Args:
+        model: The model; in eval mode and mode ``observe`` meanwhile, then as before.
+        batches: Numbered batches, of whatever type ``forward`` takes.
+        statistics: Statistics to add to.
+        forward: See :func:`mmdet3d_quant.calibrate`.
+
+    Yields:
+        The number of each batch, after it.
+
+    Raises:
+        NonFiniteError: If a tensor has NaN or infinity; names the first quantizer that saw it.
+            The statistics are then without that batch.
+    """
+    found = activation_quantizers(model)
+    for number, batch in batches:
+        part = Statistics(found)
+        seen = _Seen()
+        try:
+            for name, histogram in part.histograms.items():
+                found[name]._calibrator = _Collector(histogram, seen)
+            with set_mode(model, 'observe'), evaluating(model), torch.no_grad():
+                (forward or run)(model, batch)
+        finally:
+            for quantizer in found.values():
+                quantizer._calibrator = None
+        seen.require_finite()
+        part.batches = {number}
+        statistics.merge(part)
+        yield number
+
+
+class _Seen:
+    """Histograms of the tensors of a batch: one that several quantizers read is counted once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Histogram]] = {}
+        self.order: list[Histogram] = []
+
+    def of(self, x: Tensor) -> Histogram:
+        ref, version, histogram = self._known.get(id(x), (None, -1, None))
+        if histogram is None or ref is None or ref() is not x or version != x._version:
+            histogram = Histogram.of(x)
+            self._known[id(x)] = (weakref.ref(x), x._version, histogram)
+        return histogram
+
+    def require_finite(self) -> None:
+        """One look at all tensors of the batch, where they are on a GPU."""
+        if self.order and self.order[0].counts.device.type != 'cpu':
+            ends = torch.stack([torch.stack((h.lowest, h.highest)) for h in self.order])
+            for i in torch.isfinite(ends).all(1).logical_not().nonzero().flatten().tolist():
+                self.order[i].require_finite()
+
+
+class _Collector:
+    """The calibrator of one quantizer for one batch."""
+
+    def __init__(self, histogram: Histogram, seen: _Seen) -> None:
+        self.histogram, self.seen = histogram, seen
+
+    def collect(self, x: Tensor) -> None:
+        if self.histogram.num_tensors == 0:
+            self.seen.order.append(self.histogram)
+        self.histogram.add(self.seen.of(x))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then every module's training flag as it was."""
+    before = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The forward that fits the type of a batch."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model.test_step(batch) if hasattr(model, 'test_step') else model(**batch)
+    return model(*batch)

@@ -1,0 +1,86 @@
+"""Which method chooses the range of which quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Union
+
+from mmdet3d_quant.spec import WEIGHT_METHODS, Method, select
+
+PlanLike = Union[str, Method, Iterable[str], Mapping[str, str], 'Plan']
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method for all activations, and others for those that a pattern names.
+
+    Attributes:
+        default: Method of quantizers that no pattern names.
+        overrides: Pattern (see :func:`mmdet3d_quant.spec.select`) and method; of several that
+            fit, the last counts.
+        weights: ``'max'`` or ``'mse'``, per output channel.
+    """
+
+    default: Method = Method('mse')
+    overrides: tuple[tuple[str, Method], ...] = ()
+    weights: str = 'max'
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHT_METHODS:
+            raise ValueError(
+                f'unknown method {self.weights!r} for weights: expected one of '
+                + ', '.join(WEIGHT_METHODS)
+            )
+
+    @classmethod
+    def parse(cls, method: PlanLike, weights: str = 'max') -> Plan:
+        """Reads a plan.
+
+        Args:
+            method: A method; several texts, ``'mse'`` or ``'pattern=mse'``; a mapping from
+                pattern to method, with ``''`` for the default; or a plan, taken as it is.
+            weights: See :class:`Plan`.
+
+        Raises:
+            ValueError: If a method is unknown.
+        """
+        if isinstance(method, Plan):
+            return method
+        if isinstance(method, (str, Method)):
+            method = [method] if isinstance(method, str) else {'': str(method)}
+        pairs = method.items() if isinstance(method, Mapping) else map(_split, method)
+        default, overrides = cls.default, []
+        for pattern, text in pairs:
+            if pattern:
+                overrides.append((pattern, Method.parse(text)))
+            else:
+                default = Method.parse(text)
+        return cls(default, tuple(overrides), weights)
+
+    def methods(self, names: Iterable[str]) -> dict[str, Method]:
+        """The method of every quantizer.
+
+        Raises:
+            ValueError: If a pattern fits none of them.
+        """
+        found = dict.fromkeys(names, self.default)
+        for pattern, method in self.overrides:
+            fitting = select(found, pattern)
+            if not fitting:
+                raise ValueError(
+                    f'calibration method {pattern}={method}: the pattern fits no activation '
+                    f'quantizer; there are {", ".join(list(found)[:3])}, ...'
+                )
+            found.update(dict.fromkeys(fitting, method))
+        return found
+
+    def __str__(self) -> str:
+        parts = [str(self.default), *(f'{p}={m}' for p, m in self.overrides)]
+        parts += [f'weights={self.weights}'] if self.weights != 'max' else []
+        return ', '.join(parts)
+
+
+def _split(text: str) -> tuple[str, str]:
+    pattern, equals, method = text.rpartition('=')
+    return (pattern, method) if equals else ('', text)

@@ -1,0 +1,78 @@
+"""From statistics to a range for every quantizer, equal within each tie group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from mmdet3d_quant.amax import search_amax
+from mmdet3d_quant.calibration.observe import Statistics
+from mmdet3d_quant.histogram import Histogram
+from mmdet3d_quant.spec import Method, QuantSpec
+
+#: What ``auto`` chooses from.
+CANDIDATES = tuple(
+    Method.parse(m) for m in ('mse', 'max', 'entropy', 'percentile:99.99', 'percentile:99.999')
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Quantizers that get one range: a tie group, or one on its own.
+
+    Attributes:
+        names: The quantizers.
+        method: How their range is chosen: that of the first, where a pattern cuts a group.
+        histogram: Everything they saw.
+        spec: Their grid.
+    """
+
+    names: tuple[str, ...]
+    method: Method
+    histogram: Histogram
+    spec: QuantSpec
+
+
+def units(
+    statistics: Statistics,
+    groups: Iterable[tuple[str, ...]],
+    methods: Mapping[str, Method],
+    specs: Mapping[str, QuantSpec],
+) -> list[Unit]:
+    """Tie groups with their merged statistics, and the quantizers in none, in model order.
+
+    Args:
+        statistics: Of all quantizers.
+        groups: Names that share a range.
+        methods: By name.
+        specs: By name.
+    """
+    group_of = {name: group for group in groups for name in group}
+    found = dict.fromkeys(group_of.get(name, (name,)) for name in statistics.histograms)
+    result = []
+    for names in found:
+        total = Histogram(names[0])
+        for name in names:
+            total.merge(statistics.histograms[name])
+        result.append(Unit(names, methods[names[0]], total, specs[names[0]]))
+    return result
+
+
+def search(units: list[Unit], method: Method | None = None) -> list[float]:
+    """Range of each unit by its method, or of all by another; ``auto`` counts as ``mse``.
+
+    Returns:
+        One amax per unit.
+    """
+    result = [u.histogram.amax for u in units]
+    batches: dict[tuple[Method, QuantSpec], list[int]] = {}
+    for i, unit in enumerate(units):
+        wanted = method or unit.method
+        wanted = CANDIDATES[0] if wanted.name == 'auto' else wanted
+        if wanted.name != 'max' and result[i] > 0:  # max is known more exactly than its bin
+            batches.setdefault((wanted, unit.spec), []).append(i)
+    for (wanted, spec), indices in batches.items():
+        found = [search_amax(*units[i].histogram.trimmed(), wanted, spec) for i in indices]
+        for i, amax in zip(indices, found, strict=True):
+            result[i] = amax
+    return result

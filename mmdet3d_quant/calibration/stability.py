@@ -1,0 +1,82 @@
+"""Whether more batches would still move the ranges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: A range has settled when it moved less than this, relatively.
+TOLERANCE = 0.02
+#: So many of the ranges must have settled, and for so many looks in a row.
+_SHARE, _LOOKS = 0.95, 2
+
+
+@dataclass(frozen=True)
+class Look:
+    """The ranges at one number of batches, against those of the look before.
+
+    Attributes:
+        num_batches: Batches in the statistics.
+        ranges: amax per unit.
+        median: Median relative change.
+        high: Change that 95 % of the units stay below.
+        moved: Index of the unit that changed most, None at the first look.
+    """
+
+    num_batches: int
+    ranges: tuple[float, ...]
+    median: float = math.inf
+    high: float = math.inf
+    moved: int | None = None
+
+
+class Stability:
+    """Looks at the ranges when the number of batches has doubled.
+
+    Args:
+        tolerance: Relative change below which a range has settled.
+
+    Attributes:
+        looks: So far.
+    """
+
+    def __init__(self, tolerance: float = TOLERANCE) -> None:
+        if not 0 < tolerance < 1:
+            raise ValueError(f'the tolerance must be between 0 and 1, got {tolerance}')
+        self.tolerance = tolerance
+        self.looks: list[Look] = []
+
+    @staticmethod
+    def due(rounds: int) -> bool:
+        """Whether it is time: after 1, 2, 4, 8, ... rounds."""
+        return rounds > 0 and rounds & (rounds - 1) == 0
+
+    def look(self, num_batches: int, ranges: list[float]) -> None:
+        """Notes the ranges at a number of batches."""
+        if self.looks and self.looks[-1].num_batches == num_batches:
+            return
+        if not self.looks:
+            self.looks.append(Look(num_batches, tuple(ranges)))
+            return
+        changes = [
+            abs(new - old) / max(new, old) if new != old else 0.0
+            for new, old in zip(ranges, self.looks[-1].ranges, strict=True)
+        ]
+        ordered = sorted(changes)
+        high = ordered[math.ceil(_SHARE * len(ordered)) - 1]
+        median = ordered[(len(ordered) - 1) // 2]
+        moved = max(range(len(changes)), key=changes.__getitem__)
+        self.looks.append(Look(num_batches, tuple(ranges), median, high, moved))
+
+    @property
+    def settled_at(self) -> int | None:
+        """Number of batches from which on every look but the first found settled ranges.
+
+        None while the last looks did not.
+        """
+        settled = 0
+        for look in reversed(self.looks):
+            if look.high >= self.tolerance:
+                break
+            settled += 1
+        return self.looks[-settled - 1].num_batches if settled >= _LOOKS else None
