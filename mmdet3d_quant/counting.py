@@ -12,8 +12,12 @@ from torch import Tensor
 
 #: A thread gets no less than so many values.
 _SHARE = 2**16
-#: Tables per thread: equal values in a row do not wait for each other's increment.
-_TABLES = 4
+#: Equal values in a row wait less for each other's increment with two tables; more leave the
+#: first-level cache.
+_TABLES = 2
+_BLOCK = 1024
+#: No more values per share: tables count in 32 bits.
+_MOST = 2**31
 #: histc counts in float32: chunks of this size keep every count exact.
 _CHUNK = 2**24
 
@@ -48,9 +52,9 @@ def count_by_histc(x: Tensor, shift: Tensor, num_bins: int) -> Tensor:
 def _count(x: np.ndarray, scale: np.float32, num_bins: int) -> np.ndarray:
     """Shares the values among threads."""
     threads = max(1, min(torch.get_num_threads(), len(x) // _SHARE))
-    if threads == 1:
+    parts = np.array_split(x, max(threads, -(-len(x) // _MOST)))
+    if len(parts) == 1:
         return _count_part(x, scale, num_bins)
-    parts = np.array_split(x, threads)
     return sum(_pool(threads).map(lambda part: _count_part(part, scale, num_bins), parts))
 
 
@@ -61,11 +65,17 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @numba.njit(nogil=True, cache=True)
 def _count_part(x, scale, num_bins):
-    tables = np.zeros((_TABLES, num_bins), np.int64)
-    whole = len(x) // _TABLES * _TABLES
-    for i in range(0, whole, _TABLES):
-        for k in range(_TABLES):
-            tables[k, np.int32(abs(x[i + k]) * scale)] += 1
-    for i in range(whole, len(x)):
-        tables[0, np.int32(abs(x[i]) * scale)] += 1
-    return tables.sum(0)
+    """One thread's share. Bins first, block by block, which compiles to vector instructions."""
+    tables = np.zeros(_TABLES * num_bins, np.uint32)
+    bins = np.empty(_BLOCK, np.int32)
+    blocks = len(x) // _BLOCK
+    for block in range(blocks):
+        start = block * _BLOCK
+        for k in range(_BLOCK):
+            bins[k] = np.int32(abs(x[start + k]) * scale)
+        for k in range(0, _BLOCK, 2):
+            tables[np.uint32(bins[k])] += np.uint32(1)
+            tables[np.uint32(bins[k + 1] + num_bins)] += np.uint32(1)
+    for i in range(blocks * _BLOCK, len(x)):
+        tables[np.uint32(np.int32(abs(x[i]) * scale))] += np.uint32(1)
+    return tables.reshape(_TABLES, num_bins).astype(np.int64).sum(0)

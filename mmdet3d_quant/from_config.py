@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmdet3d_quant.files import CheckpointError, read_checkpoint
 from mmdet3d_quant.modes import quantizers, require_calibrated
@@ -123,6 +125,62 @@ def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
     if len(loader) == 0:
         raise ConfigError(empty)
     return name, loader
+
+
+def batch_indices(loader: Any) -> list[list[int]]:
+    """Indices into the data set, batch by batch, in the order of a loader.
+
+    Raises:
+        ConfigError: If the loader has no such order.
+    """
+    if getattr(loader, 'batch_sampler', None) is None:
+        raise ConfigError('calibration needs a data set with indices, not an iterable one')
+    return [list(indices) for indices in loader.batch_sampler]
+
+
+def numbered_batches(
+    loader: Any, indices: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[int, Any]]:
+    """Loads some batches only.
+
+    Args:
+        loader: Where the data set and the way to load it come from.
+        indices: Indices into the data set by number of the batch.
+
+    Yields:
+        Number and batch.
+    """
+    part = DataLoader(
+        loader.dataset,
+        batch_sampler=list(indices.values()),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        pin_memory=loader.pin_memory,
+    )
+    yield from zip(indices, part, strict=True)
+
+
+def evaluated_on(cfg: Config, name: str) -> list[str]:
+    """Entries of the config that evaluate on the data of another entry.
+
+    Args:
+        cfg: The config.
+        name: For example ``calib_dataloader``.
+
+    Returns:
+        Those of ``val_dataloader`` and ``test_dataloader`` with the same annotation file.
+    """
+    source = _source(cfg[name])
+    entries = ('val_dataloader', 'test_dataloader')
+    return [n for n in entries if n == name or (cfg.get(n) and _source(cfg[n]) == source)]
+
+
+def _source(loader: Any) -> tuple[str, ...]:
+    dataset = loader['dataset']
+    while 'dataset' in dataset:  # inside a wrapper
+        dataset = dataset['dataset']
+    return tuple(str(dataset.get(key)) for key in ('data_root', 'ann_file'))
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -181,7 +181,7 @@ class Quantizer(TensorQuantizer):
             return x
         if self._if_calib:
             if self._calibrator is not None:
-                self._calibrator.collect(x.detach())
+                self._calibrator.collect(x)
             return x
         if not self._calibrated:
             raise UncalibratedError([self.label])

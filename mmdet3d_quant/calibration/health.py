@@ -56,7 +56,10 @@ def examine(histogram: Histogram, amax: float, spec: QuantSpec) -> Health:
 
 
 def fit(histogram: Histogram, amax: float, spec: QuantSpec) -> tuple[float, float]:
-    """SQNR in dB and share of clipped values, values spread evenly over each bin."""
+    """SQNR in dB and share of clipped values, values spread evenly over each bin.
+
+    The one negative number that the grid has more is not used.
+    """
     counts, edges = histogram.trimmed()
     width = edges[1]
     values = edges[:-1, None] + width * (np.arange(_PLACES) + 0.5) / _PLACES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from contextlib import contextmanager
 from typing import Any, Callable, Iterable, Iterator, Mapping
@@ -37,7 +38,7 @@ class Statistics:
         self.batches: set[int] = set()
 
     def merge(self, other: Statistics) -> None:
-        """Adds statistics of other batches.
+        """Adds statistics of other batches; an interrupt leaves it done or not begun.
 
         Raises:
             ValueError: If some batches are in both, or the quantizers differ.
@@ -47,9 +48,10 @@ class Statistics:
         if self.batches & other.batches:
             both = sorted(self.batches & other.batches)
             raise ValueError(f'batch {both[0]} would be counted twice')
-        for name, histogram in self.histograms.items():
+        merged = {name: copy.copy(h) for name, h in self.histograms.items()}
+        for name, histogram in merged.items():
             histogram.merge(other.histograms[name])
-        self.batches |= other.batches
+        vars(self).update(histograms=merged, batches=self.batches | other.batches)
 
     def gathered(self) -> Statistics:
         """The statistics of all processes together; a copy."""

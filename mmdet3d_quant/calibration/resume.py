@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mmdet3d_quant.calibration.observe import Statistics
+from mmdet3d_quant.calibration.stability import Stability
 from mmdet3d_quant.files import whole
 
 #: Seconds between two writes: what a power cut may cost.
@@ -36,13 +37,14 @@ class Progress:
         self.path = self.folder / f'rank{rank}.pth'
         self._written = time.monotonic()
 
-    def load(self, statistics: Statistics, resume: bool) -> int:
+    def load(self, statistics: Statistics, stability: Stability, resume: bool) -> int:
         """Adds what earlier processes left, whatever their number, to the statistics.
 
         It is one file then. Call it in one process, before the others write theirs.
 
         Args:
             statistics: To add to.
+            stability: Takes over the looks at the ranges.
             resume: Whether it is wanted.
 
         Returns:
@@ -60,7 +62,7 @@ class Progress:
         for path in found:
             try:
                 saved = torch.load(path, weights_only=True)
-                key, state = saved['key'], saved['statistics']
+                key, state, looks = saved['key'], saved['statistics'], saved['looks']
             except Exception as err:  # whatever torch raises on a damaged file
                 raise ResumeError(f'{path} is damaged: delete {self.folder}') from err
             other = [name for name in self.key if key.get(name) != self.key[name]]
@@ -73,19 +75,22 @@ class Progress:
             part.load_state_dict(state)
             if not part.batches <= statistics.batches:  # else stopped while doing what follows
                 statistics.merge(part)
+            if len(looks) > len(stability.looks):
+                stability.load_state_dict(looks)
         if found:
-            self.save(statistics, now=True)
+            self.save(statistics, stability, now=True)
             for path in found:
                 if path != self.path:
                     path.unlink()
         return len(statistics.batches)
 
-    def save(self, statistics: Statistics, now: bool = False) -> None:
+    def save(self, statistics: Statistics, stability: Stability, now: bool = False) -> None:
         """Writes the statistics of this process, if the last time is long enough ago."""
         if not now and time.monotonic() - self._written < INTERVAL:
             return
         with whole(self.path) as part:
-            torch.save(dict(key=self.key, statistics=statistics.state_dict()), part)
+            state = dict(statistics=statistics.state_dict(), looks=stability.state_dict())
+            torch.save(dict(state, key=self.key), part)
         self._written = time.monotonic()
 
     def clear(self) -> None:

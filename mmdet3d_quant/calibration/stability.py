@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 #: A range has settled when it moved less than this, relatively.
 TOLERANCE = 0.02
@@ -67,6 +68,14 @@ class Stability:
         median = ordered[(len(ordered) - 1) // 2]
         moved = max(range(len(changes)), key=changes.__getitem__)
         self.looks.append(Look(num_batches, tuple(ranges), median, high, moved))
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The looks, as plain values."""
+        return [asdict(look) for look in self.looks]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Takes over looks."""
+        self.looks = [Look(**{**look, 'ranges': tuple(look['ranges'])}) for look in state]
 
     @property
     def settled_at(self) -> int | None:
