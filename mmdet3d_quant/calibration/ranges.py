@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mmdet3d_quant.amax import search_amax
+from mmdet3d_quant.amax import search_many
 from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.histogram import Histogram
 from mmdet3d_quant.spec import Method, QuantSpec
@@ -72,7 +72,7 @@ def search(units: list[Unit], method: Method | None = None) -> list[float]:
         if wanted.name != 'max' and result[i] > 0:  # max is known more exactly than its bin
             batches.setdefault((wanted, unit.spec), []).append(i)
     for (wanted, spec), indices in batches.items():
-        found = [search_amax(*units[i].histogram.trimmed(), wanted, spec) for i in indices]
+        found = search_many([units[i].histogram.trimmed() for i in indices], wanted, spec)
         for i, amax in zip(indices, found, strict=True):
             result[i] = amax
     return result
