@@ -17,7 +17,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmdet3d_quant*']),
-    package_data={'mmdet3d_quant.report': ['page.html']},
+    package_data={'mmdet3d_quant.report': ['page.html', 'ranges.html']},
     # torch and mmcv are not listed: they must fit the CUDA version and are there already.
     install_requires=[
         'mmengine>=0.10,<0.11',

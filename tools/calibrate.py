@@ -4,23 +4,36 @@
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
+import signal
 import sys
+from pathlib import Path
 from typing import Any
 
+import processes
 import torch
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
+from mmengine.dist import broadcast_object_list, get_dist_info
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from terminal import open_console
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.files import CheckpointError, check_writable, whole
+from mmdet3d_quant.calibration import Calibration, Calibrator, Plan, ResumeError, Stability
+from mmdet3d_quant.calibration import Progress as Saved
+from mmdet3d_quant.calibration.stability import TOLERANCE
+from mmdet3d_quant.files import CheckpointError, check_writable, sha256, whole
 from mmdet3d_quant.histogram import NonFiniteError
 from mmdet3d_quant.provenance import provenance
-from mmdet3d_quant.spec import Method
+from mmdet3d_quant.report.ranges import write_ranges
 
+#: Of the batches, one in so many is held out for the method auto.
+HELD_OUT = 8
+#: Rows of the table on the console; the report has all.
+WORST = 12
 EXAMPLE = """
 examples:
   CONFIG=configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py
@@ -28,11 +41,26 @@ examples:
   # 128 batches of the config's calib_dataloader (or val_dataloader), method mse
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --num-batches 128
 
+  # another method for a part of the model; the best for each layer's output
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth \\
+      --method mse --method 'pts_backbone=percentile:99.99'
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --method auto
+
+  # stop when more batches do not move the ranges; go on after an interruption
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --until-stable
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --resume
+
+  # four processes, same ranges
+  torchrun --nproc-per-node 4 tools/calibrate.py $CONFIG float.pth --out int8.pth \\
+      --launcher pytorch
+
   # keep the first convolution float
   python tools/calibrate.py $CONFIG float.pth --out int8.pth \\
       --cfg-options model.img_backbone.skip="['conv1']"
 
-The output is an ordinary checkpoint: mmdet3d's init_model and tools/test.py load it.
+The config may hold the methods: calibration=dict(method='mse', overrides={'pts_neck': 'max'},
+weights='max'). The output is an ordinary checkpoint: mmdet3d's init_model and tools/test.py load
+it. Beside it lies a report, OUT with .html instead of .pth.
 """
 
 
@@ -40,73 +68,224 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='config with Quant* types')
-    parser.add_argument('checkpoint', help='float checkpoint')
-    parser.add_argument('--out', required=True, help='checkpoint to write')
-    parser.add_argument('--num-batches', type=int, help='batches to use; default: all')
-    parser.add_argument(
-        '--method',
-        default='mse',
-        help='max, percentile[:99.99], entropy or mse; default: %(default)s',
-    )
-    parser.add_argument('--device', help='cpu or cuda[:N]; default: a GPU where there is one')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config'
-    )
+    add = parser.add_argument
+    add('config', help='config with Quant* types')
+    add('checkpoint', help='float checkpoint')
+    add('--out', required=True, help='checkpoint to write')
+    add('--num-batches', type=int, help='batches to use; default: all')
+    add('--method', action='append', default=[], metavar='[PATTERN=]METHOD',
+        help='max, percentile[:99.99], entropy, mse or auto; may be repeated, with a pattern of '
+        "module names for a part of the model; default: the config's, or mse")  # fmt: skip
+    add('--weights', choices=['max', 'mse'], help="default: the config's, or max")
+    add('--until-stable', nargs='?', type=float, const=TOLERANCE, metavar='TOLERANCE',
+        help='stop when 95%% of the ranges moved less than this share while the batches doubled, '
+        'twice in a row; default: %(const)s')  # fmt: skip
+    add('--resume', action='store_true', help='go on where an interrupted run stopped')
+    add('--strict', action='store_true', help='a warning is an error: nothing is written')
+    add('--launcher', choices=processes.LAUNCHERS, default='none', help='job launcher')
+    add('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    add('--device', help='cpu or cuda[:N]; default: a GPU where there is one')
+    add('--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config')
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    console = open_console()
-    method = Method.parse(args.method)
-    if args.num_batches is not None and args.num_batches < 1:
-        raise ValueError(f'--num-batches must be at least 1, got {args.num_batches}')
-    check_writable(args.out)
-    cfg = fc.read_config(args.config, args.cfg_options)
-    device = fc.pick_device(args.device)
-    model = fc.build_model(cfg)
-    meta = fc.load_weights(model, args.checkpoint, calibrated=False)
-    loader_name, loader = fc.build_calibration_loader(cfg)
+class Run:
+    """One calibration from files to files.
 
-    count = min(args.num_batches or len(loader), len(loader))
-    console.print(f'Calibrating on {count} of {len(loader)} batches of {loader_name}, {device}')
-    batches = track(loader, 'Observing', total=count, console=console)
-    result = mq.calibrate(model.to(device), batches, method, num_batches=count)
+    Args:
+        args: From the command line.
+        console: Where to tell; quiet in all processes but the first.
+    """
 
-    meta.update(provenance(cfg, args.checkpoint))
-    meta['calibration'] = dict(
-        method=result.method, num_batches=result.num_batches, loader=loader_name
-    )
-    with whole(args.out) as path:
-        torch.save(dict(state_dict=model.cpu().state_dict(), meta=meta), path)
-    report(result, console)
-    console.print(f'Wrote {args.out}')
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.args, self.console = args, console
+        self.warnings: list[str] = []
+        self.html = Path(args.out).with_suffix('.html')
+        for path in (args.out, self.html):
+            check_writable(path)
+        self.cfg = fc.read_config(args.config, args.cfg_options)
+        self.plan = read_plan(self.cfg, args)
+        self.loader_name, self.loader = fc.build_calibration_loader(self.cfg)
+        batches = dict(enumerate(fc.batch_indices(self.loader)[: args.num_batches]))
+        processes.join(args.launcher)
+        self.rank, self.world = get_dist_info()
+        console.quiet = self.rank > 0
+        self.device = fc.pick_device(processes.own_device(args.device))
+        model = fc.build_model(self.cfg)
+        self.meta = fc.load_weights(model, args.checkpoint, calibrated=False)
+        tolerance = args.until_stable or TOLERANCE
+        self.calibrator = Calibrator(model.to(self.device), self.plan, tolerance=tolerance)
+        held_out = max(1, len(batches) // HELD_OUT) if self.calibrator.needs_held_out else 0
+        if held_out == len(batches):
+            raise ValueError('the method auto needs at least 2 batches: it holds some out')
+        numbers = list(batches)
+        self.seen = {n: batches[n] for n in numbers[: len(numbers) - held_out]}
+        self.held_out = {n: batches[n] for n in numbers[len(numbers) - held_out :]}
+        key = dict(checkpoint=sha256(args.checkpoint), config=self.cfg.pretty_text)
+        key.update(data=self.loader_name, batches=list(self.seen.values()))
+        self.saved = Saved(args.out, key, self.rank)
+
+    def preflight(self) -> None:
+        """Tells what will be done, and what is odd about it."""
+        model = self.calibrator.model
+        active = sum(q.float_reason is None for q in mq.quantizers(model).values())
+        self.console.print(
+            f'{active} quantizers in {len(self.calibrator.groups)} groups and alone; '
+            f'method {self.plan}; up to {len(self.seen)} of the batches of {self.loader_name}'
+            + (f', {len(self.held_out)} more held out' if self.held_out else '')
+            + f'; {self.device}'
+            + (f', {self.world} processes' if self.world > 1 else '')
+        )
+        same = fc.evaluated_on(self.cfg, self.loader_name)
+        if same:
+            self.warn(
+                f'{self.loader_name} has the data that {" and ".join(same)} evaluate(s) on: '
+                'scores will flatter. Set calib_dataloader to training data'
+            )
+
+    def warn(self, text: str) -> None:
+        """Notes a warning and tells it.
+
+        Raises:
+            CalibrationError: With ``--strict``.
+        """
+        if self.args.strict:
+            raise mq.CalibrationError(f'{text} (--strict)')
+        self.warnings.append(text)
+        self.console.print(f'[yellow]warning:[/yellow] {text}')
+
+    def observe(self) -> None:
+        """Runs this process's share of the batches."""
+        calibrator, saved = self.calibrator, self.saved
+        statistics, stability = calibrator.statistics, calibrator.stability
+        state: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                saved.load(statistics, stability, self.args.resume)
+                state = [(sorted(statistics.batches), stability.state_dict())]
+            except ResumeError as err:
+                state = [err]
+        broadcast_object_list(state)
+        if isinstance(state[0], ResumeError):
+            raise state[0]
+        done, looks = state[0]
+        stability.load_state_dict(looks)
+        if done:
+            self.console.print(f'Going on after {len(done)} batches')
+        todo = [n for n in self.seen if n not in done]
+        mine = {n: self.seen[n] for n in todo[self.rank :: self.world]}
+        steps = calibrator.observe(fc.numbered_batches(self.loader, mine))
+        columns = TextColumn('Observing'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task('', total=len(self.seen), completed=len(done))
+            try:
+                for turn in range(math.ceil(len(todo) / self.world)):
+                    if self.args.until_stable and stability.settled_at is not None:
+                        break
+                    next(steps, None)
+                    count = min(len(done) + (turn + 1) * self.world, len(self.seen))
+                    if Stability.due(math.ceil(count / self.world)):
+                        calibrator.look()
+                    saved.save(statistics, stability)
+                    bar.update(task, completed=count)
+            except BaseException:
+                if statistics.batches:
+                    saved.save(statistics, stability, now=True)
+                raise
+
+    def finish(self) -> Calibration:
+        """Chooses the ranges; writes report and checkpoint."""
+        numbers = list(self.held_out)[self.rank :: self.world]
+        held_out = {n: self.held_out[n] for n in numbers}
+        try:
+            result = self.calibrator.finish(fc.numbered_batches(self.loader, held_out))
+        except mq.CalibrationError:
+            if self.rank == 0:
+                self.saved.clear()  # the same batches would end the same way
+            raise
+        if self.rank > 0:
+            return result
+        about = provenance(self.cfg, self.args.checkpoint)
+        odd = [r.name for r in result.ranges if r.health.flags]
+        shown = dict(about, command=self.args.command, loader=self.loader_name)
+        shown.pop('cfg', None)
+        write_ranges(self.html, result, dict(shown, warnings=self.warnings))
+        if odd:
+            self.warn(f'{len(odd)} quantizers are odd, see {self.html}: {", ".join(odd[:3])}, ...')
+        self.meta.update(about)
+        self.meta['calibration'] = dict(
+            method=result.method, num_batches=result.num_batches, loader=self.loader_name
+        )
+        state = self.calibrator.model.cpu().state_dict()
+        with whole(self.args.out) as path:
+            torch.save(dict(state_dict=state, meta=self.meta), path)
+        self.saved.clear()
+        return result
 
 
-def report(result: mq.Calibration, console: Console) -> None:
-    """Prints what was calibrated, what shares a scale and what stays float."""
-    table = Table('activation quantizer', 'amax', 'largest', 'clipped to', 'values', 'group')
-    for r in result.ranges:
-        share = f'{r.amax / r.largest:.1%}' if r.largest else 'all zero'
-        group = '' if r.group is None else str(r.group)
-        cells: list[Any] = [r.name, f'{r.amax:.4g}', f'{r.largest:.4g}', share, r.num_elements]
-        table.add_row(*map(str, cells), group)
+def read_plan(cfg: Config, args: argparse.Namespace) -> Plan:
+    """The plan of the config, then what the command line says.
+
+    Raises:
+        ConfigError: If the config's ``calibration`` has an unknown entry.
+        ValueError: If a method is unknown.
+    """
+    own = dict(cfg.get('calibration') or {})
+    texts = [own.pop('method', 'mse')]
+    texts += [f'{pattern}={method}' for pattern, method in own.pop('overrides', {}).items()]
+    weights = own.pop('weights', 'max')
+    if own:
+        raise fc.ConfigError(
+            f'{cfg.filename}: `calibration` has unknown entries {", ".join(own)}; it takes method, '
+            'overrides and weights'
+        )
+    return Plan.parse([*texts, *args.method], args.weights or weights)
+
+
+def tell(result: Calibration, console: Console, out: str, html: Path) -> None:
+    """Prints the gist: the worst layers, whether it was enough data, what stays float."""
+    worst = sorted(result.ranges, key=lambda r: r.health.sqnr)
+    title = 'worst first; all in the report' if len(worst) > WORST else 'worst first'
+    table = Table('activation quantizer', 'amax', 'largest', 'method', 'SQNR, dB', 'clipped', 'odd',
+                  title=title)  # fmt: skip
+    for r in worst[:WORST]:
+        numbers = (f'{r.amax:.4g}', f'{r.largest:.4g}', r.method)
+        health = (f'{r.health.sqnr:.1f}', f'{r.health.clipped:.3%}', ' '.join(r.health.flags))
+        table.add_row(r.name, *numbers, *health)
     console.print(table)
-    groups = Table('group', 'quantizers that share one scale')
-    for i, group in enumerate(result.groups):
-        groups.add_row(str(i), '\n'.join(group))
-    console.print(groups)
     for name, reason in result.kept_float.items():
         console.print(f'float: {name} ({reason})')
+    last = result.looks[-1]
+    if result.settled_at is not None:
+        console.print(f'The ranges have settled after {result.settled_at} batch(es)')
+    elif last.moved is not None:
+        console.print(
+            f'The ranges still moved from {result.looks[-2].num_batches} to {last.num_batches} '
+            f'batches (95 % of them by up to {last.high:.1%}): more batches may help'
+        )
     console.print(
         f'{len(result.ranges)} activation and {result.num_weights} weight quantizers, '
         f'{len(result.groups)} groups, {len(result.kept_float)} kept float, '
         f'method {result.method}, {result.num_batches} batches'
     )
+    console.print(f'Wrote {out} and {html}')
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args.command = shlex.join(['python', 'tools/calibrate.py', *words])
+    if args.num_batches is not None and args.num_batches < 1:
+        raise ValueError(f'--num-batches must be at least 1, got {args.num_batches}')
+    console = open_console()
+    run = Run(args, console)
+    run.preflight()
+    run.observe()
+    tell(run.finish(), console, args.out, run.html)
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is lost
     try:
         main()
     except (
@@ -118,3 +297,5 @@ if __name__ == '__main__':
         ValueError,
     ) as err:
         sys.exit(f'error: {err}')
+    except KeyboardInterrupt:
+        sys.exit('error: interrupted; go on with --resume')

@@ -40,7 +40,8 @@ def test_looks_come_with_the_powers_of_two_and_tell_what_moved():
 def test_calibration_looks_and_a_state_brings_the_looks_back():
     result = calibrate(Branched(), batches(8))
     assert [look.num_batches for look in result.looks] == [1, 2, 4, 8]
-    assert result.looks[-1].ranges == tuple(dict.fromkeys(r.amax for r in result.ranges))
+    first, _, *rest = (r.amax for r in result.ranges)  # the first two are tied
+    assert result.looks[-1].ranges == (first, *rest)
     stability = Stability()
     stability.looks = list(result.looks)
     other = Stability()

@@ -1,0 +1,190 @@
+"""A calibration on one page: how well every layer fits its range, worst first."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from mmdet3d_quant.calibration import CalibratedRange, Calibration
+from mmdet3d_quant.calibration.health import LEAST_SQNR, MOST_CLIPPED, MOST_UNSTEADY
+from mmdet3d_quant.files import whole
+from mmdet3d_quant.histogram import Histogram
+
+_TEMPLATE = Path(__file__).with_name('ranges.html')
+#: Bars of a drawn histogram.
+_BARS = 64
+#: What each flag means and what to do.
+ADVICE = {
+    'noisy': f'SQNR below {LEAST_SQNR:g} dB: INT8 tells little of this tensor. Try auto or another '
+    'method for this layer, or keep it float with skip.',
+    'clipped': f'More than {MOST_CLIPPED:.0%} of the values lie beyond the range. Try max or a '
+    'higher percentile.',
+    'unsteady': f'The largest value of a batch is more than {MOST_UNSTEADY:g} times that of '
+    'another: use more and more varied batches.',
+    'constant': 'All values are the same: is the input to this layer what it should be?',
+    'dead': 'All values are zero.',
+}
+
+
+def write_ranges(path: str | Path, calibration: Calibration, about: Mapping[str, Any]) -> Path:
+    """Writes an HTML page that needs no other file, and the JSON behind it.
+
+    Args:
+        path: Page to write; the JSON gets the same name with ``.json``.
+        calibration: What to show.
+        about: Plain facts to show at the end: config, checkpoint, command, versions.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OSError: If one of the files cannot be written.
+    """
+    path = Path(path)
+    facts = range_facts(calibration, about)
+    pictures = dict(sqnr=_svg(draw_sqnr(facts)))
+    if len(calibration.looks) > 1:
+        pictures['looks'] = _svg(draw_looks(facts))
+    drawn = _thumbnails(facts['ranges'])
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_TEMPLATE.read_text(encoding='utf-8'))
+    text = template.render(**facts, pictures=pictures, drawn=drawn, advice=ADVICE)
+    with whole(path) as page, whole(path.with_suffix('.json')) as data:
+        page.write_text(text, encoding='utf-8')
+        data.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
+    return path
+
+
+def range_facts(calibration: Calibration, about: Mapping[str, Any]) -> dict[str, Any]:
+    """All numbers of the page, as plain values that JSON takes.
+
+    Returns:
+        ``ranges`` (per quantizer, worst SQNR first), ``flags`` (how many have each), ``looks``,
+        and the rest of the calibration.
+    """
+    histograms = calibration.statistics.histograms
+    rows = [
+        _row(order, found, histograms[found.name]) for order, found in enumerate(calibration.ranges)
+    ]
+    rows.sort(key=lambda row: math.inf if row['sqnr'] is None else row['sqnr'])
+    looks = [
+        dict(num_batches=k.num_batches, median=_finite(k.median), high=_finite(k.high))
+        for k in calibration.looks
+    ]
+    return dict(
+        method=calibration.method,
+        num_batches=calibration.num_batches,
+        num_weights=calibration.num_weights,
+        groups=[list(group) for group in calibration.groups],
+        kept_float=dict(calibration.kept_float),
+        settled_at=calibration.settled_at,
+        flags=dict(Counter(flag for row in rows for flag in row['flags'])),
+        looks=looks,
+        ranges=rows,
+        about=dict(about),
+    )
+
+
+def _row(order: int, found: CalibratedRange, histogram: Histogram) -> dict[str, Any]:
+    counts, edges = histogram.trimmed()
+    width = -(-len(counts) // _BARS)
+    padded = np.zeros(-(-len(counts) // width) * width, dtype=np.int64)
+    padded[: len(counts)] = counts
+    health = found.health
+    return dict(
+        name=found.name,
+        order=order,
+        amax=found.amax,
+        method=found.method,
+        largest=found.largest,
+        share=found.amax / found.largest if found.largest else None,
+        sqnr=_finite(health.sqnr),
+        clipped=health.clipped,
+        unsteady=_finite(health.unsteady),
+        num_elements=found.num_elements,
+        num_tensors=found.num_tensors,
+        group=found.group,
+        flags=list(health.flags),
+        histogram=dict(
+            counts=padded.reshape(-1, width).sum(1).tolist(), bin_width=float(edges[1]) * width
+        ),
+    )
+
+
+def draw_sqnr(facts: Mapping[str, Any]) -> Figure:
+    """SQNR of every layer, in the order of the model."""
+    rows = sorted(facts['ranges'], key=lambda row: row['order'])
+    values = [math.nan if row['sqnr'] is None else row['sqnr'] for row in rows]
+    figure = Figure(figsize=(9, 2.4), layout='constrained')
+    axes = figure.add_subplot()
+    axes.bar(range(len(rows)), values, color=['#c2410c' if r['flags'] else '#0369a1' for r in rows])
+    axes.axhline(LEAST_SQNR, color='#c2410c', linewidth=0.8, linestyle='--')
+    axes.set(xlabel='quantizer, in the order of the model', ylabel='SQNR, dB')
+    axes.margins(x=0.01)
+    return figure
+
+
+def draw_looks(facts: Mapping[str, Any]) -> Figure:
+    """How far the ranges moved when the number of batches doubled."""
+    looks = [look for look in facts['looks'] if look['high'] is not None]
+    batches = [look['num_batches'] for look in looks]
+    figure = Figure(figsize=(9, 2.2), layout='constrained')
+    axes = figure.add_subplot()
+    for key, label in (('high', '95 % move less'), ('median', 'median')):
+        axes.plot(batches, [100 * look[key] for look in looks], 'o-', label=label)
+    axes.set_xscale('log', base=2)
+    axes.set(xlabel='batches', ylabel='change of the range, %', xticks=batches)
+    axes.set_xticklabels(map(str, batches))
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def _thumbnails(rows: list[dict[str, Any]]) -> dict[str, Markup]:
+    """Small histograms by name: logarithmic counts, the range as a line."""
+    figure = Figure(figsize=(1.5, 0.42))
+    axes = figure.add_axes((0, 0, 1, 1))
+    drawn = {}
+    for row in rows:
+        axes.clear()
+        axes.set_axis_off()
+        counts, width = row['histogram']['counts'], row['histogram']['bin_width']
+        edges = np.arange(len(counts) + 1) * width
+        axes.stairs(np.log1p(counts), edges, fill=True, color='#0369a1')
+        axes.axvline(row['amax'], color='#c2410c', linewidth=1.5)
+        axes.set_xlim(0, max(edges[-1], row['amax'] * 1.02))
+        drawn[row['name']] = _svg(figure)
+    return drawn
+
+
+def _svg(figure: Figure) -> Markup:
+    """A figure as an SVG element."""
+    buffer = io.StringIO()
+    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': '0', 'font.size': 9}):
+        figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
+    text = buffer.getvalue()
+    text = re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg') :], flags=re.DOTALL)
+    # Ids must differ between the pictures of a page, or their clips would be each other's.
+    mark = f'p{sha256(text.encode()).hexdigest()[:12]}-'
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{mark}\1"', text)
+    text = re.sub(r'url\(#([^)]+)\)', rf'url(#{mark}\1)', text)
+    return Markup(re.sub(r'href="#([^"]+)"', rf'href="#{mark}\1"', text))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
