@@ -16,9 +16,10 @@ import argparse
 import json
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -34,6 +35,7 @@ from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.evaluation import Scorer, Scores, bootstrap, predict
 from mmdet3d_quant.files import sha256, whole
 
+Result = TypeVar('Result')
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_int8_synthetic.py'
 CHECKPOINT = ROOT / 'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth'
@@ -105,17 +107,17 @@ def apply(model: nn.Module, setting: Setting, batches: list) -> None:
             quantizer.amax = quantizer.amax.max().expand(quantizer.amax.shape)
 
 
-def measured(folder: Path, key: dict, run) -> Scores:
-    """Scores of a row, from the folder if they are there for the same inputs."""
+def measured(folder: Path, key: dict, run: Callable[[], Result]) -> Result:
+    """A row's result, from the folder if it is there for the same inputs."""
     path = folder / (key['setting'].replace(' ', '_').replace(':', '') + '.pkl')
     if path.is_file():
-        known, scores = pickle.loads(path.read_bytes())  # written by this script
+        known, result = pickle.loads(path.read_bytes())  # written by this script
         if known == key:
-            return scores
-    scores = run()
+            return result
+    result = run()
     with whole(path) as part:
-        Path(part).write_bytes(pickle.dumps((key, scores)))
-    return scores
+        Path(part).write_bytes(pickle.dumps((key, result)))
+    return result
 
 
 def main() -> None:

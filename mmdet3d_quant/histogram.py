@@ -102,7 +102,7 @@ class Histogram:
             self.to(other.counts.device)
         exponent = torch.maximum(self.exponent, other.exponent)
         self.counts = _coarsen(self.counts, exponent - self.exponent)
-        self.counts += _coarsen(other.counts, exponent - other.exponent)
+        self.counts = self.counts + _coarsen(other.counts, exponent - other.exponent)
         self.exponent = exponent
         self.lowest = torch.minimum(self.lowest, other.lowest)
         self.highest = torch.maximum(self.highest, other.highest)
@@ -165,5 +165,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _coarsen(counts: Tensor, doublings: Tensor) -> Tensor:
     """Counts of the same values when the range is doubled ``doublings`` times."""
+    if counts.device.type == 'cpu' and not doublings:
+        return counts
     bins = torch.arange(NUM_BINS, device=counts.device) >> doublings.clamp(max=_BITS)
     return torch.zeros_like(counts).scatter_add_(0, bins, counts)

@@ -8,7 +8,8 @@ from mmcv.cnn import ConvModule
 from mmdet3d.registry import MODELS
 from torch import nn
 
-from mmdet3d_quant import calibrate, fold_bn
+from mmdet3d_quant import calibrate, fold_bn, set_mode
+from mmdet3d_quant.fold import without_bn
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
 
 
@@ -86,3 +87,28 @@ def test_transposed_with_groups_is_refused():
     model.eval()
     with pytest.raises(ValueError, match='with groups'):
         fold_bn(model)
+
+
+def test_without_bn_for_a_while():
+    model = randomise(MODELS.build(dict(type='QuantResNet', depth=18, out_indices=(3,))))
+    set_mode(model, 'float')
+    x = torch.randn(1, 3, 64, 64)
+    before = dict(model.named_modules()), list(model.parameters())
+    with torch.no_grad():
+        expected = model(x)[0]
+        with without_bn(model):
+            assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+            assert relative(expected, model(x)[0]) < 1e-5
+    after = dict(model.named_modules()), list(model.parameters())
+    assert all(a is b for a, b in zip(after[0].values(), before[0].values(), strict=True))
+    assert all(a is b for a, b in zip(after[1], before[1], strict=True))
+    assert torch.equal(model(x)[0], expected)
+
+
+def test_a_norm_before_its_convolution_stays():
+    norm_first = dict(order=('norm', 'act', 'conv'), norm_cfg=dict(type='BN'))
+    model = randomise(ConvModule(4, 4, 3, conv_cfg=dict(type='QuantConv2d'), **norm_first))
+    x = torch.randn(2, 4, 8, 8)
+    set_mode(model, 'float')
+    expected = model(x)
+    assert torch.equal(fold_bn(model)(x), expected)
