@@ -9,7 +9,8 @@ from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor
 
-from mmdet3d_quant.spec import MIN_AMAX, QuantSpec, check_mode
+from mmdet3d_quant.fake_quant import fake_quantize
+from mmdet3d_quant.spec import QuantSpec, check_mode
 
 HOW_TO_CALIBRATE = (
     'Calibrate first: `python tools/calibrate.py CONFIG CHECKPOINT --out FILE` and load FILE, '
@@ -31,49 +32,6 @@ class UncalibratedError(RuntimeError):
         super().__init__(
             f'{len(names)} quantizer(s) have no calibrated range:\n  {shown}\n{HOW_TO_CALIBRATE}'
         )
-
-
-def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
-    """Step size of the grid, ``amax / qmax``, kept away from zero by :data:`MIN_AMAX`.
-
-    Args:
-        amax: Range limit(s), float32, any shape, >= 0.
-        spec: The grid.
-
-    Returns:
-        Tensor of the shape of ``amax``, float32, > 0.
-    """
-    return amax.clamp(min=MIN_AMAX) / spec.qmax
-
-
-def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
-    """Rounds ``x`` to the grid and back, ``clamp(round(x / scale), qmin, qmax) * scale``.
-
-    One fused operator; rounds half to even; the gradient is straight-through inside the range
-    and 0 outside. No device synchronisation.
-
-    Args:
-        x: Tensor of any floating type; computed in float32, or in float64 if it is float64
-            (to check identities that float32 rounding blurs; not fused, no gradient).
-        amax: float32 with one element (per tensor), or one element per index of ``spec.axis``.
-        spec: The grid.
-
-    Returns:
-        Tensor of the shape and dtype of ``x``.
-    """
-    if x.dtype == torch.float64:
-        step = scale_of(amax.double(), spec)
-        return (x / step).round().clamp(spec.qmin, spec.qmax) * step
-    scale = scale_of(amax.float(), spec).flatten()
-    zero_point = torch.zeros_like(scale, dtype=torch.int32)
-    x32 = x.float()
-    if spec.axis is None:
-        y = torch.fake_quantize_per_tensor_affine(x32, scale, zero_point, spec.qmin, spec.qmax)
-    else:
-        y = torch.fake_quantize_per_channel_affine(
-            x32, scale, zero_point, spec.axis, spec.qmin, spec.qmax
-        )
-    return y.to(x.dtype)
 
 
 class Quantizer(TensorQuantizer):

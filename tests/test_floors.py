@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / 'mmdet3d_quant'
 FLOORS = {
     'spec': 0,
     'version': 0,
+    'fake_quant': 1,
     'quantizer': 1,
     'modes': 1,
     'amax': 1,
@@ -30,6 +31,7 @@ FLOORS = {
     'synthetic': 4,
     'evaluation': 4,
     'calibration': 4,
+    'qat': 4,
     'conversion': 4,
     'from_config': 4,
     'export': 4,

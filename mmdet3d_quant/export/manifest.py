@@ -7,8 +7,8 @@ from typing import Any
 import onnx
 from torch import nn
 
+from mmdet3d_quant.fake_quant import scale_of
 from mmdet3d_quant.modes import quantizers
-from mmdet3d_quant.quantizer import scale_of
 from mmdet3d_quant.ties import ties
 
 _DTYPES = onnx.TensorProto.DataType

@@ -11,10 +11,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.fake_quant import scale_of
 from mmdet3d_quant.files import whole
 from mmdet3d_quant.fold import fold_bn
 from mmdet3d_quant.modes import quantizers, require_calibrated, set_mode
-from mmdet3d_quant.quantizer import Quantizer, scale_of
+from mmdet3d_quant.quantizer import Quantizer
 from mmdet3d_quant.ties import unequal_ties
 
 

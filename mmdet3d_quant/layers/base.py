@@ -6,7 +6,8 @@ import torch
 from pytorch_quantization.nn.modules._utils import QuantMixin
 from torch import Tensor
 
-from mmdet3d_quant.quantizer import Quantizer, scale_of
+from mmdet3d_quant.fake_quant import scale_of
+from mmdet3d_quant.quantizer import Quantizer
 from mmdet3d_quant.spec import WEIGHT_METHODS, QuantSpec
 
 #: The smallest range of a weight that is tried, in percent of its largest value.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmdet3d_quant import calibrate
-from mmdet3d_quant.quantizer import fake_quantize
+from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.report.ranges import ADVICE, write_ranges
 from mmdet3d_quant.spec import QuantSpec
 from tests.calibration.nets import Branched, batches

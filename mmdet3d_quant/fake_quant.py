@@ -1,0 +1,103 @@
+"""Fake quantization: rounding a float tensor to an integer grid, and its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from mmdet3d_quant.spec import MIN_AMAX, QuantSpec
+
+
+def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
+    """Step size of the grid, ``amax / qmax``, kept away from zero by :data:`MIN_AMAX`.
+
+    Args:
+        amax: Range limit(s), float32, any shape, >= 0.
+        spec: The grid.
+
+    Returns:
+        Tensor of the shape of ``amax``, float32, > 0.
+    """
+    return amax.clamp(min=MIN_AMAX) / spec.qmax
+
+
+def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+    """Rounds ``x`` to the grid and back, ``clamp(round(x / scale), qmin, qmax) * scale``.
+
+    One fused operator forward, rounding half to even, and no synchronisation with a GPU.
+
+    Backward, as in pytorch-quantization, the gradient passes where ``|x| <= amax`` and is 0
+    elsewhere. Where ``amax`` needs a gradient it gets that of LSQ (Esser et al., 2020) in terms of
+    the range instead of the step: ``sum(g * (y - x)) / amax`` inside and ``sum(g * y) / amax``
+    outside, times ``1 / sqrt(n * qmax)`` for n values per range.
+
+    Args:
+        x: Tensor of any floating type; computed in float32, or in float64 if it is float64
+            (to check identities that float32 rounding blurs; not fused).
+        amax: float32 with one element (per tensor), or one element per index of ``spec.axis``.
+        spec: The grid.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+    """
+    if spec.axis is not None:
+        amax = amax.reshape([-1 if i == spec.axis else 1 for i in range(x.dim())])
+    else:
+        amax = amax.reshape(1)  # not 0-dimensional: it decides the dtype of comparisons with x
+    if torch.is_grad_enabled() and (x.requires_grad or amax.requires_grad):
+        return _FakeQuantize.apply(x, amax, spec)
+    return _rounded(x, amax, spec)
+
+
+def _rounded(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+    if x.dtype == torch.float64:
+        step = scale_of(amax.double(), spec)
+        return (x / step).round().clamp(spec.qmin, spec.qmax) * step
+    scale = scale_of(amax.float(), spec).flatten()
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    x32 = x.float()
+    if spec.axis is None:
+        y = torch.fake_quantize_per_tensor_affine(x32, scale, zero_point, spec.qmin, spec.qmax)
+    else:
+        y = torch.fake_quantize_per_channel_affine(
+            x32, scale, zero_point, spec.axis, spec.qmin, spec.qmax
+        )
+    return y.to(x.dtype)
+
+
+class _FakeQuantize(Function):
+    """Saves its input and, for a learned range, its output: tensors that the layers before (a
+    ReLU) and after (a convolution) keep for their own gradients anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+        y = _rounded(x, amax, spec)
+        ctx.qmax = spec.qmax
+        ctx.save_for_backward(x, amax, y if ctx.needs_input_grad[1] else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, amax, y = ctx.saved_tensors
+        grad_x = _inside(grad, x, amax) if ctx.needs_input_grad[0] else None
+        grad_amax = None
+        if y is not None:
+            slope = (y * grad - _inside(grad, x, amax) * x).float()
+            others = [i for i in range(x.dim()) if i >= amax.dim() or amax.shape[i] == 1]
+            count = x.numel() / amax.numel()
+            grad_amax = slope.sum(others).reshape(amax.shape)
+            grad_amax = grad_amax / (amax.clamp(min=MIN_AMAX) * (count * ctx.qmax) ** 0.5)
+        return grad_x, grad_amax, None
+
+
+def _inside(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
+    """``grad`` where ``|x| <= amax``, else 0."""
+    fast = amax.numel() == 1 and x.device.type == 'cpu' and x.dtype == torch.float32
+    if fast and not torch._dynamo.is_compiling():
+        # One pass over memory; its bounds are exclusive.
+        limit = torch.nextafter(amax, amax.new_tensor(torch.inf)).item()
+        return torch.ops.aten.hardtanh_backward(grad, x, -limit, limit)
+    return torch.where(x.abs() <= amax, grad, 0)
