@@ -48,6 +48,8 @@ def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     else:
         amax = amax.reshape(1)  # not 0-dimensional: it decides the dtype of comparisons with x
     if torch.is_grad_enabled() and (x.requires_grad or amax.requires_grad):
+        if torch._dynamo.is_compiling():  # torch 2.1 does not trace into a Function
+            return _traceable(x, amax, spec)
         return _FakeQuantize.apply(x, amax, spec)
     return _rounded(x, amax, spec)
 
@@ -87,16 +89,28 @@ class _FakeQuantize(Function):
         if y is not None:
             slope = (y * grad - _inside(grad, x, amax) * x).float()
             others = [i for i in range(x.dim()) if i >= amax.dim() or amax.shape[i] == 1]
-            count = x.numel() / amax.numel()
-            grad_amax = slope.sum(others).reshape(amax.shape)
-            grad_amax = grad_amax / (amax.clamp(min=MIN_AMAX) * (count * ctx.qmax) ** 0.5)
+            grad_amax = slope.sum(others).reshape(amax.shape) * _lsq_factor(x, amax, ctx.qmax)
         return grad_x, grad_amax, None
+
+
+def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:
+    return 1 / (amax.clamp(min=MIN_AMAX) * (x.numel() / amax.numel() * qmax) ** 0.5)
+
+
+def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+    """The same out of differentiable operations: the value, plus zeros with the gradients."""
+    fixed = x.detach()
+    inside = fixed.abs() <= amax.detach()
+    y = _rounded(fixed, amax.detach(), spec)
+    slope = torch.where(inside, y - fixed, y) * _lsq_factor(x, amax.detach(), spec.qmax)
+    y = y + torch.where(inside, x - fixed, 0)
+    return (y + slope * (amax - amax.detach())).to(x.dtype) if amax.requires_grad else y
 
 
 def _inside(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
     """``grad`` where ``|x| <= amax``, else 0."""
     fast = amax.numel() == 1 and x.device.type == 'cpu' and x.dtype == torch.float32
-    if fast and not torch._dynamo.is_compiling():
+    if fast:
         # One pass over memory; its bounds are exclusive.
         limit = torch.nextafter(amax, amax.new_tensor(torch.inf)).item()
         return torch.ops.aten.hardtanh_backward(grad, x, -limit, limit)

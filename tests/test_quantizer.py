@@ -104,18 +104,25 @@ def test_gradients_keep_half_types(dtype, axis):
     assert torch.equal(x.grad.bool(), x.detach().abs() <= 1.5)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('axis', [None, 0])
 @pytest.mark.parametrize('learned', [False, True])
-def test_under_torch_compile(learned):
+def test_one_graph_under_torch_compile(learned, axis, dtype):
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    x = torch.randn(3, 40)
+    x = torch.randn(3, 40).to(dtype)
     results = []
-    for run in (fake_quantize, torch.compile(fake_quantize, backend='aot_eager')):
-        a, amax = x.clone().requires_grad_(), torch.tensor(1.0, requires_grad=learned)
-        y = run(a, amax, QuantSpec())
-        y.square().sum().backward()
+    for run in (fake_quantize, torch.compile(fake_quantize, backend='aot_eager', fullgraph=True)):
+        a = x.clone().requires_grad_()
+        amax = torch.full((3, 1) if axis == 0 else (), 1.0, requires_grad=learned)
+        y = run(a, amax, QuantSpec(4, axis))
+        y.float().square().sum().backward()
         results.append((y.detach(), a.grad, amax.grad))
-    for eager, compiled in zip(*results, strict=True):
-        assert (eager is None and compiled is None) or torch.allclose(eager, compiled)
+    (y, grad, grad_amax), (compiled, *grads) = results
+    assert torch.equal(y, compiled) and y.dtype == dtype and torch.equal(grad, grads[0])
+    if learned:
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        assert torch.allclose(grad_amax, grads[1], rtol=tolerance)
 
 
 def test_float64_path_is_the_same_function():
