@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.spec import QuantSpec, check_mode
@@ -39,7 +39,8 @@ class Quantizer(TensorQuantizer):
 
     The range lives in the buffer ``_amax``, present from the start and NaN until calibrated, so
     that the keys of a state dict do not depend on the history of the model, and loading works on
-    any device. A quantizer kept float has no buffer and ignores one in a checkpoint.
+    any device. A quantizer kept float has no buffer and ignores one in a checkpoint. After
+    :meth:`learn` the range is a parameter of the same name.
 
     Args:
         spec: The grid.
@@ -71,8 +72,8 @@ class Quantizer(TensorQuantizer):
 
     @property
     def amax(self) -> Tensor | None:
-        """The range limit(s), or None while uncalibrated."""
-        return self._amax if self._calibrated else None
+        """The range limit(s), without gradient, or None while uncalibrated."""
+        return self._amax.detach() if self._calibrated else None
 
     @amax.setter
     def amax(self, value: float | Tensor) -> None:
@@ -90,7 +91,8 @@ class Quantizer(TensorQuantizer):
             )
         if not bool((torch.isfinite(new) & (new >= 0)).all()):
             raise ValueError(f'{self.label}: a range must be finite and >= 0, got {new.flatten()}')
-        self._amax.copy_(new.reshape(self._amax.shape))
+        with torch.no_grad():
+            self._amax.copy_(new.reshape(self._amax.shape))
         self._calibrated = True
 
     @property
@@ -122,6 +124,18 @@ class Quantizer(TensorQuantizer):
         self._amax = None
         self._calibrated = False
         self.mode = 'float'
+
+    def learn(self) -> None:
+        """Makes the range a parameter that an optimizer trains; its key stays as it is."""
+        if self.float_reason is None and not self.learned:
+            amax = self._amax
+            del self._amax
+            self._amax = nn.Parameter(amax)
+
+    @property
+    def learned(self) -> bool:
+        """True when the range is a parameter."""
+        return isinstance(self._amax, nn.Parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantizes, observes or passes ``x``, by mode.

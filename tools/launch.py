@@ -11,6 +11,7 @@ from mmengine.config import Config, DictAction
 
 import mmdet3d_quant  # noqa: F401  registers the Quant* types, whatever the config imports
 import mmdet3d_quant.optim  # noqa: F401  for --amp without a GPU
+import mmdet3d_quant.qat  # noqa: F401  registers QATHook and DistillHook
 from mmdet3d_quant.from_config import ConfigError, read_config
 from mmdet3d_quant.synthetic.check import check
 

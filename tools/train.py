@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a detector: mmdet3d's training entry point, with this package's types registered."""
+"""Train a detector, float or quantized (QAT): mmdet3d's training entry point."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import sys
 
 import torch
 from launch import add_common, runner_config
+from mmengine.config import Config
 from mmengine.runner import Runner
 
+from mmdet3d_quant import UncalibratedError
+from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.files import CheckpointError
 from mmdet3d_quant.from_config import ConfigError
 
@@ -22,6 +25,13 @@ examples:
   python tools/train.py $CONFIG --resume          # go on from the last checkpoint
   python tools/train.py $CONFIG --cfg-options train_dataloader.batch_size=2 randomness.seed=1
   torchrun --nproc-per-node 4 tools/train.py $CONFIG --launcher pytorch
+
+  # QAT: calibrate, then train the calibrated checkpoint with the QATHook of the config
+  INT8=configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_int8_synthetic.py
+  QAT=configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_qat_synthetic.py
+  python tools/calibrate.py $INT8 checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth \\
+      --out work_dirs/int8.pth
+  python tools/train.py $QAT
 """
 
 
@@ -78,11 +88,29 @@ def main(argv: list[str] | None = None) -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
         if cfg.load_from and not os.path.isfile(cfg.load_from):
             raise CheckpointError(f'checkpoint {cfg.load_from} does not exist')
+    else:
+        check_start(cfg)
     Runner.from_cfg(cfg).train()
+
+
+def check_start(cfg: Config) -> None:
+    """Looks at what a QAT run starts from before data are loaded.
+
+    Raises:
+        CheckpointError: If ``load_from`` cannot be read or does not fit.
+        ConfigError: If there is none.
+        UncalibratedError: If the model has a quantizer without a range.
+    """
+    hooks = [hook.get('type') for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict)]
+    if 'QATHook' not in hooks:
+        return
+    if not cfg.get('load_from'):
+        raise ConfigError('a config with QATHook needs load_from, a checkpoint of calibrate.py')
+    fc.load_weights(fc.build_model(cfg), cfg.load_from, calibrated=True)
 
 
 if __name__ == '__main__':
     try:
         main()
-    except (CheckpointError, ConfigError, OSError) as err:
+    except (CheckpointError, ConfigError, UncalibratedError, OSError) as err:
         sys.exit(f'error: {err}')

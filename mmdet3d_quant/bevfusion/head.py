@@ -13,6 +13,7 @@ from mmdet3d.models import circle_nms
 from mmdet3d.models.dense_heads.centerpoint_head import SeparateHead
 from mmdet3d.registry import MODELS, TASK_UTILS
 from mmdet3d.structures import Det3DDataSample
+from mmengine.dist import all_reduce, get_world_size
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -59,6 +60,8 @@ class TransFusionHead(nn.Module):
         test_cfg: ``dataset``, ``grid_size``, ``out_size_factor`` and ``nms_type`` (None or
             ``'circle'``).
         bbox_coder: Config of the box coder.
+        sync_avg_factor: Normalise losses by the objects of all processes, so that several train
+            like one with all their samples; by default each by its own, as published.
 
     Raises:
         ValueError: If an argument is one the head cannot honour.
@@ -87,8 +90,10 @@ class TransFusionHead(nn.Module):
         train_cfg: dict | None = None,
         test_cfg: dict | None = None,
         bbox_coder: dict | None = None,
+        sync_avg_factor: bool = False,
     ) -> None:
         super().__init__()
+        self.sync_avg_factor = sync_avg_factor
         if test_cfg is None or bbox_coder is None or decoder_layer is None:
             raise ValueError('TransFusionHead needs decoder_layer, test_cfg and bbox_coder')
         if test_cfg.get('nms_type') not in (None, 'circle'):
@@ -281,9 +286,9 @@ class TransFusionHead(nn.Module):
             self.num_proposals,
         )
         dense = outputs['dense_heatmap'].sigmoid().clamp(1e-4, 1 - 1e-4)
-        peaks = max(targets.heatmap.eq(1).sum().item(), 1)
+        peaks = self._avg_factor(targets.heatmap.eq(1).sum().item())
         losses = dict(loss_heatmap=self.losses['heatmap'](dense, targets.heatmap, avg_factor=peaks))
-        objects = max(targets.num_pos, 1)
+        objects = self._avg_factor(targets.num_pos)
         quantities = [outputs[n] for n in ('center', 'height', 'dim', 'rot')]
         quantities += [outputs['vel']] if 'vel' in outputs else []
         regressed = torch.cat(quantities, dim=1).transpose(1, 2)
@@ -307,6 +312,14 @@ class TransFusionHead(nn.Module):
             )
         losses['matched_ious'] = scores.new_tensor(targets.matched_iou)
         return losses
+
+    def _avg_factor(self, count: float) -> float:
+        """What a sum of losses over ``count`` things is divided by."""
+        if not self.sync_avg_factor:
+            return max(count, 1)
+        total = torch.tensor(float(count), device=self.class_encoding.weight.device)
+        all_reduce(total)
+        return max(total.item(), 1) / get_world_size()
 
     def predict(
         self, batch_feats: Tensor | Sequence[Tensor], batch_input_metas: list[dict]

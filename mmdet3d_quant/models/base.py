@@ -7,7 +7,7 @@ from typing import Any, Iterable, Mapping
 
 from torch import nn
 
-from mmdet3d_quant.modes import keep_float, name_quantizers
+from mmdet3d_quant.modes import keep_float, name_quantizers, quantizers
 
 Skip = str | Iterable[str] | Mapping[str, str]
 
@@ -58,12 +58,17 @@ def _swapped(cfg: Mapping | None, types: Mapping, what: str) -> dict:
     return new
 
 
-def finish(model: nn.Module, skip: Skip) -> None:
+def finish(model: nn.Module, skip: Skip, learn_amax: bool = False) -> None:
     """Last step of every quantized model's constructor.
 
     Args:
         model: The model, built.
         skip: Layers to keep float; see :func:`mmdet3d_quant.modes.keep_float`.
+        learn_amax: Make the ranges of activations parameters; see :mod:`mmdet3d_quant.qat`.
     """
     keep_float(model, skip)
+    if learn_amax:
+        for quantizer in quantizers(model).values():
+            if quantizer.spec.axis is None:  # weights have a range per channel, which follows them
+                quantizer.learn()
     name_quantizers(model)

@@ -20,11 +20,12 @@ class QuantConvFuser(ConvFuser):
 
     Args:
         skip: Layers to keep float: name patterns, or ``{pattern: reason}``.
+        learn_amax: Let training learn the ranges of activations.
     """
 
-    def __init__(self, *args: Any, skip: Skip = (), **kwargs: Any):
+    def __init__(self, *args: Any, skip: Skip = (), learn_amax: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        finish(self, skip)
+        finish(self, skip, learn_amax)
 
     def _conv(self, *args: Any, **kwargs: Any) -> nn.Conv2d:
         return QuantConv2d(*args, **kwargs)

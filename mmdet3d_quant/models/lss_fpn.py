@@ -22,14 +22,15 @@ class QuantGeneralizedLSSFPN(GeneralizedLSSFPN):
     Args:
         skip: Layers to keep float: name patterns such as ``'lateral_convs.0'``, or
             ``{pattern: reason}``.
+        learn_amax: Let training learn the ranges of activations.
     """
 
-    def __init__(self, *args: Any, skip: Skip = (), **kwargs: Any):
+    def __init__(self, *args: Any, skip: Skip = (), learn_amax: bool = False, **kwargs: Any):
         bound = arguments(GeneralizedLSSFPN, args, kwargs)
         bound['conv_cfg'] = quant_conv_cfg(bound.get('conv_cfg'))
         super().__init__(**bound)
         self.concats = nn.ModuleList(QuantConcat(dim=1) for _ in self.lateral_convs)
-        finish(self, skip)
+        finish(self, skip, learn_amax)
 
     def concat(self, level: int, tensors: Sequence[Tensor]) -> Tensor:
         """Joins a level's map with the upsampled coarser one on one grid."""

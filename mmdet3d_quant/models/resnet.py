@@ -94,19 +94,20 @@ class QuantResNet(ResNet):
     Args:
         skip: Layers to keep float: name patterns such as ``'conv1'`` or ``'layer1.0.*'``, or
             ``{pattern: reason}``.
+        learn_amax: Let training learn the ranges of activations.
 
     Raises:
         ValueError: If ``dcn`` is given, the convolution type has no quantized counterpart, or a
             ``skip`` pattern matches nothing.
     """
 
-    def __init__(self, *args: Any, skip: Skip = (), **kwargs: Any):
+    def __init__(self, *args: Any, skip: Skip = (), learn_amax: bool = False, **kwargs: Any):
         bound = arguments(ResNet, args, kwargs)
         bound['conv_cfg'] = quant_conv_cfg(bound.get('conv_cfg'))
         if bound.get('dcn') is not None:
             raise ValueError('deformable convolutions cannot be quantized: leave dcn=None')
         super().__init__(**bound)
-        finish(self, skip)
+        finish(self, skip, learn_amax)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """A stage, of quantized blocks."""

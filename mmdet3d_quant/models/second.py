@@ -29,14 +29,15 @@ class QuantSECOND(SECOND):
     Args:
         skip: Layers to keep float: name patterns such as ``'blocks.0.0'``, or
             ``{pattern: reason}``.
+        learn_amax: Let training learn the ranges of activations.
     """
 
-    def __init__(self, *args: Any, skip: Skip = (), **kwargs: Any):
+    def __init__(self, *args: Any, skip: Skip = (), learn_amax: bool = False, **kwargs: Any):
         bound = arguments(SECOND, args, kwargs)
         conv_cfg = bound.get('conv_cfg', _default(SECOND, 'conv_cfg'))
         bound['conv_cfg'] = quant_conv_cfg(conv_cfg)
         super().__init__(**bound)
-        finish(self, skip)
+        finish(self, skip, learn_amax)
 
     def output_readers(self) -> list[list[str]]:
         """For each output, the first convolution of the next block, which reads it too."""
@@ -54,16 +55,17 @@ class QuantSECONDFPN(SECONDFPN):
     Args:
         skip: Layers to keep float: name patterns such as ``'deblocks.1'``, or
             ``{pattern: reason}``.
+        learn_amax: Let training learn the ranges of activations.
     """
 
-    def __init__(self, *args: Any, skip: Skip = (), **kwargs: Any):
+    def __init__(self, *args: Any, skip: Skip = (), learn_amax: bool = False, **kwargs: Any):
         bound = arguments(SECONDFPN, args, kwargs)
         conv_cfg = bound.get('conv_cfg', _default(SECONDFPN, 'conv_cfg'))
         upsample_cfg = bound.get('upsample_cfg', _default(SECONDFPN, 'upsample_cfg'))
         bound['conv_cfg'] = quant_conv_cfg(conv_cfg)
         bound['upsample_cfg'] = quant_upsample_cfg(upsample_cfg)
         super().__init__(**bound)
-        finish(self, skip)
+        finish(self, skip, learn_amax)
 
     def input_readers(self) -> list[list[str]]:
         """For each input, the layer of its deblock."""

@@ -16,11 +16,16 @@ class _QuantView:
     """Quantizes the per-image convolutions, and the BEV ones only when asked."""
 
     def __init__(
-        self, *args: Any, quantize_downsample: bool = False, skip: Skip = (), **kwargs: Any
+        self,
+        *args: Any,
+        quantize_downsample: bool = False,
+        skip: Skip = (),
+        learn_amax: bool = False,
+        **kwargs: Any,
     ):
         self.quantize_downsample = quantize_downsample
         super().__init__(*args, **kwargs)
-        finish(self, skip)
+        finish(self, skip, learn_amax)
 
     def _conv(self, part: str, *args: Any, **kwargs: Any) -> nn.Conv2d:
         quantized = part != 'downsample' or self.quantize_downsample
@@ -34,6 +39,7 @@ class QuantLSSTransform(_QuantView, LSSTransform):
     Args:
         quantize_downsample: Also quantize ``downsample``, which deployments usually run in FP16.
         skip: Layers to keep float: name patterns, or ``{pattern: reason}``.
+        learn_amax: Let training learn the ranges of activations.
     """
 
 
@@ -45,4 +51,5 @@ class QuantDepthLSSTransform(_QuantView, DepthLSSTransform):
         quantize_downsample: Also quantize ``downsample``, which deployments usually run in FP16.
         skip: Layers to keep float: name patterns such as ``'dtransform.0'``, or
             ``{pattern: reason}``.
+        learn_amax: Let training learn the ranges of activations.
     """

@@ -1,0 +1,130 @@
+"""Distillation: the quantized model is also taught by its float self."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.modes import set_mode
+
+
+@HOOKS.register_module()
+class DistillHook(Hook):
+    """Adds, to the losses of a detector, how far features are from those of the float model.
+
+    The teacher is built from the run's own config, with the weights of ``checkpoint``, in float
+    and evaluation mode; it is no part of the trained model, nor of its checkpoints. It sees the
+    same batch, augmentation included. Each named module adds ``loss_distill_NAME``: the mean over
+    samples of ``||student - teacher||^2 / ||teacher||^2``, which is the reciprocal of the SQNR.
+
+    Args:
+        checkpoint: Weights of the teacher: the float checkpoint, or the calibrated one.
+        modules: Weight of the loss by name of the module whose output is compared, for example
+            ``{'pts_neck': 1.0, 'bbox_head.heatmap_head': 1.0}``. Outputs that depend on which
+            objects a model found (boxes by query) cannot be compared.
+
+    Raises:
+        ValueError: If there is no module or a weight is not positive.
+    """
+
+    # After QATHook, whose errors about the model come first.
+    priority = 'BELOW_NORMAL'
+
+    def __init__(self, checkpoint: str, modules: Mapping[str, float]) -> None:
+        if not modules or min(modules.values()) <= 0:
+            raise ValueError(f'DistillHook: expected module names with weights > 0, got {modules}')
+        self.checkpoint = checkpoint
+        self.modules = dict(modules)
+        self.teacher: nn.Module
+        self._seen: dict[str, Any] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Builds the teacher and listens to both models.
+
+        Raises:
+            CheckpointError: If the checkpoint does not fit the config.
+            ValueError: If the model has no module of a name.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        known = dict(model.named_modules())
+        for name in self.modules:
+            if name not in known:
+                parent = known.get(name.rpartition('.')[0], model)
+                some = ', '.join(child for child, _ in parent.named_children())
+                raise ValueError(f'DistillHook: the model has no module {name!r}; there are {some}')
+        self.teacher = fc.build_model(runner.cfg)
+        fc.load_weights(self.teacher, self.checkpoint, calibrated=False)
+        self.teacher.to(next(model.parameters()).device).eval().requires_grad_(False)
+        set_mode(self.teacher, 'float')
+        for role, of in (('student', model), ('teacher', self.teacher)):
+            modules = dict(of.named_modules())
+            for name in self.modules:
+                modules[name].register_forward_hook(self._listener(f'{role} {name}'))
+        model.register_forward_hook(self._add_losses, with_kwargs=True)
+
+    def _listener(self, key: str) -> Any:
+        def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._seen[key] = output
+
+        return listen
+
+    def _add_losses(self, model: nn.Module, args: tuple, kwargs: dict, losses: Any) -> Any:
+        if kwargs.get('mode') != 'loss':
+            self._seen.clear()
+            return losses
+        with torch.no_grad():
+            self.teacher(*args, **kwargs)
+        extra = {}
+        for name, weight in self.modules.items():
+            missing = [r for r in ('student', 'teacher') if f'{r} {name}' not in self._seen]
+            if missing:
+                raise ValueError(f'DistillHook: the {missing[0]} does not run {name!r} in training')
+            student, teacher = (self._seen[f'{role} {name}'] for role in ('student', 'teacher'))
+            extra[f'loss_distill_{name.replace(".", "_")}'] = weight * distance(student, teacher)
+        self._seen.clear()
+        return {**losses, **extra}
+
+
+def distance(student: Any, teacher: Any) -> Tensor:
+    """Mean over samples of ``||student - teacher||^2 / ||teacher||^2``.
+
+    Args:
+        student: A tensor (B, ...), or any nesting of lists, tuples and dicts of such.
+        teacher: The same.
+
+    Returns:
+        Scalar, float32; the mean over the tensors.
+
+    Raises:
+        ValueError: If there are no floating tensors, or shapes differ.
+    """
+    pairs = list(zip(_tensors(student), _tensors(teacher), strict=True))
+    if not pairs or any(s.shape != t.shape for s, t in pairs):
+        shapes = [(tuple(s.shape), tuple(t.shape)) for s, t in pairs]
+        raise ValueError(f'distillation compares floating tensors of equal shapes, got {shapes}')
+    errors = []
+    for s, t in pairs:
+        s, t = s.float().flatten(1), t.detach().float().flatten(1)
+        size = t.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        errors.append(((s - t).square().sum(1) / size).mean())
+    return torch.stack(errors).mean()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)

@@ -1,0 +1,194 @@
+"""The hook that makes a training run of mmengine quantization-aware."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop, Runner, autocast
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdet3d_quant.modes import quantizers, require_calibrated, set_mode
+from mmdet3d_quant.qat.ranges import LearnedRanges, WeightRanges
+from mmdet3d_quant.spec import select
+from mmdet3d_quant.ties import unequal_ties
+
+#: Where a checkpoint keeps what the hook needs to go on.
+KEY = 'qat'
+
+
+@HOOKS.register_module()
+class QATHook(Hook):
+    """Trains a calibrated model with quantization in its forward pass.
+
+    Before the first step it checks that every quantizer has a range and that tied ones have
+    equal ones. While training, ranges of weights follow the weights, learned ranges (models with
+    ``learn_amax=True``) stay tied, and batch norm uses its running statistics, as the deployed
+    model does. Validation runs the quantized model.
+
+    Every step seeds torch from the run's seed, its rank and its number, so that a resumed run
+    draws the dropout of an uninterrupted one.
+
+    Times are in epochs, or in iterations with an ``IterBasedTrainLoop``.
+
+    Args:
+        freeze_bn: Time from which batch norm keeps its statistics; None: never. Its weight and
+            bias go on being trained.
+        schedule: Modes by time and name pattern, for example
+            ``{0: {'img_*': 'float'}, 2: {'*': 'quant'}}``; what no pattern names is quantized.
+            With several processes, learned ranges and ``'float'``, DDP needs
+            ``find_unused_parameters=True``.
+        validate_float: Also validate the same weights without quantization; its metrics carry
+            the prefix ``float/``.
+
+    Raises:
+        ValueError: If the schedule is malformed.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(
+        self,
+        freeze_bn: int | None = 0,
+        schedule: Mapping[int, Mapping[str, str]] | None = None,
+        validate_float: bool = False,
+    ) -> None:
+        self.freeze_bn = freeze_bn
+        self.schedule = {int(time): dict(modes) for time, modes in (schedule or {}).items()}
+        for modes in self.schedule.values():
+            for pattern, mode in modes.items():
+                if mode not in ('float', 'quant'):
+                    raise ValueError(
+                        f"QATHook: schedule gives {pattern!r} the mode {mode!r}; expected 'float' "
+                        "or 'quant' (ranges come from tools/calibrate.py, training observes none)"
+                    )
+        self.validate_float = validate_float
+        self._stage: dict[str, str] | None = None
+        self._saved: dict[str, Any] = {}
+        self._weights: WeightRanges
+
+    def before_train(self, runner: Runner) -> None:
+        """Checks the model and attaches to the optimizer.
+
+        Raises:
+            UncalibratedError: If a quantizer has no range.
+            ValueError: If the model has no quantizers, ranges of a tie group differ, a pattern
+                of the schedule matches nothing, or the optimizer leaves out learned ranges.
+        """
+        model = _bare(runner)
+        if not quantizers(model):
+            raise ValueError('QATHook: the model has no quantizers; use Quant* types in the config')
+        for modes in self.schedule.values():
+            for pattern in modes:
+                if not select(quantizers(model), pattern):
+                    raise ValueError(f'QATHook: schedule pattern {pattern!r} matches no quantizer')
+        require_calibrated(model)
+        broken = unequal_ties(model)
+        if broken:
+            raise ValueError(
+                f'QATHook: {" and ".join(broken[0][:2])} must share one range and have different '
+                'ones: calibrate the whole model with tools/calibrate.py'
+            )
+        self._weights = WeightRanges(model, self._saved.get('weight_ratios'))
+        learned = LearnedRanges(model)
+        optimizer = runner.optim_wrapper.optimizer
+        if len(learned):
+            _check_optimized(model, optimizer, runner)
+            learned.attach(optimizer)
+        optimizer.register_step_post_hook(lambda *_: self._weights.follow())
+        if getattr(runner.train_dataloader, 'persistent_workers', False):
+            runner.logger.info(
+                'QATHook: workers of the train_dataloader live on between epochs '
+                '(persistent_workers=True), so a resumed run draws other augmentations'
+            )
+        runner.logger.info(
+            f'QATHook: {len(quantizers(model))} quantizers, ranges of {len(learned)} groups learned'
+        )
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Seeds what loads data in this process."""
+        seed = _seed(runner)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Sets modes and batch norm, which the loop puts into training mode, and seeds."""
+        model = _bare(runner)
+        by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
+        now = runner.iter if by_iter else runner.epoch
+        self._set_modes(model, now)
+        if self.freeze_bn is not None and now >= self.freeze_bn:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        torch.manual_seed(_seed(runner))
+
+    def _set_modes(self, model: nn.Module, now: int) -> None:
+        past = [time for time in self.schedule if time <= now]
+        stage = self.schedule[max(past)] if past else {}
+        if stage == self._stage:
+            return
+        self._stage = stage
+        found = quantizers(model)
+        set_mode(model, 'quant')
+        for pattern, mode in stage.items():
+            for name in select(found, pattern):
+                found[name].mode = mode
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
+        """Validates without quantization, where asked to."""
+        if not self.validate_float:
+            return
+        loop = runner.val_loop
+        with set_mode(_bare(runner), 'float'), torch.no_grad(), autocast(enabled=loop.fp16):
+            for batch in loop.dataloader:
+                outputs = runner.model.val_step(batch)
+                loop.evaluator.process(data_samples=outputs, data_batch=batch)
+        for name, value in loop.evaluator.evaluate(len(loop.dataloader.dataset)).items():
+            if isinstance(value, (int, float)):
+                runner.message_hub.update_scalar(f'val/float/{name}', value)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Adds what resuming needs: plain tensors."""
+        checkpoint[KEY] = dict(weight_ratios=self._weights.ratios)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keeps what a former run saved."""
+        self._saved = checkpoint.get(KEY) or {}
+
+
+def _bare(runner: Runner) -> nn.Module:
+    """The model of the config, whatever it is wrapped in."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _seed(runner: Runner) -> int:
+    """Differs by run, step and process."""
+    step = (runner.seed or 0) * 1_000_003 + runner.iter
+    return (step * get_world_size() + get_rank()) % 2**63
+
+
+def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer, runner: Runner) -> None:
+    """That the optimizer has all learned ranges, and does not shrink them."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
+    for name, quantizer in quantizers(model).items():
+        if not quantizer.learned:
+            continue
+        group = groups.get(id(quantizer._amax))
+        if group is None:
+            raise ValueError(f'QATHook: the optimizer does not train {name}._amax')
+        if group.get('weight_decay'):
+            runner.logger.warning(
+                'QATHook: weight decay pulls the learned ranges towards 0; switch it off with '
+                "optim_wrapper.paramwise_cfg=dict(custom_keys={'_amax': dict(decay_mult=0)})"
+            )
+            return

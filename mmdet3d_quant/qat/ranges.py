@@ -1,0 +1,105 @@
+"""Ranges while weights move: those of weights follow them, those of activations may be learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mmdet3d_quant.layers.base import QuantLayer
+from mmdet3d_quant.modes import quantizers
+from mmdet3d_quant.ties import ties
+
+
+class WeightRanges:
+    """Keeps the ranges of weights in the proportion to the largest weight that calibration chose.
+
+    Args:
+        model: A calibrated model.
+        ratios: Range over largest weight by layer, as :attr:`ratios` of a former run; taken from
+            the model where a layer is missing.
+
+    Attributes:
+        ratios: By name of the layer, float32 of the shape of its range; 1 for ranges by ``max``,
+            and for channels without weights.
+    """
+
+    def __init__(self, model: nn.Module, ratios: dict[str, Tensor] | None = None) -> None:
+        self._layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, QuantLayer) and layer._weight_quantizer.calibrated
+        }
+        self.ratios: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            amax = layer._weight_quantizer._amax
+            if ratios and name in ratios:
+                self.ratios[name] = ratios[name].to(amax)
+                continue
+            largest = layer.weight_amax()
+            self.ratios[name] = torch.where(largest > 0, amax / largest, torch.ones_like(amax))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Sets all ranges anew; without synchronisation with a GPU."""
+        for name, layer in self._layers.items():
+            layer._weight_quantizer._amax.copy_(layer.weight_amax() * self.ratios[name])
+
+
+class LearnedRanges:
+    """Lets an optimizer train ranges, one per tie group, by their logarithm.
+
+    Ranges of one model differ by orders of magnitude, and steps of Adam do not depend on the size
+    of gradients: one learning rate serves all only if a step changes a range by a share of it. So
+    the optimizer is given the gradient by ``ln(amax)``, and its step is applied to ``ln(amax)``
+    (as in TQT, Jain et al., 2020). Ranges stay above zero. Members of a tie group get the sum of
+    their gradients and leave every step equal.
+
+    Args:
+        model: A calibrated model, some ranges of which are parameters.
+
+    Raises:
+        ValueError: If some members of a group are learned and others are not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = {n: q for n, q in quantizers(model).items() if q.float_reason is None}
+        tied = ties(model)
+        for group in tied:
+            fixed = [name for name in group if not found[name].learned]
+            if 0 < len(fixed) < len(group):
+                raise ValueError(
+                    f'only some ranges of a tie group are learned, not that of {fixed[0]}: give '
+                    f'learn_amax=True to all models of {", ".join(group)}, or to none'
+                )
+        members = {name for group in tied for name in group}
+        groups = [*tied, *((name,) for name in found if name not in members)]
+        self._groups = [[found[n]._amax for n in g] for g in groups if found[g[0]].learned]
+        self._before: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hooks round the steps of an optimizer that all the ranges are in."""
+        optimizer.register_step_pre_hook(self._prepare)
+        optimizer.register_step_post_hook(self._apply)
+
+    @torch.no_grad()
+    def _prepare(self, *_: Any) -> None:
+        self._before = [group[0].detach().clone() for group in self._groups]
+        for group, amax in zip(self._groups, self._before, strict=True):
+            grads = [member.grad for member in group if member.grad is not None]
+            if grads:
+                total = torch.stack(grads).sum(0) * amax
+                for member in group:
+                    member.grad = total.clone()
+
+    @torch.no_grad()
+    def _apply(self, *_: Any) -> None:
+        for group, before in zip(self._groups, self._before, strict=True):
+            after = before * (group[0] - before).exp()
+            for member in group:
+                member.copy_(after)
