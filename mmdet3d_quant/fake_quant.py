@@ -32,7 +32,9 @@ def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     Backward, as in pytorch-quantization, the gradient passes where ``|x| <= amax`` and is 0
     elsewhere. Where ``amax`` needs a gradient it gets that of LSQ (Esser et al., 2020) in terms of
     the range instead of the step: ``sum(g * (y - x)) / amax`` inside and ``sum(g * y) / amax``
-    outside, times ``1 / sqrt(n * qmax)`` for n values per range.
+    outside, times ``1 / sqrt(n * qmax)``, where n is what the paper calls features: the values per
+    index of the first dimension (per sample, so that the gradient is a sum over samples), or with
+    an axis the values per range.
 
     Args:
         x: Tensor of any floating type; computed in float32, or in float64 if it is float64
@@ -94,7 +96,8 @@ class _FakeQuantize(Function):
 
 
 def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:
-    return 1 / (amax.clamp(min=MIN_AMAX) * (x.numel() / amax.numel() * qmax) ** 0.5)
+    features = x.numel() / (x.shape[0] if amax.numel() == 1 else amax.numel())
+    return 1 / (amax.clamp(min=MIN_AMAX) * (features * qmax) ** 0.5)
 
 
 def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:

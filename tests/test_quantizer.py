@@ -59,7 +59,7 @@ def test_gradient_at_the_very_edge_is_the_library_s(axis):
 def by_autograd(x, amax, spec):
     """LSQ as its paper writes it, out of differentiable operations, with the step learned."""
     step = amax / spec.qmax
-    n = x.numel() / amax.numel()
+    n = x[0].numel() if amax.numel() == 1 else x.numel() / amax.numel()
     factor = 1 / (n * spec.qmax) ** 0.5
     step = (step - step * factor).detach() + step * factor  # the value of step, a scaled gradient
     ratio = x / step

@@ -6,8 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
 from mmdet3d.utils import replace_ceph_backend
 from mmengine.config import Config, DictAction
+from processes import join
 
 import mmdet3d_quant  # noqa: F401  registers the Quant* types, whatever the config imports
 import mmdet3d_quant.optim  # noqa: F401  for --amp without a GPU
@@ -40,8 +42,10 @@ def runner_config(args: argparse.Namespace, needs: tuple[str, ...]) -> Config:
     Raises:
         ConfigError: If it cannot be read or lacks an entry of ``needs``.
         DatasetError: If a nuScenes folder that it names is incomplete or damaged.
+        ValueError: If the launcher did not start this process.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    join(args.launcher)
     cfg = read_config(args.config)
     if args.ceph:
         cfg = replace_ceph_backend(cfg)
@@ -51,6 +55,13 @@ def runner_config(args: argparse.Namespace, needs: tuple[str, ...]) -> Config:
         raise ConfigError(f'config {args.config} has no {", ".join(missing)}')
     check_data(cfg, needs)
     cfg.launcher = args.launcher
+    if args.launcher != 'none' and not torch.cuda.is_available() and 'model_wrapper_cfg' not in cfg:
+        cfg.model_wrapper_cfg = dict(  # mmengine's default, less the number of a GPU
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
     cfg.work_dir = (
         args.work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(args.config).stem)
     )

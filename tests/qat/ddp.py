@@ -1,0 +1,41 @@
+"""One process of a distributed run; started by torchrun in test_distributed.py."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+
+from processes import join  # noqa: E402
+
+from tests.qat.toy import QAT, runner  # noqa: E402
+
+CPU = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+
+
+def main(work, start, launcher, batch):
+    torch.set_num_threads(1)
+    join(launcher)
+    hooks = [QAT, dict(type='DistillHook', checkpoint=start, modules={'norm': 1.0})]
+    wrapper = {} if launcher == 'none' else dict(launcher=launcher)
+    run = runner(
+        Path(work),
+        start,
+        hooks,
+        epochs=3,
+        model=dict(learn_amax=True),
+        batch=int(batch),
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=0.05),
+            paramwise_cfg=dict(custom_keys={'_amax': dict(lr_mult=1000.0)}),
+        ),
+        wrapper=None if launcher == 'none' else CPU,
+        **wrapper,
+    )
+    run.train()
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])
