@@ -44,8 +44,8 @@ PARTS = (
 )  # yapf: disable  # fmt: skip
 OUTLIER = 16.0
 #: Learning rate of learned ranges over that of weights; per step a range changes by up to
-#: 2e-4 * 500 = 10 %.
-LEARN = 500.0
+#: 2e-5 * 5000 = 10 %.
+LEARN = 5000.0
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402
 
 TINY = ROOT / 'configs/bevfusion_tiny'
+FUSION = ROOT / 'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth'
 
 
 def tool(name):
@@ -137,6 +138,71 @@ def test_quantized_checkpoints_score_as_int8_and_as_float(work, tiny_nuscenes):
     )
     assert as_float == pytest.approx(float_, nan_ok=True)
     assert as_int8.keys() == as_float.keys()
+
+
+@pytest.fixture(scope='module')
+def qat(work, tiny_nuscenes):
+    """A QAT config, in ``qat.py``, and a checkpoint that it starts from, ``int8.pth``."""
+    path = write_config(work / 'qat.py', 'bevfusion_tiny_lidar-cam_qat_synthetic', tiny_nuscenes)
+    start = work / 'start.pth'
+    calibrate.main([str(path), str(FUSION), '--out', str(start), '--method', 'max'])
+    cfg = Config.fromfile(path)
+    cfg.load_from = cfg.custom_hooks[1].checkpoint = str(start)
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=5)
+    cfg.optim_wrapper.optimizer = dict(type='SGD', lr=1e-3)
+    cfg.param_scheduler = None
+    cfg.dump(path)
+    return path
+
+
+def test_qat_needs_a_calibrated_start(qat, work):
+    args = [str(qat), '--work-dir', str(work / 'bad'), '--cfg-options']
+    with pytest.raises(UncalibratedError, match=r'tools/calibrate\.py'):
+        TRAIN.main([*args, f'load_from={FUSION}'])
+    with pytest.raises(ConfigError, match='load_from'):
+        TRAIN.main([*args, 'load_from=None'])
+    with pytest.raises(CheckpointError, match='another architecture'):
+        TRAIN.main([*args, f'load_from={work / "run/epoch_1.pth"}'])
+    assert not (work / 'bad').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_bevfusion_like_one(qat, work):
+    """The same global batch; losses are normalised over both processes."""
+    alone, two = work / 'alone', work / 'two'
+    # In float: rounding makes much of the last bit. tests/qat/ quantizes, on a small model.
+    cfg = Config.fromfile(qat)
+    cfg.custom_hooks[0].schedule = {'0': {'*': 'float'}}
+    for step in cfg.train_dataloader.dataset.pipeline:
+        if step.type == 'ImageAug3D':  # each process draws its own
+            step.update(resize_lim=[0.5, 0.5], rot_lim=[0.0, 0.0], rand_flip=False)
+    cfg.dump(work / 'smooth.py')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--master-port', '29631']
+    for folder, count in ((alone, 1), (two, 2)):
+        out = subprocess.run(
+            [
+                *command,
+                '--nproc-per-node',
+                str(count),
+                str(ROOT / 'tools/train.py'),
+                str(work / 'smooth.py'),
+            ]
+            + ['--launcher', 'pytorch', '--work-dir', str(folder)]
+            + ['--cfg-options', f'train_dataloader.batch_size={2 // count}'],
+            capture_output=True,
+            text=True,
+        )
+        assert out.returncode == 0, out.stderr[-3000:]
+    begun, wanted, found = (
+        weights(path) for path in (work / 'start.pth', alone / 'epoch_1.pth', two / 'epoch_1.pth')
+    )
+    trained = [n for n, p in fc.build_model(fc.read_config(qat)).named_parameters()]
+
+    def apart(a, b):
+        return sum((a[n] - b[n]).double().square().sum().item() for n in trained) ** 0.5
+
+    assert 0 < apart(wanted, begun)
+    assert apart(wanted, found) < 1e-3 * apart(wanted, begun)
 
 
 def test_bfloat16_trains_on_a_cpu(work):

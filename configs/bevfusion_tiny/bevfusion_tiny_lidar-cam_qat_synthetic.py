@@ -21,10 +21,10 @@ custom_hooks = [
 ]
 model = dict(bbox_head=dict(sync_avg_factor=True))  # several processes train like one
 
-# A tenth of the learning rate and a quarter of the time of the float training.
+# A hundredth of the learning rate and a quarter of the time of the float training.
 max_epochs = 1
 train_cfg = dict(max_epochs=max_epochs, val_interval=1)
-optim_wrapper = dict(optimizer=dict(lr=2e-4))
+optim_wrapper = dict(optimizer=dict(lr=2e-5))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=20),
     dict(

@@ -282,3 +282,21 @@ def test_each_decoder_layer_has_its_losses():
     losses = head.loss_by_feat(head([torch.randn(1, 8, 40, 20)], None), [truth])
     names = {f'layer_{i}_loss_{k}' for i in (0, -1) for k in ('cls', 'bbox')}
     assert set(losses) == {'loss_heatmap', 'matched_ious', *names}
+
+
+def test_losses_can_be_normalised_over_processes(monkeypatch):
+    """Two processes with 3 and 1 objects: each divides by their mean, as one with 4 would."""
+    from mmdet3d_quant.bevfusion import head as module
+
+    class Head(module.TransFusionHead):
+        def __init__(self, sync):
+            torch.nn.Module.__init__(self)
+            self.sync_avg_factor = sync
+            self.class_encoding = torch.nn.Conv1d(1, 1, 1)
+
+    assert [Head(False)._avg_factor(n) for n in (0, 1, 3)] == [1, 1, 3]
+    assert [Head(True)._avg_factor(n) for n in (0, 1, 3)] == [1, 1, 3]
+    monkeypatch.setattr(module, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(module, 'all_reduce', lambda total: total.add_(1))
+    assert Head(False)._avg_factor(3) == 3
+    assert Head(True)._avg_factor(3) == 2
