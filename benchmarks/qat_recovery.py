@@ -44,8 +44,8 @@ PARTS = (
 )  # yapf: disable  # fmt: skip
 OUTLIER = 16.0
 #: Learning rate of learned ranges over that of weights; per step a range changes by up to
-#: 2e-5 * 5000 = 10 %.
-LEARN = 5000.0
+#: 2e-5 * 10000 = 20 %.
+LEARN = 10000.0
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ def main() -> None:
     rows = {'float': [score(CHECKPOINT, 'float', 'float')]}
     for name, path in starts.items():
         rows[f'{name}, PTQ'] = [score(path, f'{name} PTQ')]
-    for seed in args.seeds:
-        for setting in SETTINGS:
+    for setting in SETTINGS:
+        for seed in args.seeds:
             name = f'{setting}'.replace(',', '')
             folder = args.out / f'{name} {seed}'.replace(' ', '_')
             last = train(setting, seed, folder, starts[setting.start], args.iters)

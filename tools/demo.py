@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         'to calibrate on, an even number; default: %(default)s')  # fmt: skip
     add('--method', default='mse', help='calibration method; default: %(default)s')
     add('--pictures', type=int, default=4, help='frames to draw; default: %(default)s')
-    add('--score-thr', type=float, default=0.25, help='least score of a drawn box; %(default)s')
+    add('--score-thr', type=float, default=0.15, help='least score of a drawn box; %(default)s')
     return parser.parse_args(argv)
 
 
@@ -259,7 +259,7 @@ def comparison(told: dict[str, Any]) -> Table:
         slow, fast = (f'{1e3 * times[n]:.2f}' for n in ('float', 'int8'))
         table.add_row(f'{file}, ms', slow, '', fast)
     table.add_section()
-    sizes = {**told['sizes'], 'INT8 layers in an engine': told['weights']}
+    sizes = {**told['sizes'], 'weights of the quantized layers': told['weights']}
     for file, size in sizes.items():
         slow, fast = (f'{size[n] / 1e6:.2f}' for n in ('float', 'int8'))
         table.add_row(f'{file}, MB', slow, '', fast)
