@@ -191,3 +191,23 @@ def test_skip_keeps_layers_float_and_refuses_unknown_patterns(name):
     model(*inputs)  # nothing left to calibrate
     with pytest.raises(ValueError, match=f"'conv99' matches no quantized layer of {name}"):
         MODELS.build(dict(type=name, **kwargs, skip=['conv99']))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_every_model_can_learn_its_activation_ranges(name):
+    parent, kwargs, inputs = CASES[name]
+    if name.startswith(('QuantConv2d', 'QuantConvT', 'QuantLinear', 'QuantB')):
+        return  # layers and blocks: the model that contains them has the option
+    fixed = build(name)[1]
+    learning = MODELS.build(dict(type=name, **kwargs, learn_amax=True))
+    wrap = WRAPPERS.get(name, lambda m: m)
+    learning = wrap(learning)
+    learning.eval()
+    calibrate(fixed, [inputs], 'max')
+    learning.load_state_dict(fixed.state_dict())
+    a, b = flat(fixed(*inputs)), flat(learning(*inputs))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    sum(y.square().mean() for y in b).backward()
+    for full, quantizer in quantizers(learning).items():
+        assert quantizer.learned == (not full.endswith('_weight_quantizer'))
+        assert not quantizer.learned or torch.isfinite(quantizer._amax.grad).all()

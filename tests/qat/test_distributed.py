@@ -14,8 +14,9 @@ from tests.qat.toy import calibrated
 def test_two_processes_train_like_one(tmp_path):
     start = str(calibrated(tmp_path / 'int8.pth'))
     alone, two = tmp_path / 'alone', tmp_path / 'two'
-    torch.set_num_threads(1)
+    threads = torch.get_num_threads()
     ddp.main(str(alone), start, 'none', '8')
+    torch.set_num_threads(threads)
     out = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2']
         + ['--master-port', '29617', ddp.__file__, str(two), start, 'pytorch', '4'],
