@@ -1,0 +1,17 @@
+"""What TensorRT's explicit quantization asks of an ONNX graph, checked without TensorRT."""
+
+from mmdet3d_quant.export.lint.graph import Graph, LintError, read_graph
+from mmdet3d_quant.export.lint.layers import Layer, layers
+from mmdet3d_quant.export.lint.rules import RULES, Finding, Rule, lint
+
+__all__ = [
+    'RULES',
+    'Finding',
+    'Graph',
+    'Layer',
+    'LintError',
+    'Rule',
+    'layers',
+    'lint',
+    'read_graph',
+]

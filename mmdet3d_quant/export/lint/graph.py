@@ -1,0 +1,163 @@
+"""An ONNX graph as the rules look at it: who makes a tensor, who reads it, how it is quantized."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import NodeProto, numpy_helper
+
+#: Convolutions, and the axis of their weight that indexes output channels.
+LAYERS = {'Conv': 0, 'ConvTranspose': 1}
+#: A protobuf message ends here; larger models keep their weights in a file beside.
+LARGEST = 2**31
+
+
+class LintError(ValueError):
+    """A file is no ONNX graph that can be looked at."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A DequantizeLinear and what comes before it.
+
+    Attributes:
+        dq: The DequantizeLinear.
+        q: The QuantizeLinear before it; None for integers stored in the file.
+        source: The tensor that is quantized.
+        scale: Flat float array, or None if it is no constant.
+        zero: Zero points, flat, or None if absent or no constant.
+        axis: Channel axis of ``scale``.
+    """
+
+    dq: NodeProto
+    q: NodeProto | None
+    source: str
+    scale: np.ndarray | None
+    zero: np.ndarray | None
+    axis: int
+
+
+class Graph:
+    """Looks into a model.
+
+    Args:
+        model: The model, with its weights.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.nodes = [n for n in model.graph.node if n.op_type != 'Constant']
+        self.outputs = {o.name for o in model.graph.output}
+        self.producer = {o: n for n in model.graph.node for o in n.output}
+        self.readers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
+        for node in self.nodes:
+            for i, name in enumerate(node.input):
+                self.readers[name].append((node, i))
+        self._initializers = {i.name: i for i in model.graph.initializer}
+        self._model = model
+        self._number = {id(n): i for i, n in enumerate(self.nodes)}
+
+    def __iter__(self) -> Iterator[NodeProto]:
+        return iter(self.nodes)
+
+    def name(self, node: NodeProto) -> str:
+        """Its name, or type and position."""
+        return node.name or f'{node.op_type}#{self._number[id(node)]}'
+
+    def of(self, *types: str) -> Iterator[NodeProto]:
+        """Nodes of some types, in the order of the file."""
+        return (n for n in self.nodes if n.op_type in types)
+
+    def is_constant(self, tensor: str) -> bool:
+        """Whether a tensor is stored in the file."""
+        node = self.producer.get(tensor)
+        return tensor in self._initializers or (node is not None and node.op_type == 'Constant')
+
+    def constant(self, tensor: str) -> np.ndarray | None:
+        """Value of a stored tensor."""
+        if tensor in self._initializers:
+            return numpy_helper.to_array(self._initializers[tensor])
+        node = self.producer.get(tensor)
+        if node is None or node.op_type != 'Constant' or node.attribute[0].name != 'value':
+            return None
+        return numpy_helper.to_array(node.attribute[0].t)
+
+    @cached_property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes as far as they are known; -1 for a dimension that is not."""
+        inferred = onnx.shape_inference.infer_shapes(self._model).graph
+        values = [*inferred.value_info, *inferred.input, *inferred.output]
+        found = {
+            v.name: [d.dim_value if d.HasField('dim_value') else -1 for d in t.shape.dim]
+            for v in values
+            for t in (v.type.tensor_type,)
+            if t.HasField('shape')
+        }
+        found.update((name, list(i.dims)) for name, i in self._initializers.items())
+        return found
+
+    def pair(self, tensor: str) -> Pair | None:
+        """How a tensor was quantized, if a DequantizeLinear makes it."""
+        dq = self.producer.get(tensor)
+        if dq is None or dq.op_type != 'DequantizeLinear':
+            return None
+        q = self.producer.get(dq.input[0])
+        q = q if q is not None and q.op_type == 'QuantizeLinear' else None
+        scale, zero = self.grid(dq)
+        return Pair(dq, q, (q or dq).input[0], scale, zero, axis_of(dq))
+
+    def grid(self, node: NodeProto) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Scale and zero point of a Q or DQ, flat; None where they are no constants."""
+        scale = self.constant(node.input[1])
+        zero = self.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        return tuple(None if v is None else v.reshape(-1) for v in (scale, zero))  # type: ignore
+
+    def weight_pair(self, layer: NodeProto) -> Pair | None:
+        """How the weight of a layer was quantized."""
+        return self.pair(layer.input[1])
+
+    def holds_weight(self, pair: Pair) -> bool:
+        """Whether a pair quantizes stored values, not an activation."""
+        return self.is_constant(pair.source)
+
+
+def axis_of(node: NodeProto) -> int:
+    """The axis attribute of a Q or DQ; 1 is ONNX's default."""
+    return next((a.i for a in node.attribute if a.name == 'axis'), 1)
+
+
+def read_graph(path: str | Path) -> Graph:
+    """Reads a file.
+
+    Args:
+        path: An ONNX file, with its external weights beside it if it has some.
+
+    Raises:
+        LintError: If it is missing, empty, truncated, too large for one message, no ONNX, or
+            lacks its weights; says which and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LintError(f'{path} does not exist')
+    size = path.stat().st_size
+    if size >= LARGEST:
+        raise LintError(
+            f'{path} has {size / 2**30:.1f} GiB; ONNX files end at 2 GiB. Save it with '
+            'onnx.save(model, path, save_as_external_data=True)'
+        )
+    try:
+        model = onnx.load(str(path))
+    except DecodeError:
+        raise LintError(f'{path} is no ONNX file, or was cut off ({size} bytes)') from None
+    except (FileNotFoundError, onnx.checker.ValidationError) as err:
+        raise LintError(f'{path} keeps weights in another file, which is missing: {err}') from None
+    if not model.graph.node:
+        raise LintError(f'{path} is no ONNX file, or its graph is empty')
+    return Graph(model)

@@ -1,0 +1,136 @@
+#!/usr/bin/env python
+"""Check Q/DQ ONNX files, whoever made them, for what costs INT8 speed or accuracy in TensorRT."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from terminal import open_console
+
+from mmdet3d_quant.export.lint import RULES, Finding, Layer, LintError, layers, lint, read_graph
+from mmdet3d_quant.export.lint.layers import coverage
+from mmdet3d_quant.export.lint.picture import draw
+from mmdet3d_quant.export.lint.rules import is_quantized
+from mmdet3d_quant.files import check_writable, whole
+
+#: Findings of one rule that are shown; the JSON has all.
+SHOWN = 8
+EXAMPLE = """
+examples:
+  python tools/lint_onnx.py onnx/int8/camera.backbone.onnx
+  python tools/lint_onnx.py onnx/int8/*.onnx --min-coverage 0.99 --json lint.json
+  python tools/lint_onnx.py model.onnx --picture model.png --ignore Q11 Q14
+  python tools/lint_onnx.py --rules
+
+exit code: 0 nothing found, 1 something found, 2 a file that cannot be checked
+"""
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('files', nargs='*', metavar='FILE', help='ONNX files')
+    parser.add_argument('--ignore', nargs='+', default=(), metavar='ID', help='rules to leave out')
+    parser.add_argument(
+        '--min-coverage',
+        type=float,
+        default=0.0,
+        metavar='SHARE',
+        help='least share, 0 to 1, of the multiply-accumulates of convolutions in INT8',
+    )
+    parser.add_argument(
+        '--allow-float', action='store_true', help='files without Q/DQ are meant to be float'
+    )
+    parser.add_argument('--json', type=Path, help='write all findings and layers here')
+    parser.add_argument('--picture', type=Path, help='draw the precision of one FILE as a PNG')
+    parser.add_argument('--rules', action='store_true', help='list the rules')
+    args = parser.parse_args(argv)
+    if not args.files and not args.rules:
+        parser.error('name a FILE, or --rules')
+    if args.picture and len(args.files) != 1:
+        parser.error('--picture draws one FILE')
+    if not 0 <= args.min_coverage <= 1:
+        parser.error(f'--min-coverage is a share between 0 and 1, not {args.min_coverage}')
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    console = open_console()
+    if args.rules:
+        list_rules(console)
+    for path in (args.json, args.picture):
+        if path is not None:
+            check_writable(path)
+    report, failed = {}, False
+    for file in args.files:
+        graph = read_graph(file)
+        if not is_quantized(graph) and not args.allow_float:
+            raise LintError(
+                f'{file} has no Q/DQ: it is a float graph. Export a calibrated model with '
+                'tools/export_onnx.py, or say --allow-float'
+            )
+        findings, found = lint(graph, args.ignore), layers(graph)
+        share = coverage(found)
+        low = is_quantized(graph) and not math.isnan(share) and share < args.min_coverage
+        failed |= bool(findings) or low
+        tell(console, file, findings, found)
+        if low:
+            console.print(f'[red]Less than {args.min_coverage:.1%} in INT8 (--min-coverage)')
+        report[str(file)] = dict(
+            coverage=None if math.isnan(share) else share,
+            findings=[finding.as_dict() for finding in findings],
+            layers=[dict(name=x.name, macs=x.macs, int8=x.int8) for x in found],
+        )
+        if args.picture:
+            with whole(args.picture) as part:
+                draw(found, findings, Path(file).name).savefig(part, format='png', dpi=120)
+            console.print(f'Wrote {args.picture}')
+    if args.json:
+        with whole(args.json) as part:
+            Path(part).write_text(json.dumps(report, indent=1))
+        console.print(f'Wrote {args.json}')
+    return int(failed)
+
+
+def tell(console: Console, file: str, findings: list[Finding], found: list[Layer]) -> None:
+    """One file, for people."""
+    int8 = sum(layer.int8 for layer in found)
+    share = coverage(found)
+    work = '' if math.isnan(share) else f', {share:.1%} of their multiply-accumulates'
+    console.rule(file, align='left')
+    console.print(f'{int8} of {len(found)} convolutions in INT8{work}; {len(findings)} findings')
+    for rule in RULES:
+        same = [finding for finding in findings if finding.rule is rule]
+        if not same:
+            continue
+        table = Table(title=f'{rule.id} {rule.title}', title_justify='left', show_header=False)
+        for finding in same[:SHOWN]:
+            table.add_row(finding.node, finding.detail)
+        if same[SHOWN:]:
+            table.add_row(f'and {len(same) - SHOWN} more', '')
+        console.print(table)
+        console.print(f'  why:  {rule.why}\n  mend: {rule.mend}', highlight=False)
+
+
+def list_rules(console: Console) -> None:
+    """All rules."""
+    table = Table('id', 'what is wrong', 'why it matters', 'what to do')
+    for rule in RULES:
+        table.add_row(rule.id, rule.title, rule.why, rule.mend)
+    console.print(table)
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except (LintError, OSError, ValueError) as err:
+        print(f'error: {err}', file=sys.stderr)
+        sys.exit(2)
