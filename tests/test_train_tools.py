@@ -251,7 +251,7 @@ def test_the_rest_of_bad_input(work):
         TEST.main([str(work / 'lidar.py'), str(work / 'run/epoch_2.pth'), '--show-dir', 'x'])
 
 
-@pytest.mark.parametrize('name', ['train', 'test', 'make_synthetic_nuscenes'])
+@pytest.mark.parametrize('name', ['train', 'test', 'make_synthetic_nuscenes', 'lint_onnx'])
 def test_help_has_examples(name):
     out = subprocess.run(
         [sys.executable, str(ROOT / f'tools/{name}.py'), '--help'], capture_output=True, text=True
