@@ -43,9 +43,8 @@ PARTS = (
     'img_backbone', 'img_neck', 'view_transform', 'fusion_layer', 'pts_backbone', 'pts_neck'
 )  # yapf: disable  # fmt: skip
 OUTLIER = 16.0
-#: Learning rate of learned ranges over that of weights; per step a range changes by up to
-#: 2e-5 * 10000 = 20 %.
-LEARN = 10000.0
+#: Learning rate of learned ranges: per step a range changes by up to 20 %.
+LEARN = 0.2
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,37 @@ class Setting:
     Attributes:
         start: ``'good'`` or ``'outlier'``.
         learn: Whether ranges of activations are learned.
+        distill: Whether the float model teaches.
+        lr: Learning rate of the weights.
+        longer: Factor on the number of steps.
     """
 
     start: str
     learn: bool = False
+    distill: bool = True
+    lr: float = 2e-5
+    longer: int = 1
 
     def __str__(self) -> str:
-        return f'{self.start}, QAT {"learned" if self.learn else "fixed"} ranges'
+        text = f'{self.start}, QAT {"learned" if self.learn else "fixed"} ranges'
+        text += '' if self.distill else ', no distillation'
+        text += '' if self.lr == 2e-5 else f', lr {self.lr:g}'
+        return text + ('' if self.longer == 1 else f', {self.longer} times the steps')
 
 
-SETTINGS = (Setting('good'), Setting('outlier', learn=True), Setting('outlier'))
+SETTINGS = (
+    Setting('good'),
+    Setting('outlier', learn=True),
+    Setting('outlier'),
+    Setting('outlier', learn=True, longer=4),
+)
+#: What chose the numbers of the config; with the first seed only.
+ABLATIONS = (
+    Setting('good', lr=2e-4),
+    Setting('good', distill=False),
+    Setting('outlier', learn=True, distill=False),
+    Setting('outlier', learn=True, lr=2e-4),
+)
 
 
 def start_from(path: Path, start: str, batches: int) -> Path:
@@ -88,12 +108,15 @@ def start_from(path: Path, start: str, batches: int) -> Path:
 
 def train(setting: Setting, seed: int, folder: Path, start: Path, iters: int) -> Path:
     """Runs tools/train.py and returns the last checkpoint."""
-    last = folder / f'iter_{iters}.pth'
+    last = folder / f'iter_{iters * setting.longer}.pth'
     if last.is_file():
         return last
     cfg = fc.read_config(QAT)
     cfg.load_from = str(start)
     cfg.custom_hooks[1].checkpoint = str(start)
+    cfg.custom_hooks = cfg.custom_hooks[: 2 if setting.distill else 1]
+    cfg.optim_wrapper.optimizer.lr = setting.lr
+    iters *= setting.longer
     cfg.train_cfg = dict(by_epoch=False, max_iters=iters, val_interval=10 * iters)
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     warm, cosine = cfg.param_scheduler
@@ -106,7 +129,7 @@ def train(setting: Setting, seed: int, folder: Path, start: Path, iters: int) ->
         for part in PARTS:
             cfg.model[part].learn_amax = True
         cfg.optim_wrapper.paramwise_cfg = dict(
-            custom_keys={'_amax': dict(lr_mult=LEARN, decay_mult=0)}
+            custom_keys={'_amax': dict(lr_mult=LEARN / setting.lr, decay_mult=0)}
         )
     folder.mkdir(parents=True, exist_ok=True)
     cfg.dump(folder / 'config.py')
@@ -154,8 +177,8 @@ def main() -> None:
     rows = {'float': [score(CHECKPOINT, 'float', 'float')]}
     for name, path in starts.items():
         rows[f'{name}, PTQ'] = [score(path, f'{name} PTQ')]
-    for setting in SETTINGS:
-        for seed in args.seeds:
+    for setting in (*SETTINGS, *ABLATIONS):
+        for seed in args.seeds if setting in SETTINGS else args.seeds[:1]:
             name = f'{setting}'.replace(',', '')
             folder = args.out / f'{name} {seed}'.replace(' ', '_')
             last = train(setting, seed, folder, starts[setting.start], args.iters)

@@ -337,20 +337,37 @@ class TransFusionHead(nn.Module):
         Returns:
             Per sample ``bboxes_3d``, ``scores_3d`` (n,) and ``labels_3d`` (n,), int32.
         """
-        outputs = preds_dicts[0][0]
+        return self.boxes(self.scored(preds_dicts[0][0]), metas)
+
+    def scored(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of the last decoder layer, in cells, what :meth:`boxes` makes boxes of.
+
+        Args:
+            outputs: Dict of :meth:`forward_single`.
+
+        Returns:
+            ``score`` (B, classes, P), 0 for all but the class of the query; ``rot``, ``dim``,
+            ``reg`` (the centre), ``height`` and, if the head has it, ``vel``: (B, channels, P).
+        """
         last = {
             key: value if key in _SHARED else value[..., -self.num_proposals :]
             for key, value in outputs.items()
         }
         one_hot = F.one_hot(last['query_labels'], self.num_classes).transpose(1, 2)
-        scores = last['heatmap'].sigmoid() * last['query_heatmap_score'] * one_hot
+        found = dict(score=last['heatmap'].sigmoid() * last['query_heatmap_score'] * one_hot)
+        for name, key in dict(rot='rot', dim='dim', reg='center', height='height').items():
+            found[name] = last[key]
+        return found | ({'vel': last['vel']} if 'vel' in last else {})
+
+    def boxes(self, found: dict[str, Tensor], metas: list[dict]) -> list[InstanceData]:
+        """Boxes of what :meth:`scored` returns; as :meth:`predict_by_feat`."""
         decoded = self.bbox_coder.decode(
-            scores,
-            last['rot'],
-            last['dim'],
-            last['center'],
-            last['height'],
-            last.get('vel'),
+            found['score'],
+            found['rot'],
+            found['dim'],
+            found['reg'],
+            found['height'],
+            found.get('vel'),
             filter=True,
         )
         results = []

@@ -66,14 +66,31 @@ class Fuser(nn.Module):
         return x if isinstance(x, Tensor) else x[0]
 
 
+class Head(nn.Module):
+    """The map to boxes in cells, by query.
+
+    ``forward(middle)``: ``middle`` is (B, C, X, Y); returns ``score`` (B, classes, P), ``rot``
+    (B, 2, P), ``dim`` (B, 3, P), ``reg`` (B, 2, P), ``height`` (B, 1, P) and ``vel`` (B, 2, P).
+    """
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.bbox_head = detector.bbox_head
+
+    def forward(self, middle: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.bbox_head.scored(self.bbox_head.forward_single(middle)[0]).values())
+
+
 def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
     """The files that a CUDA-BEVFusion style runtime builds engines from.
 
     * ``camera.backbone``: ``img``, ``depth`` -> ``camera_feature``, ``camera_depth_weights``
     * ``camera.vtransform``: ``feat_in`` -> ``feat_out``, the BEV map after pooling
     * ``fuser``: ``camera``, ``lidar`` -> ``middle``, with the BEV backbone and neck
+    * ``head.bbox``: ``middle`` -> ``score``, ``rot``, ``dim``, ``reg``, ``height``, ``vel``; only
+      of the TransFusionHead of this package
 
-    BEV pooling, the sparse encoder and the head are not among them.
+    BEV pooling and the sparse encoder are not among them.
 
     Args:
         detector: A BEVFusion detector; a part that it does not have gives no cut.
@@ -103,6 +120,11 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
             add('camera.vtransform', view.downsample, ('feat_in',), ('feat_out',))
     if getattr(detector, 'fusion_layer', None) is not None:
         add('fuser', Fuser(detector), ('camera', 'lidar'), ('middle',))
+    head = getattr(detector, 'bbox_head', None)
+    if hasattr(head, 'scored'):
+        regressed = ('vel',) if hasattr(head.prediction_heads[0], 'vel') else ()
+        outputs = ('score', 'rot', 'dim', 'reg', 'height', *regressed)
+        add('head.bbox', Head(detector), ('middle',), outputs)
     return cuts
 
 
@@ -131,6 +153,7 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
         'depth': getattr(view, 'dtransform', None),
         'feat_in': getattr(view, 'downsample', None),
         'fused': getattr(detector, 'fusion_layer', None),
+        'middle': getattr(getattr(detector, 'bbox_head', None), 'shared_conv', None),
     }
     hooks = [m.register_forward_pre_hook(keep(n)) for n, m in watched.items() if m is not None]
     try:
@@ -178,4 +201,8 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
                 ('camera', 'lidar'), detector.fusion_layer.in_channels, strict=True
             ):
                 found[name] = torch.randn(1, channels, *bev, generator=rng).relu()
+    head = getattr(detector, 'bbox_head', None)
+    if hasattr(head, 'scored'):
+        cells = [n // head.test_cfg['out_size_factor'] for n in head.test_cfg['grid_size'][:2]]
+        found['middle'] = torch.randn(1, head.in_channels, *cells, generator=rng).relu()
     return found

@@ -21,7 +21,7 @@ def engine_detector(
     """Puts the exported files of a detector in the place of its layers.
 
     Everything that is not exported stays in torch: preprocessing, voxels, sparse encoder, depth
-    maps, BEV pooling, head.
+    maps, BEV pooling, decoding of boxes.
 
     Args:
         detector: The BEVFusion detector in eval mode; left unchanged.
@@ -57,6 +57,8 @@ def engine_detector(
         result.fusion_layer = _Fuser(parts['fuser'])
         result.pts_backbone = nn.Identity()
         result.pts_neck = nn.Identity()
+    if 'head.bbox' in parts:
+        result.bbox_head = _Head(result.bbox_head, parts['head.bbox'])
     return result
 
 
@@ -148,3 +150,17 @@ class _Fuser(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         camera, lidar = features
         return self.part(camera=camera, lidar=lidar)['middle']
+
+
+class _Head(nn.Module):
+    """``head.bbox``, and decoding in torch."""
+
+    def __init__(self, head: nn.Module, part: EnginePart) -> None:
+        super().__init__()
+        self.head = head
+        self.part = part
+
+    def predict(self, feats: Tensor | Sequence[Tensor], metas: list[dict]) -> Any:
+        """As the head's."""
+        middle = feats if isinstance(feats, Tensor) else feats[0]
+        return self.head.boxes(self.part(middle=middle), metas)

@@ -91,6 +91,7 @@ def export_onnx(
             )
         model = onnx.load(str(tmp))
         _drop_identities(model.graph)
+        _fix_output_shapes(model.graph, module, inputs)
         onnx.save(model, str(tmp))
         _check(model, tmp)
     return model
@@ -112,6 +113,19 @@ def _drop_identities(graph: onnx.GraphProto) -> None:
         node.input[:] = [source.get(i, i) for i in node.input]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _fix_output_shapes(graph: onnx.GraphProto, module: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Writes the shapes of outputs that torch's exporter could not tell (slices, gathers)."""
+    shapes = [output.type.tensor_type.shape.dim for output in graph.output]
+    if all(dim.HasField('dim_value') for shape in shapes for dim in shape):
+        return
+    with torch.no_grad():
+        outputs = module(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    for shape, output in zip(shapes, outputs, strict=True):
+        for dim, size in zip(shape, output.shape, strict=True):
+            dim.dim_value = size
 
 
 def _check(model: onnx.ModelProto, path: Path) -> None:

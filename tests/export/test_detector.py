@@ -1,19 +1,25 @@
 """A detector whose exported files run in an engine finds what the torch model finds."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.dataset import pseudo_collate
 
 from mmdet3d_quant import calibrate, set_mode
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.evaluation import predict
-from mmdet3d_quant.export import ExportError, capture_inputs, export_suite
-from mmdet3d_quant.export.detector import EnginePart, engine_detector
-from mmdet3d_quant.export.engines import ONNXRuntime
-from mmdet3d_quant.export.verify import sqnr
+from mmdet3d_quant.export import Cut, ExportError, capture_inputs, export_onnx, export_suite
+from mmdet3d_quant.export.cuts import Head
+from mmdet3d_quant.export.detector import EnginePart, _Head, engine_detector
+from mmdet3d_quant.export.engines import ONNXRuntime, OpenVINO
+from mmdet3d_quant.export.verify import align, run_torch, sqnr
 from mmdet3d_quant.samples import make_frame
-from tests.small import small_config
+from tests.small import ROOT, small_config
+
+TINY = 'bevfusion_tiny_lidar-cam_synthetic'
+OUTPUTS = ('score', 'rot', 'dim', 'reg', 'height', 'vel')
 
 
 @pytest.fixture(scope='module')
@@ -56,10 +62,18 @@ def neck_output(model, batch):
     return seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
 
 
+def engines(model, folder, *engine):
+    """The detector with files up to the head. Its weights are random and its peaks nearly equal:
+    the last bit of the map decides which of them the head looks at."""
+    made = engine_detector(model, folder, *engine)
+    made.bbox_head = model.bbox_head
+    return made
+
+
 @pytest.mark.parametrize('engine', [None, ONNXRuntime])
 def test_float_files_give_the_boxes_of_the_float_model(work, engine):
     model, folder, batch = work
-    made = engine_detector(model, folder / 'float', *([engine] if engine else []))
+    made = engines(model, folder / 'float', *([engine] if engine else []))
     with set_mode(model, 'float'):
         expected = found(model, batch)
     result = found(made, batch)
@@ -75,7 +89,7 @@ def test_int8_files_are_closer_to_fake_quant_than_that_is_to_float(work):
     quantized = neck_output(model, batch)
     with set_mode(model, 'float'):
         cost = sqnr(neck_output(model, batch), quantized)
-    made = neck_output(engine_detector(model, folder / 'int8'), batch)
+    made = neck_output(engines(model, folder / 'int8'), batch)
     assert cost < 60
     assert sqnr(quantized, made) > cost + 1
 
@@ -85,9 +99,37 @@ def test_the_layers_in_the_files_are_gone_and_the_detector_is_unchanged(work):
     before = found(model, batch)
     made = engine_detector(model, folder / 'int8')
     names = {n.split('.')[0] for n, _ in made.named_parameters()}
-    assert not names & {'img_backbone', 'img_neck', 'fusion_layer', 'pts_backbone', 'pts_neck'}
+    gone = {'img_backbone', 'img_neck', 'fusion_layer', 'pts_backbone', 'pts_neck'}
+    assert not names & gone and isinstance(made.bbox_head.part, EnginePart)
     assert type(made) is type(model) and model.img_neck is not None
     assert all(np.array_equal(a, b) for a, b in zip(before, found(model, batch), strict=True))
+
+
+@pytest.mark.parametrize('engine', [OpenVINO, ONNXRuntime])
+def test_a_trained_head_in_an_engine_finds_the_same_boxes(engine, tmp_path):
+    model = fc.build_model(fc.read_config(ROOT / f'configs/bevfusion_tiny/{TINY}.py'))
+    fc.load_weights(model, ROOT / f'checkpoints/{TINY}.pth', calibrated=False)
+    model.eval()
+    torch.manual_seed(0)
+    maps = torch.randn(2, 96, 72, 72).relu()
+    cut = Cut('head.bbox', Head(model), dict(middle=maps[:1]), OUTPUTS)
+    export_onnx(cut.module, [maps[:1]], tmp_path / 'head.onnx', ['middle'], OUTPUTS)
+    nodes = [n.op_type for n in onnx.load(tmp_path / 'head.onnx').graph.node]
+    assert nodes.count('TopK') == 1 and nodes.count('LayerNormalization') == 3
+    head = _Head(model.bbox_head, EnginePart(engine(tmp_path / 'head.onnx')))
+    metas = [dict(box_type_3d=LiDARInstance3DBoxes)] * 2
+    with torch.no_grad():
+        expected = model.bbox_head.predict([maps], metas)
+    for there, here in zip(expected, head.predict([maps], metas), strict=True):
+        assert len(there) == len(here) > 50
+        assert torch.allclose(there.scores_3d, here.scores_3d, rtol=1e-3, atol=1e-5)
+        assert torch.equal(there.labels_3d, here.labels_3d)
+        boxes = there.bboxes_3d.tensor, here.bboxes_3d.tensor
+        assert torch.allclose(*boxes, rtol=1e-3, atol=1e-3)
+    # Queries in another order are the same queries.
+    arrays = run_torch(cut, 'float')
+    turned = {name: value[..., ::-1] for name, value in arrays.items()}
+    assert all(np.array_equal(v, arrays[n]) for n, v in align(arrays, turned).items())
 
 
 def test_a_missing_file_is_an_error(work, tmp_path):

@@ -54,7 +54,7 @@ def test_a_swin_backbone_stays_float_and_only_has_fewer_ties(small, tmp_path):
     cfg['img_backbone'] = SWIN
     cfg['img_neck']['in_channels'] = [48, 96, 192]
     model, manifest = exported(cfg, small[1], tmp_path)
-    assert len(manifest['files']) == 3
+    assert len(manifest['files']) == 4
     assert not any('img_backbone' in name for group in ties(model) for name in group)
 
 
@@ -64,7 +64,8 @@ def test_a_camera_only_detector_exports_the_files_it_has(small, tmp_path):
         del cfg[part]
     cfg['pts_backbone']['in_channels'] = 16
     _, manifest = exported(cfg, small[1], tmp_path)
-    assert set(manifest['files']) == {'camera.backbone.onnx', 'camera.vtransform.onnx'}
+    wanted = {'camera.backbone.onnx', 'camera.vtransform.onnx', 'head.bbox.onnx'}
+    assert set(manifest['files']) == wanted
 
 
 def test_generated_inputs_have_the_shapes_of_real_ones(small):
