@@ -76,14 +76,13 @@ SETTINGS = (
     Setting('good'),
     Setting('outlier', learn=True),
     Setting('outlier'),
-    Setting('outlier', learn=True, longer=4),
 )
 #: What chose the numbers of the config; with the first seed only.
 ABLATIONS = (
-    Setting('good', lr=2e-4),
-    Setting('good', distill=False),
+    Setting('outlier', learn=True, longer=4),
     Setting('outlier', learn=True, distill=False),
     Setting('outlier', learn=True, lr=2e-4),
+    Setting('good', lr=2e-4),
 )
 
 
