@@ -180,7 +180,6 @@ class Demo:
         for name, folder in self.folders.items():
             command = [str(self.config), str(self.int8), '--out-dir', str(folder)]
             command += ['--float', '--no-verify'] if name == 'float' else []
-            command += ['--cfg-options', 'calib_dataloader.batch_size=1']
             key = {**self.key, 'precision': name}
             self.steps.once(folder, key, lambda c=command: export_onnx.main(c))
 

@@ -93,7 +93,8 @@ def example_inputs(
     if args.inputs != 'generated':
         try:
             name, loader = fc.build_calibration_loader(cfg)
-            batch = next(iter(loader))
+            first = fc.batch_indices(loader)[0][0]
+            batch = loader.collate_fn([loader.dataset[first]])  # of one, whatever the config has
         except (fc.ConfigError, OSError) as err:
             if args.inputs == 'data':
                 raise
