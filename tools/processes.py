@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
-from mmengine.dist import get_local_rank, init_dist
+from mmengine.dist import init_dist
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
@@ -35,6 +35,6 @@ def join(launcher: str) -> None:
 
 
 def own_device(name: str | None) -> str | None:
-    """The device of this process: of several with GPUs, each has its own."""
+    """The device of this process: of several with GPUs, each has its own, which joining chose."""
     shared = name is None and torch.cuda.is_available() and torch.distributed.is_initialized()
-    return f'cuda:{get_local_rank()}' if shared else name
+    return f'cuda:{torch.cuda.current_device()}' if shared else name
