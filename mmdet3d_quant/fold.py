@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
+from mmdet3d_quant.layers.sparse import OUTPUTS_LAST, SPARSE_CONVS
+
+_DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
+_CONVS = (*_DENSE, *SPARSE_CONVS)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
@@ -21,7 +24,8 @@ def fold_bn(model: nn.Module) -> nn.Module:
     are the same (up to sign) and folding is exact for fake-quantized models too.
 
     A BN follows a convolution when it is the next child registered in the same parent and has
-    as many channels, which holds for ``ConvModule``, ``nn.Sequential`` and the ResNet blocks.
+    as many channels, which holds for ``ConvModule``, ``nn.Sequential`` and the ResNet blocks, and
+    for their sparse counterparts.
 
     Args:
         model: Module in eval mode; changed in place.
@@ -117,12 +121,18 @@ def _folded(conv: nn.Module, bn: _BatchNorm) -> tuple[nn.Parameter, nn.Parameter
     shift = -bn.running_mean * factor
     if bn.affine:
         factor, shift = factor * bn.weight, shift * bn.weight + bn.bias
-    axis = 1 if isinstance(conv, _TRANSPOSED) else 0
-    per_channel = _along(factor, axis, conv.weight.dim())
+    per_channel = _along(factor, _output_axis(conv), conv.weight.dim())
     bias = shift if conv.bias is None else conv.bias * factor + shift
     trainable = conv.weight.requires_grad
     weight = nn.Parameter(conv.weight * per_channel, trainable)
     return weight, nn.Parameter(bias, trainable), per_channel
+
+
+def _output_axis(conv: nn.Module) -> int:
+    """Axis of the weight that indexes output channels."""
+    if isinstance(conv, OUTPUTS_LAST):
+        return conv.weight.dim() - 1
+    return 1 if isinstance(conv, _TRANSPOSED) else 0
 
 
 def _along(values: Tensor, axis: int, ndim: int) -> Tensor:

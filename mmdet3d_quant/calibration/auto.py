@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.calibration.observe import Forward, evaluating, run
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.layers.base import QuantLayer
+from mmdet3d_quant.layers.features import values, with_values
 from mmdet3d_quant.modes import quantizers, set_mode
 from mmdet3d_quant.quantizer import Quantizer
 
@@ -95,20 +96,23 @@ def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[s
     def of_layer(name: str, layer: Any, weight: Quantizer) -> Any:
         quantizer, busy = found[name], False
 
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
             nonlocal busy
             if busy:
                 return
             busy = True
             try:
-                note(name, output, (trial(args, amax) for amax in ranges[name]))
+                exact = values(output)
+                note(name, exact, (trial(args, amax) for amax in ranges[name]))
             finally:
                 busy = False
 
         def trial(args: tuple, amax: float) -> Tensor:
-            limit = torch.tensor(amax, device=args[0].device)
+            x = values(args[0])
+            limit = torch.tensor(amax, device=x.device)
             with _quantized(weight):
-                return layer(fake_quantize(args[0], limit, quantizer.spec), *args[1:])
+                tried = with_values(args[0], fake_quantize(x, limit, quantizer.spec))
+                return values(layer(tried, *args[1:]))
 
         return layer.register_forward_hook(hook)
 

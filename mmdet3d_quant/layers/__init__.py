@@ -1,7 +1,23 @@
 """Quantized layers, registered in mmengine's root registry: `conv_cfg=dict(type='QuantConv2d')`."""
 
 from mmdet3d_quant.layers.conv import QuantConv2d, QuantConvTranspose2d
-from mmdet3d_quant.layers.join import QuantConcat
+from mmdet3d_quant.layers.join import QuantAdd, QuantConcat
 from mmdet3d_quant.layers.linear import QuantLinear
+from mmdet3d_quant.layers.sparse import (
+    QuantMMCVSparseConv3d,
+    QuantMMCVSubMConv3d,
+    QuantSparseConv3d,
+    QuantSubMConv3d,
+)
 
-__all__ = ['QuantConcat', 'QuantConv2d', 'QuantConvTranspose2d', 'QuantLinear']
+__all__ = [
+    'QuantAdd',
+    'QuantConcat',
+    'QuantConv2d',
+    'QuantConvTranspose2d',
+    'QuantLinear',
+    'QuantMMCVSparseConv3d',
+    'QuantMMCVSubMConv3d',
+    'QuantSparseConv3d',
+    'QuantSubMConv3d',
+]

@@ -30,3 +30,16 @@ class QuantConcat(nn.Module):
 
     def extra_repr(self) -> str:
         return f'dim={self.dim}'
+
+
+@MODELS.register_module()
+class QuantAdd(nn.Module):
+    """Sum of two tensors quantized with one scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._input_quantizer = Quantizer(label='inputs of QuantAdd')
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a + b``, quantized alike; of one shape, any floating type."""
+        return self._input_quantizer(a) + self._input_quantizer(b)

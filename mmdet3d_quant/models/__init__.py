@@ -4,9 +4,15 @@ from mmdet3d_quant.models.fuser import QuantConvFuser
 from mmdet3d_quant.models.lss_fpn import QuantGeneralizedLSSFPN
 from mmdet3d_quant.models.resnet import QuantBasicBlock, QuantBottleneck, QuantResNet
 from mmdet3d_quant.models.second import QuantSECOND, QuantSECONDFPN
+from mmdet3d_quant.models.sparse_encoder import (
+    QuantBEVFusionSparseEncoder,
+    QuantSparseBasicBlock,
+    QuantSparseEncoder,
+)
 from mmdet3d_quant.models.view_transform import QuantDepthLSSTransform, QuantLSSTransform
 
 __all__ = [
+    'QuantBEVFusionSparseEncoder',
     'QuantBasicBlock',
     'QuantBottleneck',
     'QuantConvFuser',
@@ -16,4 +22,6 @@ __all__ = [
     'QuantResNet',
     'QuantSECOND',
     'QuantSECONDFPN',
+    'QuantSparseBasicBlock',
+    'QuantSparseEncoder',
 ]

@@ -7,6 +7,7 @@ from typing import Any, Iterable, Mapping
 
 from torch import nn
 
+from mmdet3d_quant.layers.sparse import QUANT_SPARSE
 from mmdet3d_quant.modes import keep_float, name_quantizers, quantizers
 
 Skip = str | Iterable[str] | Mapping[str, str]
@@ -14,6 +15,13 @@ Skip = str | Iterable[str] | Mapping[str, str]
 #: Layer types of a float config, and what each becomes. None is the default of its place.
 CONVS = dict.fromkeys((None, 'Conv', 'Conv2d', 'QuantConv2d'), 'QuantConv2d')
 UPSAMPLES = dict.fromkeys(('deconv', 'deconv2d', 'QuantConvTranspose2d'), 'QuantConvTranspose2d')
+#: None is the default of a sparse block.
+SPARSE_CONVS = {
+    None: QUANT_SPARSE['SubMConv3d'],
+    **QUANT_SPARSE,
+    **{f'Quant{name}': kind for name, kind in QUANT_SPARSE.items()},
+    **{kind: kind for kind in QUANT_SPARSE.values()},
+}
 
 
 def arguments(parent: type, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -46,6 +54,15 @@ def quant_upsample_cfg(cfg: dict) -> dict:
     if cfg.get('type') in ('nearest', 'bilinear'):
         return dict(cfg)
     return _swapped(cfg, UPSAMPLES, 'upsample_cfg')
+
+
+def quant_sparse_conv_cfg(cfg: dict | None) -> dict:
+    """The ``conv_cfg`` of a float sparse block, with the quantized type and all else as it was.
+
+    Raises:
+        ValueError: If the type has no quantized counterpart.
+    """
+    return _swapped(cfg, SPARSE_CONVS, 'sparse conv_cfg')
 
 
 def _swapped(cfg: Mapping | None, types: Mapping, what: str) -> dict:

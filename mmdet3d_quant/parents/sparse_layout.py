@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mmcv.ops.sparse_conv import SparseConvolution as MMCVSparse
 from mmdet3d.models.layers.spconv import IS_SPCONV2_AVAILABLE
 from torch import Tensor, nn
 
 if IS_SPCONV2_AVAILABLE:
-    from spconv.pytorch.conv import SparseConvolution
+    from spconv.pytorch.conv import SparseConvolution as Spconv2
+
+    _SPARSE: tuple[type, ...] = (MMCVSparse, Spconv2)
 else:
-    SparseConvolution = ()  # mmcv's load spconv 1's layout as it is
+    _SPARSE = (MMCVSparse,)
 
 #: Layout -> where the kernel's axes are.
 KERNEL = {'spconv1': slice(0, 3), 'spconv2': slice(1, 4)}
@@ -74,8 +77,9 @@ def accept_any_layout(model: nn.Module) -> None:
     """Lets the sparse convolutions of a model load weights of either layout, by their shape.
 
     Works with whatever loads: ``load_state_dict``, mmengine's ``load_checkpoint``, mmdet3d's
-    ``init_model``. A weight that fits in both layouts (all five axes are equal) needs the version
-    in the state dict's ``_metadata``; without, loading fails. Calling it again changes nothing.
+    ``init_model``. Ranges of quantized weights are turned with them. A weight that fits in both
+    layouts (all five axes are equal) needs the version in the state dict's ``_metadata``;
+    without, loading into spconv 2 fails. Calling it again changes nothing.
 
     Args:
         model: Any module.
@@ -83,12 +87,12 @@ def accept_any_layout(model: nn.Module) -> None:
     for conv in model.modules():
         hooks = conv._load_state_dict_pre_hooks.values()
         known = any(getattr(hook, 'hook', None) is _hand_over for hook in hooks)
-        if isinstance(conv, SparseConvolution) and not known:
+        if isinstance(conv, _SPARSE) and not known:
             conv._register_load_state_dict_pre_hook(_hand_over, with_module=True)
 
 
 def _hand_over(
-    conv: SparseConvolution,
+    conv: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
     local_metadata: dict[str, Any],
@@ -97,19 +101,33 @@ def _hand_over(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Puts a weight into the layout that mmdet3d's loader, which runs next, takes it for."""
+    """Puts a weight into the layout that the loader, which runs next, takes it for.
+
+    Of spconv 2's convolutions that is mmdet3d's, which goes by the version; of mmcv's it is
+    torch's, which takes it as it is.
+    """
+    amax_key = f'{prefix}_weight_quantizer._amax'
+    amax = getattr(getattr(conv, '_weight_quantizer', None), '_amax', None)
+    if amax is not None and amax_key in state_dict and state_dict[amax_key].dim() == 5:
+        if state_dict[amax_key].numel() == amax.numel():
+            state_dict[amax_key] = state_dict[amax_key].reshape(amax.shape)
     key = f'{prefix}weight'
     if key not in state_dict:
         return
     own = tuple(conv.weight.shape)
     shape = tuple(state_dict[key].shape)
-    taken_for = 'spconv2' if local_metadata.get('version') == 2 else 'spconv1'
-    shapes = {'spconv1': (*own[1:], own[0]), 'spconv2': own}
+    told = 'spconv2' if local_metadata.get('version') == 2 else 'spconv1'
+    if isinstance(conv, MMCVSparse):
+        taken_for = 'spconv1'
+        shapes = {'spconv1': own, 'spconv2': (own[-1], *own[:-1])}
+    else:
+        taken_for = told
+        shapes = {'spconv1': (*own[1:], own[0]), 'spconv2': own}
     fit = [layout for layout, wanted in shapes.items() if shape == wanted]
-    if len(fit) == 2 and taken_for == 'spconv1':
+    if len(fit) == 2 and told == 'spconv1' and not isinstance(conv, MMCVSparse):
         error_msgs.append(
             f'size of {key}, {shape}, fits both layouts of sparse weights, and the checkpoint '
             'does not tell which it has (no version 2 in `_metadata`).'
         )
-    elif len(fit) == 1 and fit[0] != taken_for:
+    elif fit and (fit[0] if len(fit) == 1 else told) != taken_for:
         state_dict[key] = rearranged(state_dict[key], taken_for)
