@@ -9,18 +9,18 @@ from torch import nn
 
 from mmdet3d_quant.layers.sparse import QUANT_SPARSE
 from mmdet3d_quant.modes import keep_float, name_quantizers, quantizers
+from mmdet3d_quant.parents import PortableSparseEncoder
 
 Skip = str | Iterable[str] | Mapping[str, str]
 
 #: Layer types of a float config, and what each becomes. None is the default of its place.
 CONVS = dict.fromkeys((None, 'Conv', 'Conv2d', 'QuantConv2d'), 'QuantConv2d')
 UPSAMPLES = dict.fromkeys(('deconv', 'deconv2d', 'QuantConvTranspose2d'), 'QuantConvTranspose2d')
-#: None is the default of a sparse block.
-SPARSE_CONVS = {
-    None: QUANT_SPARSE['SubMConv3d'],
-    **QUANT_SPARSE,
-    **{f'Quant{name}': kind for name, kind in QUANT_SPARSE.items()},
-    **{kind: kind for kind in QUANT_SPARSE.values()},
+#: The same of sparse blocks, whose float encoders name types, and have them as types, too.
+SPARSE_CONVS = {None: QUANT_SPARSE['SubMConv3d']} | {
+    known: quantized
+    for name, quantized in QUANT_SPARSE.items()
+    for known in (name, f'Quant{name}', PortableSparseEncoder.convs[name], quantized)
 }
 
 
@@ -62,14 +62,14 @@ def quant_sparse_conv_cfg(cfg: dict | None) -> dict:
     Raises:
         ValueError: If the type has no quantized counterpart.
     """
-    return _swapped(cfg, SPARSE_CONVS, 'sparse conv_cfg')
+    return _swapped(cfg, SPARSE_CONVS, 'conv_cfg of a sparse block:')
 
 
 def _swapped(cfg: Mapping | None, types: Mapping, what: str) -> dict:
     new = dict(cfg or {})
     kind = new.get('type')
     if kind not in types:
-        known = ', '.join(repr(t) for t in types)
+        known = ', '.join(repr(t) for t in types if not isinstance(t, type))
         raise ValueError(f'{what} type {kind!r} cannot be quantized; expected one of {known}')
     new['type'] = types[kind]
     return new

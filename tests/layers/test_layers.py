@@ -7,7 +7,13 @@ from pytorch_quantization import nn as library
 from torch import nn
 
 from mmdet3d_quant import calibrate
-from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d, QuantLinear
+from mmdet3d_quant.layers import (
+    QuantAdd,
+    QuantConcat,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+)
 
 
 def test_registered_where_openmmlab_looks():
@@ -89,3 +95,14 @@ def test_output_size_of_a_transposed_convolution():
 
     set_mode(b, 'float')
     assert torch.equal(a(x, output_size=[10, 10]), b(x, output_size=[10, 10]))
+
+
+def test_add_rounds_both_inputs_on_one_grid():
+    add = QuantAdd()
+    a, b = torch.randn(20, 4) * 5, torch.randn(20, 4)
+    calibrate(add, [[a, b]], 'max')
+    step = max(a.abs().max(), b.abs().max()) / 127
+    wanted = (a / step).round() * step + (b / step).round() * step
+    assert torch.allclose(add(a, b), wanted, atol=1e-5)
+    sum_in_steps = add(a, b) / step  # what an engine adds: integers
+    assert torch.allclose(sum_in_steps, sum_in_steps.round(), atol=1e-3)
