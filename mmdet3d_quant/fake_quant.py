@@ -96,7 +96,8 @@ class _FakeQuantize(Function):
 
 
 def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:
-    features = x.numel() / (x.shape[0] if amax.numel() == 1 else amax.numel())
+    # At least 1: a sparse tensor may have no sites left, and its range a gradient of zero then.
+    features = max(1, x.numel() / max(1, x.shape[0] if amax.numel() == 1 else amax.numel()))
     return 1 / (amax.clamp(min=MIN_AMAX) * (features * qmax) ** 0.5)
 
 

@@ -43,8 +43,7 @@ class _QuantSparse(QuantLayer):
         self.add_quantizers()
 
     def _quantized(self, x: Any) -> Any:
-        found = values(x)
-        return with_values(x, self._input_quantizer(found)) if len(found) else x
+        return with_values(x, self._input_quantizer(values(x)))
 
 
 class _WithWeight:
