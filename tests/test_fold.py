@@ -5,19 +5,27 @@ import copy
 import pytest
 import torch
 from mmcv.cnn import ConvModule
+from mmcv.ops import SparseConvTensor as MMCVTensor
+from mmdet3d.models.layers import make_sparse_convmodule
 from mmdet3d.registry import MODELS
+from spconv.pytorch import SparseConvTensor
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant import calibrate, fold_bn, set_mode
 from mmdet3d_quant.fold import without_bn
-from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
+from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantMMCVSubMConv3d
+from mmdet3d_quant.models import QuantSparseBasicBlock
+from tests.models.test_sparse_encoder import BLOCKS, KINDS, cloud, kwargs_of
+from tests.parents.test_sparse_conv import BATCH, SHAPE
+from tests.parents.test_sparse_conv import cloud as few_voxels
 
 
 def randomise(model, seed=0):
     """Weights and statistics that make every term of the fold matter, negative gammas too."""
     torch.manual_seed(seed)
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, _BatchNorm):
             nn.init.uniform_(m.weight, -1.5, 1.5)
             nn.init.normal_(m.bias)
             nn.init.normal_(m.running_mean)
@@ -112,3 +120,80 @@ def test_a_norm_before_its_convolution_stays():
     set_mode(model, 'float')
     expected = model(x)
     assert torch.equal(fold_bn(model)(x), expected)
+
+
+class OnVoxels(nn.Module):
+    """A sparse module between values and values."""
+
+    def __init__(self, module, kind=SparseConvTensor):
+        super().__init__()
+        self.module, self.kind = module, kind
+
+    def forward(self, features):
+        coords = few_voxels()[1]
+        x = self.kind(features, coords, SHAPE, BATCH)
+        for part in [self.module] if self.kind is SparseConvTensor else self.module:
+            if isinstance(part, nn.BatchNorm1d | nn.Identity):  # mmcv's tensor has no spconv 2's
+                x.features = part(x.features)
+            else:
+                x = part(x)
+        return x.features
+
+
+SPARSE = {
+    'submanifold': lambda: make_sparse_convmodule(4, 4, 3, conv_type='QuantSubMConv3d'),
+    'strided': lambda: make_sparse_convmodule(4, 6, 3, stride=2, conv_type='QuantSparseConv3d'),
+    'norm first': lambda: make_sparse_convmodule(
+        4, 4, 3, conv_type='QuantSubMConv3d', order=('norm', 'act', 'conv')
+    ),
+    'block': lambda: QuantSparseBasicBlock(4, 4),
+    'mmcv': lambda: nn.Sequential(QuantMMCVSubMConv3d(4, 6, 1, bias=False), nn.BatchNorm1d(6)),
+}
+
+
+@pytest.mark.parametrize('kind', SPARSE)
+def test_sparse_convolutions_fold_exactly(kind):
+    """In float64, so that no rounding tie blurs it; float and fake-quant, ranges included."""
+    torch.manual_seed(0)
+    tensor = MMCVTensor if kind == 'mmcv' else SparseConvTensor
+    model = randomise(OnVoxels(SPARSE[kind](), tensor))
+    x = few_voxels(torch.float64)[0]
+    calibrate(model, [x.float()])
+    model.double()
+    folded = fold_bn(copy.deepcopy(model))
+    left = [m for m in folded.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert len(left) == (1 if kind == 'norm first' else 0)
+    assert relative(model(x), folded(x)) < 1e-6  # ranges are float32
+    for m in (model, folded):
+        set_mode(m, 'float')
+    assert relative(model(x), folded(x)) < 1e-14
+    pairs = zip(model.modules(), folded.modules(), strict=True)
+    for a, b in pairs:
+        if hasattr(a, '_weight_quantizer'):
+            whole = [m._weight_quantizer.amax * 0 + m.weight_amax() for m in (a, b)]
+            assert torch.equal(whole[0], a._weight_quantizer.amax)
+            torch.testing.assert_close(whole[1], b._weight_quantizer.amax)
+            assert kind == 'norm first' or not torch.allclose(*whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('block', BLOCKS)
+def test_folding_a_sparse_encoder_is_exact(kind, block):
+    torch.manual_seed(0)
+    model = randomise(KINDS[kind][0](**kwargs_of(kind, block)))
+    calibrate(model, [cloud(kind)])
+    model.double()
+    folded = fold_bn(copy.deepcopy(model))
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in folded.modules())
+    inputs = cloud(kind, dtype=torch.float64)
+    assert relative(model(*inputs), folded(*inputs)) < 1e-4
+    with set_mode(model, 'float'), set_mode(folded, 'float'):
+        expected = model(*inputs)
+        assert relative(expected, folded(*inputs)) < 1e-14
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+        with without_bn(model):
+            assert not any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
+            assert relative(expected, model(*inputs)) < 1e-14
+        assert [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)] == norms
+        assert torch.equal(model(*inputs), expected)
