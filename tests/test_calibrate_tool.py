@@ -1,6 +1,7 @@
 """tools/calibrate.py: interrupted, in several processes, with warnings, until stable."""
 
 import copy
+import json
 import pickle
 import random
 import signal
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from mmdet3d_quant import CalibrationError
 from mmdet3d_quant.calibration import ResumeError, observe
@@ -164,6 +166,35 @@ def test_the_config_holds_methods_and_the_command_line_overrides(work, tmp_path,
         calibrate.main(arguments(work, tmp_path / 'p.pth', '--cfg-options', 'calibration.speed=1'))
     with pytest.raises(ValueError, match='fits no activation quantizer'):
         calibrate.main(arguments(work, tmp_path / 'p.pth', '--method', 'head=max'))
+
+
+def test_sparse_layers_are_reported_by_distance(work, tmp_path, capsys):
+    """The LiDAR encoder quantizes by its type alone, from the same float checkpoint."""
+    options = ['--cfg-options', 'model.pts_middle_encoder.type=QuantBEVFusionSparseEncoder']
+    methods = ['--num-batches', '2', '--method', 'pts_middle_encoder=percentile:99.99']
+    calibrate.main(arguments(work, tmp_path / 'o.pth', *methods, *options))
+    told = flat(capsys.readouterr().out)
+    assert 'Sparse layers near, middle, far: SQNR' in told and 'conv_input.0' in told
+    facts = json.loads((tmp_path / 'o.json').read_text())
+    chosen = {r['name']: r for r in facts['ranges'] if r['name'].startswith('pts_middle_encoder')}
+    assert {r['method'] for r in chosen.values()} == {'percentile:99.99'}
+    convs = sorted((r['order'], name) for name, r in chosen.items() if '.add.' not in name)
+    assert [s['name'] for s in facts['strata']] == [name for _, name in convs]
+    assert len(convs) > 10
+    assert all(s['amax'] == chosen[s['name']]['amax'] for s in facts['strata'])
+    assert all(sum(b['num_voxels'] for b in s['bands']) > 0 for s in facts['strata'])
+    assert 'Near and far' in (tmp_path / 'o.html').read_text()
+    assert json.loads((work / 'whole.json').read_text())['strata'] == []
+
+
+def test_the_place_of_the_sensor_is_read_from_the_config():
+    def config(**preprocessor):
+        return Config(dict(model=dict(data_preprocessor=preprocessor)))
+
+    kitti = dict(voxel_layer=dict(point_cloud_range=[0, -40, -3, 70.4, 40, 1]))
+    nuscenes = dict(voxelize_cfg=dict(point_cloud_range=[-54, -54, -5, 54, 54, 3]))
+    assert calibrate.sensor_of(config(**kitti)) == (0, 0.5)
+    assert calibrate.sensor_of(config(**nuscenes)) == calibrate.sensor_of(config()) == (0.5, 0.5)
 
 
 def test_a_launcher_that_did_not_start_this_is_named(work, tmp_path, monkeypatch):

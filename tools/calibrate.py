@@ -22,7 +22,15 @@ from terminal import open_console
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.calibration import Calibration, Calibrator, Plan, ResumeError, Stability
+from mmdet3d_quant.calibration import (
+    Calibration,
+    Calibrator,
+    Plan,
+    ResumeError,
+    Stability,
+    Strata,
+    by_distance,
+)
 from mmdet3d_quant.calibration import Progress as Saved
 from mmdet3d_quant.calibration.stability import TOLERANCE
 from mmdet3d_quant.files import CheckpointError, check_writable, sha256, whole
@@ -100,6 +108,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console = args, console
         self.warnings: list[str] = []
+        self.strata: list[Strata] = []
         self.html = Path(args.out).with_suffix('.html')
         for path in (args.out, self.html):
             check_writable(path)
@@ -209,7 +218,8 @@ class Run:
         odd = [r.name for r in result.ranges if r.health.flags]
         shown = dict(about, command=self.args.command, loader=self.loader_name)
         shown.pop('cfg', None)
-        write_ranges(self.html, result, dict(shown, warnings=self.warnings))
+        self.strata = self.by_distance()
+        write_ranges(self.html, result, dict(shown, warnings=self.warnings), self.strata)
         if odd:
             self.warn(f'{len(odd)} quantizers are odd, see {self.html}: {", ".join(odd[:3])}, ...')
         self.meta.update(about)
@@ -221,6 +231,27 @@ class Run:
             torch.save(dict(state_dict=state, meta=self.meta), path)
         self.saved.clear()
         return result
+
+    def by_distance(self) -> list[Strata]:
+        """How the inputs of sparse layers fit near the sensor and far from it, on one batch."""
+        model = self.calibrator.model
+        if not any(hasattr(m, 'height_axis') for m in model.modules()):
+            return []
+        number, indices = next(iter(self.seen.items()))
+        _, batch = next(fc.numbered_batches(self.loader, {number: indices}))
+        return by_distance(model, batch, sensor=sensor_of(self.cfg))
+
+
+def sensor_of(cfg: Config) -> tuple[float, float]:
+    """Where the sensor is in the voxel grid, as a share of it along x and y."""
+    own = cfg.model.get('data_preprocessor') or {}
+    layers = (own.get(key) or {} for key in ('voxelize_cfg', 'voxel_layer'))
+    found = [layer['point_cloud_range'] for layer in layers if 'point_cloud_range' in layer]
+    if not found:
+        return 0.5, 0.5
+    low, high = found[0][:2], found[0][3:5]
+    x, y = (-a / (b - a) for a, b in zip(low, high, strict=True))
+    return x, y
 
 
 def read_plan(cfg: Config, args: argparse.Namespace) -> Plan:
@@ -242,7 +273,7 @@ def read_plan(cfg: Config, args: argparse.Namespace) -> Plan:
     return Plan.parse([*texts, *args.method], args.weights or weights)
 
 
-def tell(result: Calibration, console: Console, out: str, html: Path) -> None:
+def tell(result: Calibration, strata: list[Strata], console: Console, out: str, html: Path) -> None:
     """Prints the gist: the worst layers, whether it was enough data, what stays float."""
     worst = sorted(result.ranges, key=lambda r: r.health.sqnr)
     title = 'worst first; all in the report' if len(worst) > WORST else 'worst first'
@@ -253,6 +284,11 @@ def tell(result: Calibration, console: Console, out: str, html: Path) -> None:
         health = (f'{r.health.sqnr:.1f}', f'{r.health.clipped:.3%}', ' '.join(r.health.flags))
         table.add_row(r.name, *numbers, *health)
     console.print(table)
+    if strata:
+        middle = len(strata) // 2
+        values = (sorted(s.bands[i].sqnr for s in strata)[middle] for i in range(3))
+        texts = (f'{value:.1f}' for value in values)
+        console.print(f'Sparse layers near, middle, far: SQNR {", ".join(texts)} dB (median)')
     for name, reason in result.kept_float.items():
         console.print(f'float: {name} ({reason})')
     last = result.looks[-1]
@@ -281,7 +317,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, console)
     run.preflight()
     run.observe()
-    tell(run.finish(), console, args.out, run.html)
+    result = run.finish()
+    tell(result, run.strata, console, args.out, run.html)
 
 
 if __name__ == '__main__':

@@ -12,8 +12,10 @@ from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.calibration.plan import Plan
 from mmdet3d_quant.calibration.resume import Progress, ResumeError
 from mmdet3d_quant.calibration.stability import Look, Stability
+from mmdet3d_quant.calibration.strata import Band, Strata, by_distance
 
 __all__ = [
+    'Band',
     'CalibratedRange',
     'Calibration',
     'CalibrationError',
@@ -25,5 +27,7 @@ __all__ = [
     'ResumeError',
     'Stability',
     'Statistics',
+    'Strata',
+    'by_distance',
     'calibrate',
 ]

@@ -72,8 +72,7 @@ def by_distance(
         model: A calibrated model. Its sparse encoders are the modules with a ``height_axis``.
         batch: A batch to measure on.
         forward: See :func:`mmdet3d_quant.calibrate`.
-        sensor: Where the sensor is, as a share of the grid along the two axes that do not point
-            up, in the order of the grid.
+        sensor: Where the sensor is, as a share of the grid along x and y.
 
     Returns:
         One entry per quantized layer that was reached, in the order of the model; none for a
@@ -145,8 +144,14 @@ def _measured(
 
 
 def bands_of(x: Any, height_axis: int, sensor: Sequence[float] = (0.5, 0.5)) -> Tensor:
-    """Band of each active site of a sparse tensor, an index into :data:`BANDS`, (n,)."""
-    axes = [axis for axis in range(3) if axis != height_axis]
+    """Band of each active site of a sparse tensor.
+
+    The distance along each axis is a share of that from the sensor to the farther end of the grid.
+
+    Returns:
+        Indices into :data:`BANDS`, int64 (n,).
+    """
+    axes = (0, 1) if height_axis == 2 else (2, 1)  # of a grid x, y, z, or else z, y, x
     squares = []
     for axis, origin in zip(axes, sensor, strict=True):
         place = (x.indices[:, 1 + axis].double() + 0.5) / x.spatial_shape[axis]

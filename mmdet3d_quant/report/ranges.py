@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from mmdet3d_quant.calibration import CalibratedRange, Calibration
+from mmdet3d_quant.calibration import Band, CalibratedRange, Calibration, Strata
 from mmdet3d_quant.calibration.health import LEAST_SQNR, MOST_CLIPPED, MOST_UNSTEADY
 from mmdet3d_quant.files import whole
 from mmdet3d_quant.histogram import Histogram
@@ -39,13 +39,19 @@ ADVICE = {
 }
 
 
-def write_ranges(path: str | Path, calibration: Calibration, about: Mapping[str, Any]) -> Path:
+def write_ranges(
+    path: str | Path,
+    calibration: Calibration,
+    about: Mapping[str, Any],
+    strata: Sequence[Strata] = (),
+) -> Path:
     """Writes an HTML page that needs no other file, and the JSON behind it.
 
     Args:
         path: Page to write; the JSON gets the same name with ``.json``.
         calibration: What to show.
         about: Plain facts to show at the end: config, checkpoint, command, versions.
+        strata: Of a model with sparse layers, how they fit by distance.
 
     Returns:
         ``path``.
@@ -54,7 +60,7 @@ def write_ranges(path: str | Path, calibration: Calibration, about: Mapping[str,
         OSError: If one of the files cannot be written.
     """
     path = Path(path)
-    facts = range_facts(calibration, about)
+    facts = range_facts(calibration, about, strata)
     pictures = dict(sqnr=_svg(draw_sqnr(facts)))
     if len(calibration.looks) > 1:
         pictures['looks'] = _svg(draw_looks(facts))
@@ -70,12 +76,14 @@ def write_ranges(path: str | Path, calibration: Calibration, about: Mapping[str,
     return path
 
 
-def range_facts(calibration: Calibration, about: Mapping[str, Any]) -> dict[str, Any]:
+def range_facts(
+    calibration: Calibration, about: Mapping[str, Any], strata: Sequence[Strata] = ()
+) -> dict[str, Any]:
     """All numbers of the page, as plain values that JSON takes.
 
     Returns:
         ``ranges`` (per quantizer, worst SQNR first), ``flags`` (how many have each), ``looks``,
-        and the rest of the calibration.
+        ``strata`` (per sparse layer, in the order of the model), and the rest of the calibration.
     """
     histograms = calibration.statistics.histograms
     rows = [
@@ -96,7 +104,17 @@ def range_facts(calibration: Calibration, about: Mapping[str, Any]) -> dict[str,
         flags=dict(Counter(flag for row in rows for flag in row['flags'])),
         looks=looks,
         ranges=rows,
+        strata=[dict(name=s.name, amax=s.amax, bands=[_band(b) for b in s.bands]) for s in strata],
         about=dict(about),
+    )
+
+
+def _band(band: Band) -> dict[str, Any]:
+    return dict(
+        band=band.band,
+        num_voxels=band.num_voxels,
+        clipped=_finite(band.clipped),
+        sqnr=_finite(band.sqnr),
     )
 
 
