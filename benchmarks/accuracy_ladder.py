@@ -161,38 +161,50 @@ def main() -> None:
 
         rows[str(setting)] = measured(args.out, dict(key, setting=str(setting)), run)
 
+    report = compared(rows)
+    tell(report, args.out, 'ladder', console)
+
+
+def compared(rows: dict[str, Scores]) -> list[dict]:
+    """Each row against the one named ``float``, with intervals of the same draws for all."""
     draws = bootstrap(list(rows.values()))
-    table = Table('setting', 'mAP', '+-', 'NDS', 'mAP - float', '95 % interval')
+    base = draws[list(rows).index('float')]
     report = []
     for (name, scores), luck in zip(rows.items(), draws, strict=True):
-        change = 100 * (luck - draws[0])
-        low, high = np.percentile(change, [2.5, 97.5])
         entry = dict(
             setting=name,
             mAP=scores.mAP,
             mAP_std=luck.std(),
             NDS=scores.NDS,
             change=100 * (scores.mAP - rows['float'].mAP),
-            interval=[low, high],
+            interval=list(np.percentile(100 * (luck - base), [2.5, 97.5])),
             ap=scores.ap,
         )
         report.append(entry)
+    return report
+
+
+def tell(report: list[dict], folder: Path, stem: str, console: Console) -> None:
+    """Prints the rows, and writes them as JSON, as a table for documents and as a picture."""
+    table = Table('setting', 'mAP', '+-', 'NDS', 'mAP - float', '95 % interval')
+    for row in report:
+        low, high = row['interval']
         table.add_row(
-            name,
-            f'{scores.mAP:.4f}',
-            f'{luck.std():.4f}',
-            f'{scores.NDS:.4f}',
-            f'{entry["change"]:+.2f}',
+            row['setting'],
+            f'{row["mAP"]:.4f}',
+            f'{row["mAP_std"]:.4f}',
+            f'{row["NDS"]:.4f}',
+            f'{row["change"]:+.2f}',
             f'{low:+.2f} to {high:+.2f}',
         )
     console.print(table)
-    with whole(args.out / 'ladder.json') as part:
+    with whole(folder / f'{stem}.json') as part:
         part.write_text(json.dumps(report, indent=1))
-    with whole(args.out / 'ladder.md') as part:
+    with whole(folder / f'{stem}.md') as part:
         part.write_text(markdown(report))
-    with whole(args.out / 'ladder.png') as part:
+    with whole(folder / f'{stem}.png') as part:
         draw(report).savefig(part, format='png', dpi=100)
-    console.print(f'Wrote ladder.json, ladder.md and ladder.png to {args.out}')
+    console.print(f'Wrote {stem}.json, {stem}.md and {stem}.png to {folder}')
 
 
 def markdown(report: list[dict]) -> str:

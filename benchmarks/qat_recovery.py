@@ -105,12 +105,14 @@ def start_from(path: Path, start: str, batches: int) -> Path:
     return path
 
 
-def train(setting: Setting, seed: int, folder: Path, start: Path, iters: int) -> Path:
+def train(
+    setting: Setting, seed: int, folder: Path, start: Path, iters: int, config: Path = QAT
+) -> Path:
     """Runs tools/train.py and returns the last checkpoint."""
     last = folder / f'iter_{iters * setting.longer}.pth'
     if last.is_file():
         return last
-    cfg = fc.read_config(QAT)
+    cfg = fc.read_config(config)
     cfg.load_from = str(start)
     cfg.custom_hooks[1].checkpoint = str(start)
     cfg.custom_hooks = cfg.custom_hooks[: 2 if setting.distill else 1]
