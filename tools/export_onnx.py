@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.export.verify import Agreement, verify
 from mmdet3d_quant.files import CheckpointError
 from mmdet3d_quant.provenance import provenance
@@ -31,6 +32,9 @@ examples:
 
   # the same graphs without Q/DQ, from a float or a calibrated checkpoint
   python tools/export_onnx.py $CONFIG float.pth --out-dir onnx/float --float
+
+  # for OpenVINO on a CPU: UINT8 where a tensor is never negative, twice as many steps
+  python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/openvino --target openvino
 """
 
 
@@ -42,6 +46,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='calibrated checkpoint, from tools/calibrate.py')
     parser.add_argument('--out-dir', required=True, help='folder to write to')
     parser.add_argument('--float', action='store_true', help='leave out Q/DQ')
+    parser.add_argument(
+        '--target',
+        choices=sorted(TARGETS),
+        default='tensorrt',
+        help='engine that the files are for; openvino takes unsigned activations, tensorrt does '
+        'not; default: %(default)s',
+    )
     parser.add_argument('--opset', type=int, default=17, help='ONNX opset; default: %(default)s')
     parser.add_argument(
         '--inputs',
@@ -73,6 +84,7 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         quantized=not args.float,
         opset_version=args.opset,
         tell=lambda name: console.print(f'Exporting {name}'),
+        target=args.target,
     )
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
     if args.no_verify:

@@ -17,6 +17,7 @@ from mmdet3d_quant.export.lint import RULES, Finding, Layer, LintError, layers, 
 from mmdet3d_quant.export.lint.layers import coverage
 from mmdet3d_quant.export.lint.picture import draw
 from mmdet3d_quant.export.lint.rules import is_quantized
+from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.files import check_writable, whole
 
 #: Findings of one rule that are shown; the JSON has all.
@@ -26,6 +27,7 @@ examples:
   python tools/lint_onnx.py onnx/int8/camera.backbone.onnx
   python tools/lint_onnx.py onnx/int8/*.onnx --min-coverage 0.99 --json lint.json
   python tools/lint_onnx.py model.onnx --picture model.png --ignore Q11 Q14
+  python tools/lint_onnx.py model.onnx --target openvino
   python tools/lint_onnx.py --rules
 
 exit code: 0 nothing found, 1 something found, 2 a file that cannot be checked
@@ -37,6 +39,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('files', nargs='*', metavar='FILE', help='ONNX files')
+    parser.add_argument(
+        '--target',
+        choices=sorted(TARGETS),
+        help='engine that the files are for; default: what a file says, else tensorrt',
+    )
     parser.add_argument('--ignore', nargs='+', default=(), metavar='ID', help='rules to leave out')
     parser.add_argument(
         '--min-coverage',
@@ -71,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             check_writable(path)
     report, failed = {}, False
     for file in args.files:
-        graph = read_graph(file)
+        graph = read_graph(file, args.target)
         if not is_quantized(graph) and not args.allow_float:
             raise LintError(
                 f'{file} has no Q/DQ: it is a float graph. Export a calibrated model with '

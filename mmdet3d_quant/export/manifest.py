@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import onnx
 from torch import nn
 
+from mmdet3d_quant.export.unsigned import unsigned_scale
 from mmdet3d_quant.fake_quant import scale_of
 from mmdet3d_quant.modes import quantizers
+from mmdet3d_quant.quantizer import Quantizer
 from mmdet3d_quant.ties import ties
 
 _DTYPES = onnx.TensorProto.DataType
@@ -38,21 +41,25 @@ def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
     )
 
 
-def describe_scales(model: nn.Module) -> list[dict[str, Any]]:
+def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[dict[str, Any]]:
     """Activation scales by tie group, single quantizers included.
 
+    Args:
+        model: The detector.
+        unsigned: Ids of the quantizers that are unsigned in the files.
+
     Returns:
-        Entries with ``scale`` (step size), ``amax`` and the names of the ``quantizers``, in the
-        order of the model.
+        Entries with ``scale`` (step size), ``amax``, ``dtype`` and the names of the
+        ``quantizers``, in the order of the model.
     """
     found = {n: q for n, q in quantizers(model).items() if q.calibrated and q.spec.axis is None}
     group_of = {name: group for group in ties(model) for name in group}
     groups = dict.fromkeys(group_of.get(name, (name,)) for name in found)
-    return [
-        dict(
-            scale=float(scale_of(found[group[0]]._amax, found[group[0]].spec)),
-            amax=float(found[group[0]]._amax),
-            quantizers=list(group),
-        )
-        for group in groups
-    ]
+    return [_describe_scale(found[g[0]], list(g), id(found[g[0]]) in unsigned) for g in groups]
+
+
+def _describe_scale(quantizer: Quantizer, names: list[str], unsigned: bool) -> dict[str, Any]:
+    amax = float(quantizer._amax)
+    scale = unsigned_scale(amax) if unsigned else scale_of(quantizer._amax, quantizer.spec)
+    dtype = 'uint8' if unsigned else 'int8'
+    return dict(scale=float(scale), amax=amax, dtype=dtype, quantizers=names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.manifest import describe_graph, describe_scales
 from mmdet3d_quant.export.onnx import ExportError, export_onnx
+from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files import sha256, whole_folder
 from mmdet3d_quant.modes import quantizers
 
@@ -23,6 +25,7 @@ def export_suite(
     quantized: bool = True,
     opset_version: int = 17,
     tell: Callable[[str], None] = print,
+    target: str = 'tensorrt',
 ) -> tuple[list[Cut], dict[str, Any]]:
     """Writes one ONNX file per cut and ``manifest.json``; all of them or none.
 
@@ -34,10 +37,12 @@ def export_suite(
         quantized: False exports float graphs.
         opset_version: ONNX opset.
         tell: Called with the name of each file before it is made.
+        target: Engine that the files are for, as ``export_onnx`` takes it.
 
     Returns:
-        The cuts and the manifest: per file its inputs, outputs, shapes, node counts and SHA-256;
-        ``scales`` by group; ``kept_float`` with reasons.
+        The cuts, with modules that compute what the files do (unsigned activations for a target
+        that takes them), and the manifest: per file its inputs, outputs, shapes, node counts and
+        SHA-256; ``scales`` by group; ``kept_float`` with reasons.
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
@@ -47,6 +52,8 @@ def export_suite(
     if not cuts:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
     files = {}
+    exported: list[Cut] = []
+    unsigned: set[int] = set()  # ids of quantizers of the detector
     with whole_folder(out_dir) as folder:
         for cut in cuts:
             tell(f'{cut.name}.onnx')
@@ -59,16 +66,24 @@ def export_suite(
                 cut.output_names,
                 opset_version,
                 quantized,
+                target,
             )
+            names = unsigned_names(model)
+            if names:
+                known = quantizers(cut.module)
+                unsigned |= {id(known[n]) for n in names}
+                cut = replace(cut, module=with_unsigned(cut.module, names))
+            exported.append(cut)
             files[path.name] = dict(describe_graph(model), sha256=sha256(path))
         manifest = dict(
             provenance,
             precision='int8' if quantized else 'float',
+            target=target,
             files=files,
-            scales=describe_scales(detector) if quantized else [],
+            scales=describe_scales(detector, unsigned) if quantized else [],
             kept_float={
                 n: q.float_reason for n, q in quantizers(detector).items() if q.float_reason
             },
         )
         (folder / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
-    return cuts, manifest
+    return exported, manifest

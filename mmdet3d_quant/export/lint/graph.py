@@ -13,6 +13,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import NodeProto, numpy_helper
 
+from mmdet3d_quant.export.targets import TARGET_KEY, target_of
+
 #: Convolutions, and the axis of their weight that indexes output channels.
 LAYERS = {'Conv': 0, 'ConvTranspose': 1}
 #: A protobuf message ends here; larger models keep their weights in a file beside.
@@ -49,9 +51,19 @@ class Graph:
 
     Args:
         model: The model, with its weights.
+        target: Engine that the graph is for, of ``export.targets.TARGETS``; None asks the file,
+            and takes TensorRT if it does not say.
+
+    Attributes:
+        target: That engine.
+
+    Raises:
+        ValueError: If there is no such target.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, target: str | None = None) -> None:
+        said = {p.key: p.value for p in model.metadata_props}.get(TARGET_KEY, 'tensorrt')
+        self.target = target_of(target or said)
         self.graph = model.graph
         self.nodes = [n for n in model.graph.node if n.op_type != 'Constant']
         self.outputs = {o.name for o in model.graph.output}
@@ -133,11 +145,12 @@ def axis_of(node: NodeProto) -> int:
     return next((a.i for a in node.attribute if a.name == 'axis'), 1)
 
 
-def read_graph(path: str | Path) -> Graph:
+def read_graph(path: str | Path, target: str | None = None) -> Graph:
     """Reads a file.
 
     Args:
         path: An ONNX file, with its external weights beside it if it has some.
+        target: As :class:`Graph` takes it.
 
     Raises:
         LintError: If it is missing, empty, truncated, too large for one message, no ONNX, or
@@ -160,4 +173,4 @@ def read_graph(path: str | Path) -> Graph:
         raise LintError(f'{path} keeps weights in another file, which is missing: {err}') from None
     if not model.graph.node:
         raise LintError(f'{path} is no ONNX file, or its graph is empty')
-    return Graph(model)
+    return Graph(model, target)

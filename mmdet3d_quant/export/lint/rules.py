@@ -319,11 +319,14 @@ def _zero_point(graph: Graph) -> Found:
 @rule(
     'Q21',
     'unsigned integers',
-    'TensorRT takes INT8 only; ONNX makes a missing zero point UINT8',
+    'TensorRT takes INT8 only, OpenVINO activations of both kinds; ONNX makes a missing zero point '
+    'UINT8',
     'use a zero point of type int8',
 )
 def _unsigned(graph: Graph) -> Found:
     for node in graph.of('QuantizeLinear', 'DequantizeLinear'):
+        if graph.target.unsigned and not graph.is_constant(node.input[0]):
+            continue
         if len(node.input) < 3 or not node.input[2]:
             # A DQ takes the type of its input: a QuantizeLinear decides for both.
             if node.op_type == 'QuantizeLinear':

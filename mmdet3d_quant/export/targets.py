@@ -1,0 +1,37 @@
+"""What engines accept, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """An engine that a graph is written for.
+
+    Attributes:
+        name: What ``--target`` takes.
+        unsigned: Whether activations may be UINT8 (zero point 0). A tensor that is never negative
+            then has twice as many steps in the same range, ``amax / 255`` instead of
+            ``amax / 127``.
+    """
+
+    name: str
+    unsigned: bool
+
+
+#: By name. TensorRT takes signed INT8 only.
+TARGETS = {t.name: t for t in (Target('tensorrt', False), Target('openvino', True))}
+#: Key of the target's name in a file's ``metadata_props``.
+TARGET_KEY = 'mmdet3d_quant.target'
+
+
+def target_of(name: str) -> Target:
+    """A target by name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in TARGETS:
+        raise ValueError(f'there is no target {name!r}; there are {", ".join(TARGETS)}')
+    return TARGETS[name]

@@ -1,0 +1,106 @@
+"""UINT8 for activations that are never negative: the same range in twice as many steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, numpy_helper
+from torch import Tensor, nn
+
+from mmdet3d_quant.export.nonnegative import nonnegative_tensors
+from mmdet3d_quant.modes import quantizers
+from mmdet3d_quant.quantizer import Quantizer
+from mmdet3d_quant.spec import MIN_AMAX
+
+#: Largest integer of the unsigned grid.
+UMAX = 255
+#: Key in a file's ``metadata_props`` for the names of the unsigned quantizers, as JSON.
+UNSIGNED_KEY = 'mmdet3d_quant.unsigned'
+
+
+def to_unsigned(model: onnx.ModelProto, names: Mapping[str, str], ranges: Mapping[str, float]):
+    """Gives unsigned grids to quantizers whose tensors are never negative, in place.
+
+    Quantizers that share a scale keep sharing it: they become unsigned all or not at all. Which
+    share one is read off the scales themselves, so the groups are at least the tie groups.
+
+    Args:
+        model: A graph whose activations have signed Q/DQ pairs with constant scales. The names of
+            the quantizers that became unsigned are noted under :data:`UNSIGNED_KEY`.
+        names: Name of the quantizer by name of the QuantizeLinear node; of activations only.
+        ranges: amax by name of the quantizer.
+    """
+    graph = model.graph
+    safe = nonnegative_tensors(graph)
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for tensor in node.input:
+            readers[tensor].append(node)
+    groups: dict[float, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        if node.name in names:
+            groups[ranges[names[node.name]]].append(node)
+    chosen = []
+    zero = numpy_helper.from_array(np.uint8(0), 'unsigned_zero')
+    for amax, group in groups.items():
+        if not all(node.input[0] in safe for node in group):
+            continue
+        step = numpy_helper.from_array(unsigned_scale(amax), f'unsigned_scale_{len(chosen)}')
+        graph.initializer.extend([step] if chosen else [zero, step])
+        chosen += [names[node.name] for node in group]
+        for node in group:
+            for pair in (node, *readers[node.output[0]]):
+                pair.input[1:] = [step.name, zero.name]
+    onnx.helper.set_model_props(
+        model,
+        {p.key: p.value for p in model.metadata_props}
+        | {UNSIGNED_KEY: json.dumps(list(dict.fromkeys(chosen)))},
+    )
+
+
+def unsigned_scale(amax: float) -> np.ndarray:
+    """Step size of the unsigned grid, ``amax / 255``, float32, kept away from zero."""
+    return np.asarray(np.float32(max(amax, MIN_AMAX)) / np.float32(UMAX))
+
+
+def unsigned_names(model: onnx.ModelProto) -> list[str]:
+    """Names of the unsigned quantizers of an exported file, relative to the exported module."""
+    found = {p.key: p.value for p in model.metadata_props}
+    return json.loads(found.get(UNSIGNED_KEY, '[]'))
+
+
+class UnsignedQuantizer(Quantizer):
+    """A calibrated quantizer on the unsigned grid, to compare an exported file with; not trained.
+
+    Args:
+        quantizer: Per tensor, with a range.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(quantizer.spec, label=quantizer.label)
+        self.amax = quantizer._amax.detach()
+        self.mode = quantizer.mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``clamp(round(x / scale), 0, 255) * scale`` in mode quant, else as its parent."""
+        if self.mode != 'quant':
+            return super().forward(x)
+        step = float(unsigned_scale(float(self._amax)))
+        return torch.fake_quantize_per_tensor_affine(x, step, 0, 0, UMAX)
+
+
+def with_unsigned(module: nn.Module, names: Collection[str]) -> Any:
+    """A copy of a module in which the named quantizers are unsigned."""
+    module = copy.deepcopy(module)
+    found = quantizers(module)
+    for name in names:
+        parent, _, child = name.rpartition('.')
+        setattr(module.get_submodule(parent), child, UnsignedQuantizer(found[name]))
+    return module
