@@ -271,7 +271,7 @@ def _half(name: str, values: Tensor) -> Tensor:
 
 def _relu(tracer: _Tracer, name: str, module: nn.Module, x: str) -> str:
     last = tracer.ops[-1] if tracer.ops else None
-    if isinstance(last, SparseConv) and last.output == x and not last.relu:
+    if isinstance(last, SparseConv) and last.output == x:
         tracer.ops[-1] = replace(last, relu=True)
         return x
     op = Relu(tracer.name(Relu, 'relu'), (x,), tracer.fresh())

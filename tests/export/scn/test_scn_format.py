@@ -1,6 +1,7 @@
 """Names, types and layouts of the file, against what NVIDIA's parser and exporter have."""
 
 import copy
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -9,6 +10,8 @@ from onnx import AttributeProto, TensorProto
 
 from mmdet3d_quant import fold_bn, quantizers
 from mmdet3d_quant.export.scn import export_lidar, read_program, trace
+from mmdet3d_quant.export.scn.precision import with_precisions
+from mmdet3d_quant.export.scn.program import Add, Program, Relu
 from mmdet3d_quant.export.scn.write import as_onnx
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS, QuantMMCVSparseConv3d, QuantMMCVSubMConv3d
 from tests.export.scn.encoders import attributes, build, calibrated
@@ -193,6 +196,31 @@ def test_precisions_with_the_first_block_in_fp16():
     program = trace(calibrated('bevfusion', skip=skip))
     found = [(op.precision, op.output_precision) for op in program.ops if hasattr(op, 'precision')]
     assert found[:5] == [*[('fp16', 'fp16')] * 3, ('fp16', 'int8'), ('int8', 'int8')]
+
+
+def test_fp16_readers_leave_the_scale_of_a_tensor_alone():
+    """libspconv takes the scale of a tensor from whoever reads it."""
+    first = trace(calibrated('bevfusion')).convs[1]
+    made = [
+        replace(first, name='a', inputs=('0',), output='1', input_range=None),
+        replace(first, name='b', inputs=('1',), output='2', input_range=None),
+        replace(first, name='c', inputs=('1',), output='3', input_range=2.0),
+        Add('d', ('3', '1'), '4', (2.0, 2.0)),
+        Relu('e', ('4',), '5'),
+        replace(first, name='f', inputs=('5',), output='6', input_range=3.0),
+    ]
+    program = with_precisions(Program(tuple(made), 8, '6', (1,)))
+    a, b, c, d, _, f = program.ops
+    found = [(op.precision, op.output_precision) for op in (a, b, c, d, f)]
+    assert found == [
+        ('fp16', 'fp16'),
+        ('fp16', 'fp16'),
+        ('int8', 'fp16'),  # read by an add that is FP16, because b wants tensor 1 in FP16
+        ('fp16', 'int8'),
+        ('int8', 'fp16'),
+    ]
+    assert (a.input_range, b.input_range, c.input_range) == (None, 2.0, 2.0)
+    assert d.ranges == (None, 2.0)
 
 
 @orders

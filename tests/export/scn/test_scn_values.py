@@ -6,10 +6,13 @@ import onnx
 import pytest
 import torch
 from mmdet3d.models.middle_encoders import SparseEncoder
+from onnx import helper
 
 from mmdet3d_quant import fold_bn, quantizers, set_mode
-from mmdet3d_quant.export.scn import export_lidar, read_program
+from mmdet3d_quant.export.scn import export_lidar, read_program, trace
+from mmdet3d_quant.export.scn.read import from_onnx
 from mmdet3d_quant.export.scn.run import ScnNetwork
+from mmdet3d_quant.export.scn.write import as_onnx
 from mmdet3d_quant.export.verify import sqnr
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS
 from tests.export.scn.encoders import SECOND, build, calibrated, cloud, enliven, interpret, turned
@@ -127,6 +130,35 @@ def test_float_file_of_a_quantized_encoder(tmp_path):
     plain.load_state_dict({n: v for n, v in state.items() if 'quantizer' not in n})
     export_lidar(plain, tmp_path / 'f.onnx')
     assert (tmp_path / 'q.onnx').read_bytes() == (tmp_path / 'f.onnx').read_bytes()
+
+
+def test_files_as_nvidias_exporter_writes_them():
+    """No names of layers, ranges that differ between readers, one for the first layer too."""
+    model = calibrated('bevfusion')
+    file = as_onnx(trace(model))
+    for node in file.graph.node:
+        node.doc_string = ''
+        for attribute in node.attribute:
+            if attribute.name in ('input0_dynamic_range', 'input1_dynamic_range'):
+                attribute.f *= 1.5
+    file.graph.node[0].attribute.append(helper.make_attribute('input_dynamic_range', 54.0))
+    network = ScnNetwork(from_onnx(file), dtype=torch.float64)
+    assert sqnr(interpret(file, *cloud(model)), network(*cloud(model))) > 200
+
+
+def test_files_without_precisions_are_fp16():
+    """As those that NVIDIA's exporter makes of float models; strided rules may have no name."""
+    file = as_onnx(trace(build('second')))
+    for node in file.graph.node:
+        odd = [a for a in node.attribute if 'precision' in a.name]
+        odd += [a for a in node.attribute if a.name == 'rulebook' and a.s.startswith(b'spconv')]
+        for attribute in odd:
+            node.attribute.remove(attribute)
+    program = from_onnx(file)
+    assert {op.precision for op in program.convs} == {'fp16'}
+    voxels = cloud(build('second'))
+    with torch.no_grad():
+        assert sqnr(build('second')(*voxels, 1), ScnNetwork(program)(*voxels)) > 60
 
 
 def test_mmdet3ds_own_encoder(tmp_path):
