@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
 
+import numpy as np
 import onnx
-import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.export.passes import (
+    OPSETS,
+    drop_identities,
+    drop_unused,
+    is_quantized,
+    store_int8_weights,
+    to_half,
+    to_opset,
+)
 from mmdet3d_quant.export.targets import TARGET_KEY, target_of
+from mmdet3d_quant.export.tracing import TORCH_OPSET, trace
 from mmdet3d_quant.export.unsigned import to_unsigned
-from mmdet3d_quant.fake_quant import scale_of
 from mmdet3d_quant.files import whole
-from mmdet3d_quant.fold import fold_bn
-from mmdet3d_quant.modes import quantizers, require_calibrated, set_mode
-from mmdet3d_quant.quantizer import Quantizer
+from mmdet3d_quant.modes import quantizers, require_calibrated
 from mmdet3d_quant.ties import unequal_ties
 
-#: Attribute that carries a quantizer's name through torch's exporter; ONNX's checker lets names
-#: with two underscores pass.
-_NAME = '__quantizer'
+#: A protobuf message, and so a file, ends here.
+LARGEST = 2**31
+WEIGHTS = ('float', 'int8')
+LAYERNORMS = ('standard', 'custom')
 
 
 class ExportError(RuntimeError):
@@ -38,6 +44,10 @@ def export_onnx(
     opset_version: int = 17,
     quantized: bool = True,
     target: str = 'tensorrt',
+    dynamic_batch: bool = False,
+    weights: str = 'float',
+    fp16: bool = False,
+    layernorm: str = 'standard',
 ) -> onnx.ModelProto:
     """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
 
@@ -50,10 +60,18 @@ def export_onnx(
         path: File to write; it appears whole or not at all.
         input_names: Names of the graph's inputs.
         output_names: Names of the graph's outputs.
-        opset_version: ONNX opset, 13 or later (per-channel Q/DQ).
+        opset_version: ONNX opset, 13 (the first with per-channel Q/DQ) to 21.
         quantized: False exports the float graph, without Q/DQ.
         target: Engine that the file is for, of ``export.targets.TARGETS``. One that takes unsigned
             activations gets UINT8 where a tensor is provably never negative.
+        dynamic_batch: Let the first dimension of inputs and outputs vary. The file is tried on
+            two samples.
+        weights: ``'float'``: quantized weights are stored float32 with a Q/DQ pair, as TensorRT
+            has always taken them; ``'int8'``: stored as INT8 with a DequantizeLinear, a quarter
+            of the size and equal results.
+        fp16: Store weights, and compute, in FP16; for graphs without Q/DQ.
+        layernorm: ``'standard'``: ONNX's ops (LayerNormalization from opset 17 on);
+            ``'custom'``: ``nv::CustomLayerNormalization``, the plugin of CUDA-BEVFusion.
 
     Returns:
         The exported model.
@@ -61,164 +79,119 @@ def export_onnx(
     Raises:
         UncalibratedError: If a quantizer has no range.
         ValueError: If members of a tie group have unequal ranges, a quantizer has other than 8
-            bits, or a name, the opset or the target is wrong.
-        ExportError: If the graph fails ``onnx.checker``, or keeps a batch norm that could not
-            be folded.
+            bits, or an argument is none of the above.
+        ExportError: If the graph fails ``onnx.checker``, keeps a batch norm that could not be
+            folded, cannot take another batch size, or is too large for a file.
         OSError: If the file cannot be written.
     """
-    if opset_version < 13:
-        raise ValueError(f'opset_version must be at least 13 for per-channel Q/DQ: {opset_version}')
     unsigned = target_of(target).unsigned
-    if len(inputs) != len(input_names):
-        raise ValueError(f'{len(inputs)} inputs, but names {list(input_names)}')
-    if quantized:
-        require_calibrated(module)
-        broken = unequal_ties(module)
-        if broken:
-            raise ValueError(
-                'quantizers that must share one scale have unequal ranges: '
-                f'{", ".join(broken[0])} ({len(broken)} group(s)); calibrate the whole model'
-            )
-        narrow = [n for n, q in quantizers(module).items() if q.spec.num_bits != 8]
-        if narrow:
-            raise ValueError(f'only 8 bits can be exported; {narrow[0]} has fewer')
-    module = copy.deepcopy(module)
-    module.eval()
-    fold_bn(module)
-    ranges: dict[str, float] = {}
-    if quantized:
-        set_mode(module, 'quant')
-        ranges = {n: float(q._amax) for n, q in quantizers(module).items() if _is_activation(q)}
-        _quantizers_to_qdq(module)
-    else:
-        set_mode(module, 'float')
+    _check_arguments(inputs, input_names, opset_version, weights, layernorm)
+    _check_module(module, quantized)
+    found = quantizers(module) if quantized else {}
+    ranges = {n: float(q._amax) for n, q in found.items() if q.calibrated and q.spec.axis is None}
     with whole(path) as tmp:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter('ignore', torch.jit.TracerWarning)  # shapes are fixed
-            torch.onnx.export(
-                module,
-                tuple(inputs),
-                str(tmp),
-                input_names=list(input_names),
-                output_names=list(output_names),
-                opset_version=opset_version,
-                do_constant_folding=True,
-            )
-        model = onnx.load(str(tmp))
-        names = _take_names(model.graph)
-        _drop_identities(model.graph)
+        model, names = trace(
+            module,
+            inputs,
+            tmp,
+            input_names,
+            output_names,
+            min(opset_version, TORCH_OPSET),
+            quantized,
+            dynamic_batch,
+            layernorm,
+        )
+        drop_identities(model.graph)
         onnx.helper.set_model_props(model, {TARGET_KEY: target})
         if unsigned:
             to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges)
-            _drop_unused(model.graph)
-        _fix_output_shapes(model.graph, module, inputs)
+            drop_unused(model.graph)
+        if weights == 'int8':
+            store_int8_weights(model.graph)
+        model = to_opset(model, opset_version)
+        if fp16:
+            if is_quantized(model):
+                raise ValueError("fp16 is for graphs without Q/DQ; here weights='int8' saves more")
+            model = to_half(model)
         onnx.save(model, str(tmp))
         _check(model, tmp)
+        if dynamic_batch:
+            _check_batch(tmp, dict(zip(input_names, inputs, strict=True)))
     return model
 
 
-def _take_names(graph: onnx.GraphProto) -> dict[str, str]:
-    """Names of the quantizers by name of their QuantizeLinear; they leave the graph."""
-    found = {}
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name == _NAME:
-                found[node.name] = attribute.s.decode()
-                node.attribute.remove(attribute)
-                break
-    return found
+def _check_arguments(
+    inputs: Sequence[Tensor],
+    input_names: Sequence[str],
+    opset_version: int,
+    weights: str,
+    layernorm: str,
+) -> None:
+    if opset_version not in OPSETS:
+        raise ValueError(
+            f'opset_version must be {OPSETS[0]} (the first with per-channel Q/DQ) to {OPSETS[-1]}, '
+            f'not {opset_version}'
+        )
+    if layernorm == 'custom' and opset_version > TORCH_OPSET:
+        raise ValueError(
+            f'the custom layer norm goes up to opset {TORCH_OPSET}, not {opset_version}: '
+            'ONNX cannot convert what it does not know'
+        )
+    for name, value, known in (('weights', weights, WEIGHTS), ('layernorm', layernorm, LAYERNORMS)):
+        if value not in known:
+            raise ValueError(f'{name} must be {" or ".join(known)}, not {value!r}')
+    if len(inputs) != len(input_names):
+        raise ValueError(f'{len(inputs)} inputs, but names {list(input_names)}')
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Removes constants that nobody reads."""
-    read = {i for node in graph.node for i in node.input} | {o.name for o in graph.output}
-    kept = [n for n in graph.node if n.op_type != 'Constant' or n.output[0] in read]
-    stored = [i for i in graph.initializer if i.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(kept)
-    graph.initializer.extend(stored)
-
-
-def _drop_identities(graph: onnx.GraphProto) -> None:
-    """Lets the readers of a copied constant read the constant.
-
-    torch stores equal parameters once and copies them with Identity nodes.
-    """
-    constants = {i.name for i in graph.initializer}
-    source = {
-        n.output[0]: n.input[0]
-        for n in graph.node
-        if n.op_type == 'Identity' and n.input[0] in constants
-    }
-    kept = [n for n in graph.node if n.output[0] not in source]
-    for node in kept:
-        node.input[:] = [source.get(i, i) for i in node.input]
-    del graph.node[:]
-    graph.node.extend(kept)
-
-
-def _fix_output_shapes(graph: onnx.GraphProto, module: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Writes the shapes of outputs that torch's exporter could not tell (slices, gathers)."""
-    shapes = [output.type.tensor_type.shape.dim for output in graph.output]
-    if all(dim.HasField('dim_value') for shape in shapes for dim in shape):
+def _check_module(module: nn.Module, quantized: bool) -> None:
+    size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    if size >= LARGEST:
+        raise ExportError(
+            f'the weights of {type(module).__name__} take {size / 2**30:.1f} GiB; ONNX files end '
+            'at 2 GiB: export it in parts (see mmdet3d_quant.export.Cut)'
+        )
+    if not quantized:
         return
-    with torch.no_grad():
-        outputs = module(*inputs)
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    for shape, output in zip(shapes, outputs, strict=True):
-        for dim, size in zip(shape, output.shape, strict=True):
-            dim.dim_value = size
+    require_calibrated(module)
+    broken = unequal_ties(module)
+    if broken:
+        raise ValueError(
+            'quantizers that must share one scale have unequal ranges: '
+            f'{", ".join(broken[0])} ({len(broken)} group(s)); calibrate the whole model'
+        )
+    narrow = [n for n, q in quantizers(module).items() if q.spec.num_bits != 8]
+    if narrow:
+        raise ValueError(f'only 8 bits can be exported; {narrow[0]} has fewer')
 
 
 def _check(model: onnx.ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as err:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise ExportError(f'the exported graph is invalid: {err}') from err
     left = [n.name for n in model.graph.node if n.op_type == 'BatchNormalization']
     if left:
         raise ExportError(f'batch norm could not be folded: {", ".join(left)}')
 
 
-def _is_activation(quantizer: Quantizer) -> bool:
-    return quantizer.float_reason is None and quantizer.spec.axis is None
+def _check_batch(path: Path, inputs: dict[str, Tensor]) -> None:
+    """Runs a file on one sample and on the same twice."""
+    from mmdet3d_quant.export.engines import EngineError, ONNXRuntime
 
-
-class _QDQ(nn.Module):
-    """A quantizer with its scale as a constant, for tracing."""
-
-    def __init__(self, quantizer: Quantizer, name: str):
-        super().__init__()
-        self.name = name
-        self.spec = quantizer.spec
-        # Python numbers are invisible to the tracer, so the graph gets constants. A float32 is
-        # exact as a Python float.
-        scale = scale_of(quantizer._amax.float(), self.spec).flatten().tolist()
-        self.scale: Any = scale if self.spec.axis is not None else scale[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _QDQFunction.apply(x, self.scale, self.spec, self.name)
-
-
-class _QDQFunction(torch.autograd.Function):
-    """Only traced, never run for its values: an identity that becomes two nodes."""
-
-    @staticmethod
-    def forward(ctx, x, scale, spec, name):
-        return x.clone()
-
-    @staticmethod
-    def symbolic(g, x, scale, spec, name):
-        shape = () if spec.axis is None else (len(scale),)
-        axis = {} if spec.axis is None else {'axis_i': spec.axis}
-        step = g.op('Constant', value_t=torch.tensor(scale, dtype=torch.float32))
-        zero = g.op('Constant', value_t=torch.zeros(shape, dtype=torch.int8))
-        q = g.op('QuantizeLinear', x, step, zero, **axis, **{f'{_NAME}_s': name})
-        return g.op('DequantizeLinear', q, step, zero, **axis).setType(x.type())
-
-
-def _quantizers_to_qdq(module: nn.Module) -> None:
-    for name, quantizer in quantizers(module).items():
-        parent_name, _, child = name.rpartition('.')
-        new = nn.Identity() if quantizer.float_reason is not None else _QDQ(quantizer, name)
-        setattr(module.get_submodule(parent_name), child, new)
+    one = {n: t.cpu().numpy() for n, t in inputs.items()}
+    two = {n: np.concatenate([a, a]) for n, a in one.items()}
+    try:
+        engine = ONNXRuntime(path)
+        single, double = engine(one), engine(two)
+    except EngineError as err:
+        raise ExportError(f'the graph does not run: {err}') from err
+    except Exception as err:  # ONNX Runtime has a class of its own per cause
+        reason = str(err).splitlines()[0]
+        raise ExportError(f'the graph does not take two samples: {reason}') from err
+    for name, value in double.items():
+        if value.shape != (2 * len(single[name]), *single[name].shape[1:]):
+            raise ExportError(
+                f'the graph does not take two samples: {name} has shape {value.shape} instead of '
+                f'twice {single[name].shape}; export it with a fixed batch'
+            )

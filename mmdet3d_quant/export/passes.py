@@ -1,0 +1,92 @@
+"""Changes of a graph that leave its meaning: tidying, opsets, how weights are stored."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+#: Opsets that can be written: the first with per-channel Q/DQ, the last with plain INT8 Q/DQ.
+OPSETS = range(13, 22)
+
+
+def drop_identities(graph: onnx.GraphProto) -> None:
+    """Lets the readers of a copied constant read the constant.
+
+    torch stores equal parameters once and copies them with Identity nodes.
+    """
+    constants = {i.name for i in graph.initializer}
+    source = {
+        n.output[0]: n.input[0]
+        for n in graph.node
+        if n.op_type == 'Identity' and n.input[0] in constants
+    }
+    kept = [n for n in graph.node if n.output[0] not in source]
+    for node in kept:
+        node.input[:] = [source.get(i, i) for i in node.input]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Removes constants that nobody reads."""
+    read = {i for node in graph.node for i in node.input} | {o.name for o in graph.output}
+    kept = [n for n in graph.node if n.op_type != 'Constant' or n.output[0] in read]
+    stored = [i for i in graph.initializer if i.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(stored)
+
+
+def to_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
+    """The same graph in another opset, by ONNX's own converter."""
+    if model.opset_import[0].version == version:
+        return model
+    props = {p.key: p.value for p in model.metadata_props}
+    converted = onnx.version_converter.convert_version(model, version)
+    onnx.helper.set_model_props(converted, props)
+    return converted
+
+
+def store_int8_weights(graph: onnx.GraphProto) -> None:
+    """Stores quantized weights as INT8 with a DequantizeLinear, a quarter of the size.
+
+    Each QuantizeLinear of a constant is computed as ONNX defines it: division in float32, rounding
+    half to even, saturation. Weights that several layers read are stored once per scale.
+    """
+    constants = {i.name: i for i in graph.initializer}
+    for node in graph.node:
+        if node.op_type == 'Constant' and node.attribute[0].name == 'value':
+            constants[node.output[0]] = node.attribute[0].t
+    kept, stored = [], {}
+    for node in graph.node:
+        if node.op_type != 'QuantizeLinear' or node.input[0] not in constants:
+            kept.append(node)
+            continue
+        weight, scale, zero = (numpy_helper.to_array(constants[i]) for i in node.input)
+        axis = next((a.i for a in node.attribute if a.name == 'axis'), 1)
+        if scale.ndim:
+            scale = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+        limits = np.iinfo(zero.dtype)
+        value = np.clip(np.rint(weight / scale), limits.min, limits.max).astype(zero.dtype)
+        stored[node.output[0]] = numpy_helper.from_array(value, node.output[0])
+    del graph.node[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(stored.values())
+    drop_unused(graph)
+
+
+def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights and arithmetic in FP16, inputs and outputs still float32; by ONNX Runtime's tool."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # values below FP16's least become that
+        return convert_float_to_float16(model, keep_io_types=True)
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Whether there is any DequantizeLinear."""
+    return any(n.op_type == 'DequantizeLinear' for n in model.graph.node)

@@ -1,0 +1,188 @@
+"""From a torch module to an ONNX graph: the one place that knows how torch exports.
+
+Another exporter (torch's dynamo) needs its own :func:`trace` and nothing else: it gets a module
+with quantizers, and returns a graph with Q/DQ pairs and the names of their quantizers.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdet3d_quant.fake_quant import scale_of
+from mmdet3d_quant.fold import fold_bn
+from mmdet3d_quant.modes import quantizers, set_mode
+from mmdet3d_quant.quantizer import Quantizer
+
+#: Newest opset that torch writes itself.
+TORCH_OPSET = 17
+#: Attribute that carries a quantizer's name through torch's exporter; ONNX's checker lets names
+#: with two underscores pass.
+_NAME = '__quantizer'
+
+
+def trace(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    path: Path,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset_version: int,
+    quantized: bool,
+    dynamic_batch: bool = False,
+    layernorm: str = 'standard',
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Traces a module in eval mode, batch norm folded, every quantizer a Q/DQ pair.
+
+    Args:
+        module: Left unchanged.
+        inputs: Example inputs.
+        path: Scratch file, which this overwrites.
+        input_names: Names of the inputs.
+        output_names: Names of the outputs.
+        opset_version: 13 to :data:`TORCH_OPSET`.
+        quantized: False leaves the quantizers out.
+        dynamic_batch: Lets the first dimension of inputs and outputs vary.
+        layernorm: ``'standard'`` or ``'custom'``, the layer of NVIDIA's runtime.
+
+    Returns:
+        The graph, and the name of the quantizer by name of the QuantizeLinear node.
+    """
+    module = copy.deepcopy(module)
+    module.eval()
+    fold_bn(module)
+    if quantized:
+        set_mode(module, 'quant')
+        _quantizers_to_qdq(module)
+    else:
+        set_mode(module, 'float')
+    if layernorm == 'custom':
+        for name, layer in list(module.named_modules()):
+            if isinstance(layer, nn.LayerNorm):
+                _replace(module, name, _CustomLayerNorm(layer))
+    axes = {n: {0: 'batch'} for n in input_names} | {n: {0: f'batch_{n}'} for n in output_names}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)  # shapes are fixed
+        torch.onnx.export(
+            module,
+            tuple(inputs),
+            str(path),
+            input_names=list(input_names),
+            output_names=list(output_names),
+            opset_version=opset_version,
+            do_constant_folding=True,
+            dynamic_axes=axes if dynamic_batch else None,
+        )
+        model = onnx.load(str(path))
+        _fix_output_shapes(model.graph, module, inputs, dynamic_batch)
+    return model, _take_names(model.graph)
+
+
+def _take_names(graph: onnx.GraphProto) -> dict[str, str]:
+    """Names of the quantizers by name of their QuantizeLinear; they leave the graph."""
+    found = {}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == _NAME:
+                found[node.name] = attribute.s.decode()
+                node.attribute.remove(attribute)
+                break
+    return found
+
+
+def _fix_output_shapes(
+    graph: onnx.GraphProto, module: nn.Module, inputs: Sequence[Tensor], dynamic_batch: bool
+) -> None:
+    """Writes the shapes of outputs that torch's exporter could not tell (slices, gathers)."""
+    skip = 1 if dynamic_batch else 0
+    shapes = [output.type.tensor_type.shape.dim[skip:] for output in graph.output]
+    if all(dim.HasField('dim_value') for shape in shapes for dim in shape):
+        return
+    outputs = module(*inputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    for shape, output in zip(shapes, outputs, strict=True):
+        for dim, size in zip(shape, output.shape[skip:], strict=True):
+            dim.dim_value = size
+
+
+class _QDQ(nn.Module):
+    """A quantizer with its scale as a constant, for tracing."""
+
+    def __init__(self, quantizer: Quantizer, name: str):
+        super().__init__()
+        self.name = name
+        self.spec = quantizer.spec
+        # Python numbers are invisible to the tracer, so the graph gets constants. A float32 is
+        # exact as a Python float.
+        scale = scale_of(quantizer._amax.float(), self.spec).flatten().tolist()
+        self.scale: Any = scale if self.spec.axis is not None else scale[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _QDQFunction.apply(x, self.scale, self.spec, self.name)
+
+
+class _QDQFunction(torch.autograd.Function):
+    """Only traced, never run for its values: an identity that becomes two nodes."""
+
+    @staticmethod
+    def forward(ctx, x, scale, spec, name):
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g, x, scale, spec, name):
+        shape = () if spec.axis is None else (len(scale),)
+        axis = {} if spec.axis is None else {'axis_i': spec.axis}
+        step = g.op('Constant', value_t=torch.tensor(scale, dtype=torch.float32))
+        zero = g.op('Constant', value_t=torch.zeros(shape, dtype=torch.int8))
+        q = g.op('QuantizeLinear', x, step, zero, **axis, **{f'{_NAME}_s': name})
+        return g.op('DequantizeLinear', q, step, zero, **axis).setType(x.type())
+
+
+class _CustomLayerNorm(nn.Module):
+    """A layer norm over the last axis as CUDA-BEVFusion's plugin ``CustomLayerNormalization``."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__()
+        channels = norm.normalized_shape[-1]
+        if len(norm.normalized_shape) != 1:
+            raise ValueError(
+                'the custom layer norm is over the last axis only, not over '
+                f'{len(norm.normalized_shape)}: leave layernorm="standard"'
+            )
+        self.eps = norm.eps
+        self.weight = torch.ones(channels) if norm.weight is None else norm.weight
+        self.bias = nn.Parameter(torch.zeros(channels)) if norm.bias is None else norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _CustomLayerNormFunction.apply(x, self.weight, self.bias, self.eps)
+
+
+class _CustomLayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    @staticmethod
+    def symbolic(g, x, weight, bias, eps):
+        # Attributes as its creator reads them: epsilon first, then axis.
+        y = g.op('nv::CustomLayerNormalization', x, weight, bias, epsilon_f=eps, axis_i=-1)
+        return y.setType(x.type())
+
+
+def _quantizers_to_qdq(module: nn.Module) -> None:
+    for name, quantizer in quantizers(module).items():
+        kept = quantizer.float_reason is not None
+        _replace(module, name, nn.Identity() if kept else _QDQ(quantizer, name))
+
+
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    setattr(module.get_submodule(parent), child, new)
