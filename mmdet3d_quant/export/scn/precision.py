@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mmdet3d_quant.export.onnx import ExportError
-from mmdet3d_quant.export.scn.program import Add, Op, Program, SparseConv
+from mmdet3d_quant.export.scn.program import Add, Op, Program, SparseConv, conflicts
 
 
 def with_precisions(program: Program) -> Program:
@@ -68,14 +68,12 @@ def _is_int8(program: Program, tensor: str, int8: set[str]) -> bool:
 
 
 def _refuse_unequal(program: Program) -> None:
-    for op in program.ops:
-        ranges = program.ranges(op.output)
-        if len(ranges) > 1:
-            readers = [getattr(r, 'layer', r.name) for r in program.readers(op.output)]
-            raise ExportError(
-                f'{", ".join(readers)} read one tensor with unequal ranges '
-                f'{sorted(ranges)}; libspconv knows one per tensor: calibrate the whole model'
-            )
+    for tensor, ranges in conflicts(program).items():
+        readers = [getattr(r, 'layer', r.name) for r in program.readers(tensor)]
+        raise ExportError(
+            f'{", ".join(readers)} read one tensor with unequal ranges {ranges}; libspconv knows '
+            'one per tensor: calibrate the whole model'
+        )
 
 
 def _with_known_ranges(program: Program, op: Op) -> Op:

@@ -191,6 +191,12 @@ class Program:
         return {op.output for op in self.ops if isinstance(op, Relu) and tensor in op.inputs}
 
 
+def conflicts(program: Program) -> dict[str, list[float]]:
+    """Tensors that INT8 layers read with unequal ranges, and these."""
+    found = {op.output: sorted(program.ranges(op.output)) for op in program.ops}
+    return {tensor: ranges for tensor, ranges in found.items() if len(ranges) > 1}
+
+
 def conv_grid(grid: Axes, kernel: Axes, stride: Axes, padding: Axes, dilation: Axes) -> Axes:
     """Number of cells along each axis after a strided convolution."""
     return tuple(
