@@ -18,16 +18,17 @@ from torch import Tensor, nn
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
 from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.export.verify import Agreement, verify
 from mmdet3d_quant.files import CheckpointError
 from mmdet3d_quant.provenance import provenance
 
-EXAMPLE = """
+EXAMPLE = r"""
 examples:
   CONFIG=configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py
 
-  # camera.backbone.onnx, camera.vtransform.onnx, fuser.onnx and manifest.json
+  # all files, a manifest, and build_engines.sh, which makes engines of them where TensorRT is
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/int8
 
   # the same graphs without Q/DQ, from a float or a calibrated checkpoint
@@ -35,6 +36,14 @@ examples:
 
   # for OpenVINO on a CPU: UINT8 where a tensor is never negative, twice as many steps
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/openvino --target openvino
+
+  # only the head, with the layer norm of CUDA-BEVFusion's plugin, and FP16 weights
+  python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/head --only head.bbox \
+      --layernorm custom --fp16
+
+  # INT8 weights in the files (a quarter of the size), any batch size, a newer opset
+  python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/small --weights int8 \
+      --dynamic-batch --opset 21 --inputs generated --num-cams 6 --no-verify
 """
 
 
@@ -53,7 +62,36 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help='engine that the files are for; openvino takes unsigned activations, tensorrt does '
         'not; default: %(default)s',
     )
-    parser.add_argument('--opset', type=int, default=17, help='ONNX opset; default: %(default)s')
+    parser.add_argument(
+        '--only',
+        nargs='+',
+        default=(),
+        metavar='NAME',
+        help='files to write, such as fuser or lidar.backbone; default: all',
+    )
+    parser.add_argument(
+        '--opset', type=int, default=17, help='ONNX opset, 13 to 21; default: %(default)s'
+    )
+    parser.add_argument(
+        '--weights',
+        choices=WEIGHTS,
+        default='float',
+        help='how quantized weights are stored: float with Q/DQ, or int8 with DQ, a quarter of the '
+        'size with equal results, which older engines do not read; default: %(default)s',
+    )
+    parser.add_argument(
+        '--fp16', action='store_true', help='store the weights of files without Q/DQ in FP16'
+    )
+    parser.add_argument(
+        '--layernorm',
+        choices=LAYERNORMS,
+        default='standard',
+        help="the head's layer norm: standard ops, or the plugin of CUDA-BEVFusion "
+        '(libcustom_layernorm.so); default: %(default)s',
+    )
+    parser.add_argument(
+        '--dynamic-batch', action='store_true', help='let the batch size of the files vary'
+    )
     parser.add_argument(
         '--inputs',
         choices=('auto', 'data', 'generated'),
@@ -85,6 +123,11 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         opset_version=args.opset,
         tell=lambda name: console.print(f'Exporting {name}'),
         target=args.target,
+        only=args.only,
+        fp16=args.fp16,
+        weights=args.weights,
+        layernorm=args.layernorm,
+        dynamic_batch=args.dynamic_batch,
     )
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
     if args.no_verify:
@@ -93,6 +136,9 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
     results = []
     for cut in cuts:
         path = Path(args.out_dir) / f'{cut.name}.onnx'
+        if 'CustomLayerNormalization' in manifest['files'][path.name]['nodes']:
+            console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
+            continue
         results += verify(cut, path, quantized=not args.float)
     console.print(agreement_table(results))
     return results

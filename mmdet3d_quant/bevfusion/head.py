@@ -170,7 +170,9 @@ class TransFusionHead(nn.Module):
         # A full window must fit: cells at the edge of the map are no peaks.
         highest = F.pad(F.max_pool2d(scores, kernel, stride=1), [kernel // 2] * 4)
         small = _SMALL.get(self.test_cfg['dataset'], [])
-        highest[:, small] = scores[:, small]
+        # Chosen, not written into: that would be a scatter with a fixed batch once exported.
+        alone = [[[label in small]] for label in range(self.num_classes)]
+        highest = torch.where(torch.tensor(alone, device=scores.device), scores, highest)
         return (scores * (scores == highest)).flatten(2)
 
     def forward_single(self, inputs: Tensor, metas: Any = None) -> list[dict[str, Tensor]]:
@@ -187,7 +189,7 @@ class TransFusionHead(nn.Module):
         """
         bev = self.shared_conv(inputs)
         flat = bev.flatten(2)
-        positions = self.bev_pos.expand(len(bev), -1, -1)
+        positions = self.bev_pos.expand(bev.shape[0], -1, -1)  # not len(): exporters freeze it
         if positions.shape[1] != flat.shape[2]:
             raise ValueError(
                 f'TransFusionHead expects a map of {positions.shape[1]} cells (test_cfg '

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.modes import set_mode
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -49,21 +51,34 @@ class CameraBackbone(nn.Module):
 
 
 class Fuser(nn.Module):
-    """Both BEV maps to the map that the head reads.
+    """The BEV maps of all sensors to the map that the head reads.
 
     ``forward(camera, lidar)``: ``camera`` is (B, Cc, X, Y), ``lidar`` (B, Cl, X, Y); returns
-    ``middle`` (B, C, X, Y).
+    ``middle`` (B, C, X, Y). A detector with one sensor has nothing to fuse, and only its map.
+
+    Attributes:
+        sensors: Names of the maps, in order.
     """
 
     def __init__(self, detector: nn.Module):
         super().__init__()
-        self.fusion_layer = detector.fusion_layer
+        self.sensors = fused_sensors(detector)
+        self.fusion_layer = getattr(detector, 'fusion_layer', None)
         self.pts_backbone = detector.pts_backbone
-        self.pts_neck = detector.pts_neck
+        self.pts_neck = getattr(detector, 'pts_neck', None)
 
-    def forward(self, camera: Tensor, lidar: Tensor) -> Tensor:
-        x = self.pts_neck(self.pts_backbone(self.fusion_layer([camera, lidar])))
+    def forward(self, *maps: Tensor) -> Tensor:
+        x = maps[0] if self.fusion_layer is None else self.fusion_layer(list(maps))
+        x = self.pts_backbone(x)
+        x = x if self.pts_neck is None else self.pts_neck(x)
         return x if isinstance(x, Tensor) else x[0]
+
+
+def fused_sensors(detector: nn.Module) -> tuple[str, ...]:
+    """Of ``camera`` and ``lidar`` those whose maps the detector has."""
+    if getattr(detector, 'fusion_layer', None) is not None:
+        return 'camera', 'lidar'
+    return ('camera',) if getattr(detector, 'view_transform', None) is not None else ('lidar',)
 
 
 class Head(nn.Module):
@@ -86,11 +101,13 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
 
     * ``camera.backbone``: ``img``, ``depth`` -> ``camera_feature``, ``camera_depth_weights``
     * ``camera.vtransform``: ``feat_in`` -> ``feat_out``, the BEV map after pooling
-    * ``fuser``: ``camera``, ``lidar`` -> ``middle``, with the BEV backbone and neck
+    * ``fuser``: ``camera``, ``lidar`` -> ``middle``, with the BEV backbone and neck; with one
+      sensor, its map alone
     * ``head.bbox``: ``middle`` -> ``score``, ``rot``, ``dim``, ``reg``, ``height``, ``vel``; only
       of the TransFusionHead of this package
 
-    BEV pooling and the sparse encoder are not among them.
+    BEV pooling is not among them, nor is the sparse encoder, whose file has a format of its own
+    (``export.scn``).
 
     Args:
         detector: A BEVFusion detector; a part that it does not have gives no cut.
@@ -118,8 +135,8 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
         add('camera.backbone', CameraBackbone(detector), ('img', 'depth'), outputs)
         if not isinstance(view.downsample, nn.Identity):
             add('camera.vtransform', view.downsample, ('feat_in',), ('feat_out',))
-    if getattr(detector, 'fusion_layer', None) is not None:
-        add('fuser', Fuser(detector), ('camera', 'lidar'), ('middle',))
+    if getattr(detector, 'pts_backbone', None) is not None:
+        add('fuser', Fuser(detector), fused_sensors(detector), ('middle',))
     head = getattr(detector, 'bbox_head', None)
     if hasattr(head, 'scored'):
         regressed = ('vel',) if hasattr(head.prediction_heads[0], 'vel') else ()
@@ -152,7 +169,7 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
         'img': getattr(detector, 'img_backbone', None),
         'depth': getattr(view, 'dtransform', None),
         'feat_in': getattr(view, 'downsample', None),
-        'fused': getattr(detector, 'fusion_layer', None),
+        'fused': getattr(detector, 'fusion_layer', None) or getattr(detector, 'pts_backbone', None),
         'middle': getattr(getattr(detector, 'bbox_head', None), 'shared_conv', None),
     }
     hooks = [m.register_forward_pre_hook(keep(n)) for n, m in watched.items() if m is not None]
@@ -164,7 +181,9 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
     if samples != 1:
         raise ValueError(f'expected a batch of one sample, got {samples}: set batch_size=1')
     if 'fused' in seen:
-        seen['camera'], seen['lidar'] = seen.pop('fused')
+        maps = seen.pop('fused')
+        maps = [maps] if isinstance(maps, Tensor) else maps
+        seen.update(zip(fused_sensors(detector), maps, strict=True))
     for name in ('img', 'depth'):  # (B * N, ...) with B = 1
         if name in seen:
             seen[name] = seen[name].unsqueeze(0)
@@ -194,15 +213,29 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
             found['depth'] = depth * (torch.rand(depth.shape, generator=rng) < 0.02)
         bev = tuple(int(n) for n in view.nx[:2])
         found['feat_in'] = torch.randn(1, view.C, *bev, generator=rng).relu()
-        if getattr(detector, 'fusion_layer', None) is not None:
-            half = not isinstance(view.downsample, nn.Identity)
-            bev = tuple(n // 2 for n in bev) if half else bev
-            for name, channels in zip(
-                ('camera', 'lidar'), detector.fusion_layer.in_channels, strict=True
-            ):
-                found[name] = torch.randn(1, channels, *bev, generator=rng).relu()
+        channels, half = view.C, not isinstance(view.downsample, nn.Identity)
+        if half:
+            convs = [m for m in view.downsample.modules() if isinstance(m, nn.Conv2d)]
+            channels, bev = convs[-1].out_channels, tuple(n // 2 for n in bev)
+        found['camera'] = torch.randn(1, channels, *bev, generator=rng).relu()
+    encoder = getattr(detector, 'pts_middle_encoder', None)
+    if encoder is not None:
+        found['lidar'] = torch.randn(_lidar_shape(encoder), generator=rng).relu()
     head = getattr(detector, 'bbox_head', None)
     if hasattr(head, 'scored'):
         cells = [n // head.test_cfg['out_size_factor'] for n in head.test_cfg['grid_size'][:2]]
         found['middle'] = torch.randn(1, head.in_channels, *cells, generator=rng).relu()
     return found
+
+
+@torch.no_grad()
+def _lidar_shape(encoder: nn.Module) -> tuple[int, ...]:
+    """Shape of a sparse encoder's map, from a cloud of one voxel."""
+    device = next(encoder.parameters()).device
+    with set_mode(encoder, 'float'):
+        bev = encoder(
+            torch.ones(1, encoder.in_channels, device=device),
+            torch.zeros(1, 4, dtype=torch.int32, device=device),
+            1,
+        )
+    return tuple((bev if isinstance(bev, Tensor) else bev[0]).shape)

@@ -36,7 +36,8 @@ def engine_detector(
         ExportError: If a file is missing, or nothing of the detector is exported.
         TypeError: If the view transform is not of this package.
     """
-    names = [cut.name for cut in bevfusion_cuts(detector, {})]
+    cuts = {cut.name: cut for cut in bevfusion_cuts(detector, {})}
+    names = list(cuts)
     if not names:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
     parts = {}
@@ -54,7 +55,7 @@ def engine_detector(
         result.img_backbone = nn.Identity()  # the view transform gets the images
         result.img_neck = None
     if 'fuser' in parts:
-        result.fusion_layer = _Fuser(parts['fuser'])
+        result.fusion_layer = _Fuser(parts['fuser'], cuts['fuser'].module.sensors)
         result.pts_backbone = nn.Identity()
         result.pts_neck = nn.Identity()
     if 'head.bbox' in parts:
@@ -143,13 +144,13 @@ class _Downsample(nn.Module):
 class _Fuser(nn.Module):
     """``fuser``: fusion layer, BEV backbone and neck in one."""
 
-    def __init__(self, part: EnginePart) -> None:
+    def __init__(self, part: EnginePart, sensors: Sequence[str]) -> None:
         super().__init__()
         self.part = part
+        self.sensors = sensors
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        camera, lidar = features
-        return self.part(camera=camera, lidar=lidar)['middle']
+        return self.part(**dict(zip(self.sensors, features, strict=True)))['middle']
 
 
 class _Head(nn.Module):

@@ -84,7 +84,31 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
 
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # values below FP16's least become that
-        return convert_float_to_float16(model, keep_io_types=True)
+        converted = convert_float_to_float16(model, keep_io_types=True)
+    sort_nodes(converted.graph)  # it appends its casts
+    return converted
+
+
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Puts every node behind those whose outputs it reads, as ONNX demands."""
+    maker = {o: i for i, node in enumerate(graph.node) for o in node.output}
+    order: list[int] = []
+    done: set[int] = set()
+    for last in range(len(graph.node)):
+        waiting = [last]
+        while waiting:
+            index = waiting[-1]
+            before = {maker[i] for i in graph.node[index].input if i in maker} - done - {index}
+            if before:
+                waiting.extend(sorted(before, reverse=True))
+                continue
+            waiting.pop()
+            if index not in done:
+                done.add(index)
+                order.append(index)
+    nodes = [graph.node[i] for i in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
+from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
 from mmdet3d_quant.export.manifest import describe_graph, describe_scales
 from mmdet3d_quant.export.onnx import ExportError, export_onnx
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files import sha256, whole_folder
 from mmdet3d_quant.modes import quantizers
+
+#: Stem of the LiDAR encoder's file, which ends in the order of its axes.
+LIDAR = 'lidar.backbone'
 
 
 def export_suite(
@@ -26,8 +31,14 @@ def export_suite(
     opset_version: int = 17,
     tell: Callable[[str], None] = print,
     target: str = 'tensorrt',
+    only: Collection[str] = (),
+    fp16: bool = False,
+    **options: Any,
 ) -> tuple[list[Cut], dict[str, Any]]:
     """Writes one ONNX file per cut and ``manifest.json``; all of them or none.
+
+    For TensorRT also the LiDAR encoder as libspconv reads it, ``build_engines.sh``, which builds
+    the engines, and for every target a ``README.md``, unless one lies there that is not ours.
 
     Args:
         detector: A BEVFusion detector, calibrated unless ``quantized`` is False.
@@ -38,6 +49,9 @@ def export_suite(
         opset_version: ONNX opset.
         tell: Called with the name of each file before it is made.
         target: Engine that the files are for, as ``export_onnx`` takes it.
+        only: Stems of the files to write, such as ``fuser`` or ``lidar.backbone``; none: all.
+        fp16: Store the weights of float files in FP16.
+        **options: ``dynamic_batch``, ``weights`` and ``layernorm``, as ``export_onnx`` takes them.
 
     Returns:
         The cuts, with modules that compute what the files do (unsigned activations for a target
@@ -46,18 +60,28 @@ def export_suite(
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
+        ScnError: If libspconv would compute the LiDAR encoder wrongly.
         UncalibratedError: If a quantizer of a cut has no range.
+        ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
     cuts = bevfusion_cuts(detector, inputs)
-    if not cuts:
+    encoder = getattr(detector, 'pts_middle_encoder', None) if target == 'tensorrt' else None
+    stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])
+    if not stems:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
+    unknown = sorted(set(only) - set(stems))
+    if unknown:
+        raise ValueError(f'there is no {unknown[0]} to export for {target}; {", ".join(stems)}')
     files = {}
     exported: list[Cut] = []
     unsigned: set[int] = set()  # ids of quantizers of the detector
     with whole_folder(out_dir) as folder:
         for cut in cuts:
+            if only and cut.name not in only:
+                continue
             tell(f'{cut.name}.onnx')
             path = folder / f'{cut.name}.onnx'
+            int8 = quantized and any(q.calibrated for q in quantizers(cut.module).values())
             model = export_onnx(
                 cut.module,
                 tuple(cut.inputs.values()),
@@ -67,6 +91,8 @@ def export_suite(
                 opset_version,
                 quantized,
                 target,
+                fp16=fp16 and not int8,
+                **options,
             )
             names = unsigned_names(model)
             if names:
@@ -75,6 +101,9 @@ def export_suite(
                 cut = replace(cut, module=with_unsigned(cut.module, names))
             exported.append(cut)
             files[path.name] = dict(describe_graph(model), sha256=sha256(path))
+        if encoder is not None and (not only or LIDAR in only):
+            path, entry = _export_lidar(encoder, folder, quantized, tell)
+            files[path.name] = dict(entry, sha256=sha256(path))
         manifest = dict(
             provenance,
             precision='int8' if quantized else 'float',
@@ -86,4 +115,22 @@ def export_suite(
             },
         )
         (folder / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
+        there = Path(out_dir) / README
+        if not there.is_file() or there.read_text(errors='replace').startswith(TITLE):
+            (folder / README).write_text(readme(manifest))
+        if target == 'tensorrt':
+            (folder / SCRIPT).write_text(build_script(manifest))
+            (folder / SCRIPT).chmod(0o755)
     return exported, manifest
+
+
+def _export_lidar(
+    encoder: nn.Module, folder: Path, quantized: bool, tell: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    from mmdet3d_quant.export.scn import export_lidar  # which needs spconv, and imports from here
+
+    tell(f'{LIDAR}.onnx')
+    draft = folder / f'{LIDAR}.onnx'
+    entry = export_lidar(encoder, draft, quantized=quantized)
+    path = folder / f'{LIDAR}.{entry["order"]}.onnx'
+    return draft.rename(path), entry

@@ -71,6 +71,8 @@ def trace(
     axes = {n: {0: 'batch'} for n in input_names} | {n: {0: f'batch_{n}'} for n in output_names}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)  # shapes are fixed
+        warnings.filterwarnings('ignore', 'Constant folding')  # which it leaves out, says it
+        warnings.filterwarnings('ignore', 'The shape inference of')  # of ops that it does not know
         torch.onnx.export(
             module,
             tuple(inputs),

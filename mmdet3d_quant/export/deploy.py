@@ -1,0 +1,212 @@
+"""What lies beside the exported files: a script that builds their engines, and a README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: What a file is, by stem; files of other names have their tensors to tell.
+ROLES = {
+    'camera.backbone': 'images and LiDAR depths to features and depth weights per camera; '
+    'BEV pooling comes next, in the runtime',
+    'camera.vtransform': 'the pooled map to the resolution of the LiDAR map',
+    'lidar.backbone.xyz': 'voxels to the LiDAR map; libspconv reads the file, nothing is built',
+    'lidar.backbone.zyx': 'voxels to the LiDAR map; libspconv reads the file, nothing is built',
+    'fuser': 'the maps of all sensors to the map of the head, with the BEV backbone and neck',
+    'head.bbox': 'the map to boxes in cells, by query',
+}
+#: Names of the script and of the README.
+SCRIPT, README = 'build_engines.sh', 'README.md'
+#: First line of the README; one that begins otherwise is somebody else's.
+TITLE = '# Exported by mmdet3d-quant'
+
+_SCRIPT = """\
+#!/usr/bin/env bash
+# Written by mmdet3d-quant's tools/export_onnx.py. Builds the TensorRT engines of this folder.
+set -euo pipefail
+
+usage() {{
+  cat <<'USAGE'
+Usage: ./build_engines.sh [--force] [--print] [NAME ...]
+
+Builds build/NAME.plan from NAME.onnx with trtexec, for:
+  {names}
+or for those named. Engines newer than their file are left alone. Build on the machine that will
+run them. Logs, layer lists and the timing cache lie in build/, too.
+
+  --force  build all anew
+  --print  print the commands, run nothing
+
+Environment:
+  TRTEXEC           trtexec to use; default: trtexec, from PATH
+  WORKSPACE         memory for building, MiB; default: 2048
+{more}
+Example:
+  TRTEXEC=/usr/src/tensorrt/bin/trtexec ./build_engines.sh fuser head.bbox
+USAGE
+}}
+
+cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
+trtexec=${{TRTEXEC:-trtexec}}
+workspace=${{WORKSPACE:-2048}}
+{plugin}force=no
+print=no
+wanted=()
+for argument in "$@"; do
+  case $argument in
+    -h | --help) usage; exit 0 ;;
+    --force) force=yes ;;
+    --print) print=yes ;;
+    {cases}) wanted+=("$argument") ;;
+    *) echo "error: unknown argument $argument; see --help" >&2; exit 2 ;;
+  esac
+done
+
+if [[ $print == no ]] && ! command -v "$trtexec" > /dev/null; then
+  echo "error: $trtexec not found; set TRTEXEC, for example to /usr/src/tensorrt/bin/trtexec" >&2
+  exit 1
+fi
+
+build() {{
+  local name=$1 plan=build/$1.plan
+  shift
+  if [[ ${{#wanted[@]}} -gt 0 && " ${{wanted[*]}} " != *" $name "* ]]; then
+    return
+  fi
+  local command=("$trtexec" "--onnx=$name.onnx" "$@" "--saveEngine=$plan.part"
+    "--timingCacheFile=build/timing.cache" "--memPoolSize=workspace:$workspace"
+    --profilingVerbosity=detailed "--exportLayerInfo=build/$name.json")
+  if [[ $print == yes ]]; then
+    echo "${{command[*]}}"
+    return
+  fi
+  if [[ $force == no && $plan -nt $name.onnx ]]; then
+    echo "$plan is up to date"
+    return
+  fi
+  mkdir -p build
+  echo "building $plan, which takes minutes; log: build/$name.log"
+  if ! "${{command[@]}}" > "build/$name.log" 2>&1; then
+    rm -f "$plan.part"
+    tail -n 5 "build/$name.log" >&2
+    echo "error: $plan could not be built; see build/$name.log" >&2
+    exit 1
+  fi
+  mv -f "$plan.part" "$plan"
+}}
+
+{builds}
+"""
+
+
+def is_built(entry: Mapping[str, Any]) -> bool:
+    """Whether TensorRT builds an engine of a file; libspconv reads the LiDAR encoder's itself."""
+    return 'grid' not in entry
+
+
+def precision_flags(entry: Mapping[str, Any]) -> list[str]:
+    """``trtexec``'s flags for the precision of a file: a graph with Q/DQ needs both."""
+    return ['--fp16', '--int8'] if 'DequantizeLinear' in entry['nodes'] else ['--fp16']
+
+
+def build_flags(entry: Mapping[str, Any]) -> list[str]:
+    """All flags of ``trtexec`` that depend on the file.
+
+    Args:
+        entry: Of the manifest.
+
+    Returns:
+        Precision; FP16 tensors in plain layout for every input and output, which is what
+        CUDA-BEVFusion's kernels read and write; the plugin; the range of a dynamic batch.
+    """
+    flags = precision_flags(entry)
+    for what in ('inputs', 'outputs'):
+        flags.append(f'--{what[:-1]}IOFormats=' + ','.join(['fp16:chw'] * len(entry[what])))
+    if 'CustomLayerNormalization' in entry['nodes']:
+        flags.append('"--plugins=$plugin"')
+    shapes = {n: v['shape'] for n, v in entry['inputs'].items()}
+    if any(isinstance(s[0], str) for s in shapes.values()):
+        for flag, batch in (('min', 1), ('opt', 1), ('max', 2)):
+            sized = [f'{n}:' + 'x'.join(map(str, [batch, *s[1:]])) for n, s in shapes.items()]
+            flags.append(f'--{flag}Shapes=' + ','.join(sized))
+    return flags
+
+
+def build_script(manifest: Mapping[str, Any]) -> str:
+    """The script that builds the engines of an exported folder.
+
+    Args:
+        manifest: Of the folder, with ``files``.
+    """
+    files = {
+        name.removesuffix('.onnx'): entry
+        for name, entry in manifest['files'].items()
+        if is_built(entry)
+    }
+    plugin = any('CustomLayerNormalization' in e['nodes'] for e in files.values())
+    more = '  LAYERNORM_PLUGIN  default: libcustom_layernorm.so of CUDA-BEVFusion\n'
+    return _SCRIPT.format(
+        names='\n  '.join(files),
+        more=more if plugin else '',
+        plugin='plugin=${LAYERNORM_PLUGIN:-libcustom_layernorm.so}\n' if plugin else '',
+        cases=' | '.join(files) or "''",
+        builds='\n'.join(' '.join(['build', n, *build_flags(e)]) for n, e in files.items()),
+    )
+
+
+def readme(manifest: Mapping[str, Any]) -> str:
+    """What is in an exported folder, for people.
+
+    Args:
+        manifest: Of the folder, with ``files``, ``target`` and ``precision``.
+    """
+    tensorrt = manifest['target'] == 'tensorrt'
+    rows = [f'| file | what it does | inputs | outputs |{" flags |" if tensorrt else ""}']
+    rows.append('|---|---|---|---|' + ('---|' if tensorrt else ''))
+    for name, entry in manifest['files'].items():
+        role = ROLES.get(name.removesuffix('.onnx'), '')
+        row = f'| `{name}` | {role} | {_tensors(entry["inputs"])} | {_tensors(entry["outputs"])} |'
+        if tensorrt:
+            flags = f'`{" ".join(precision_flags(entry))}`' if is_built(entry) else 'none'
+            row += f' {flags} |'
+        rows.append(row)
+    lines = [
+        TITLE,
+        '',
+        f'For {manifest["target"]}, {manifest["precision"]}. `manifest.json` says the same to '
+        'programs, with scales by group, layers kept float with their reasons, the config, and '
+        'hashes.',
+        '',
+        *rows,
+        '',
+        '## Check',
+        '',
+        '```bash',
+        'python tools/lint_onnx.py *.onnx --allow-float  # what costs INT8 speed or accuracy',
+        '```',
+        '',
+    ]
+    if tensorrt:
+        lines += [
+            '## Build',
+            '',
+            'On the machine that will run them:',
+            '',
+            '```bash',
+            './build_engines.sh          # build/*.plan; --help tells the rest',
+            './build_engines.sh --print  # the commands of trtexec',
+            '```',
+            '',
+            'Files without Q/DQ are float and built in FP16, the others in INT8 and FP16.',
+            'Engines take and return FP16 tensors in plain layout (`fp16:chw`), as CUDA-BEVFusion',
+            'does: put this folder in its place under `model/`.',
+            '',
+        ]
+    orders = {e['order'] for e in manifest['files'].values() if 'order' in e}
+    if orders:
+        lines += [f'Coordinates of voxels are in the order {orders.pop()}.', '']
+    return '\n'.join(lines)
+
+
+def _tensors(values: Mapping[str, Any]) -> str:
+    return '<br>'.join(f'`{n}` {"x".join(map(str, v["shape"]))}' for n, v in values.items())
