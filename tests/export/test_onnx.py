@@ -12,6 +12,7 @@ from torch import nn
 from mmdet3d_quant import UncalibratedError, calibrate, fold_bn, quantizers, set_mode
 from mmdet3d_quant.export import ExportError, export_onnx
 from mmdet3d_quant.export.engines import ONNXRuntime, OpenVINO
+from mmdet3d_quant.export.openvino_graph import overflows
 from mmdet3d_quant.export.verify import sqnr
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
 
@@ -133,7 +134,8 @@ def test_openvino_runs_every_pattern_as_torch_does(form, tmp_path):
     arrays = dict(zip('xy', (t.numpy() for t in inputs), strict=True))
     expected = model(*inputs).detach()
     engine = OpenVINO(tmp_path / 'm.onnx')
-    assert engine.int8_convolutions() == (1, 1)
+    # Nothing says that these inputs are never negative, and not every CPU adds signed products.
+    assert engine.int8_convolutions() == (int(not overflows()), 1)
     assert sqnr(expected, engine(arrays)['out']) > 45
     assert sqnr(expected, ONNXRuntime(tmp_path / 'm.onnx')(arrays)['out']) > 45
 

@@ -1,0 +1,78 @@
+"""What can be wrong with a file that an engine shall run, and with what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: A protobuf message ends here; larger models keep their weights in files beside.
+LARGEST = 2**31
+
+
+class EngineError(ValueError):
+    """A file cannot be run: it is missing, damaged or foreign, or the engine is not installed."""
+
+
+@contextmanager
+def reading(path: str | Path, engine: str) -> Iterator[None]:
+    """Turns whatever an engine says about a file into an error that names file and cause."""
+    path = Path(path)
+    if not path.is_file():
+        raise EngineError(f'{path} does not exist; make it with tools/export_onnx.py')
+    size = path.stat().st_size
+    if path.suffix == '.onnx' and size >= LARGEST:
+        raise EngineError(
+            f'{path} has {size / 2**30:.1f} GiB, and ONNX files end at 2 GiB: it is no ONNX file, '
+            'or was not written whole'
+        )
+    try:
+        yield
+    except Exception as err:  # every engine has classes of its own
+        raise EngineError(f'{engine} cannot run {path}: {_diagnosis(path, err)}') from err
+
+
+def _diagnosis(path: Path, err: Exception) -> str:
+    """Why a file cannot be read: the file's own fault first, else what the engine said."""
+    if path.suffix != '.onnx':
+        return _line(err)
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if path.stat().st_size == 0:
+        return 'it is empty'
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError:
+        return 'it is truncated, or no ONNX file'
+    if not model.graph.node or not model.opset_import:
+        return 'it is no ONNX file, or holds no graph'
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as missing:  # onnx has several classes for it
+        return f'the file with its weights is missing or damaged: {_line(missing)}'
+    return _line(err)
+
+
+def _line(err: Exception) -> str:
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    # OpenVINO begins with places in its source.
+    told = [line for line in lines if not line.startswith(('Exception from', 'Check '))]
+    return (told or lines or [type(err).__name__])[0]
+
+
+def check_inputs(inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise ValueError(f'input {name!r} is missing; the graph takes {", ".join(shapes)}')
+        fixed = zip(inputs[name].shape, shape, strict=False)
+        if len(inputs[name].shape) != len(shape) or any(
+            isinstance(there, int) and here != there for here, there in fixed
+        ):
+            raise ValueError(
+                f'input {name!r} has shape {inputs[name].shape}, the graph wants {shape}: '
+                'graphs are exported for one size'
+            )
