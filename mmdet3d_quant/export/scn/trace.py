@@ -75,12 +75,7 @@ def trace(
         UncalibratedError: If a quantizer has no range.
         ScnError: If the program is not one that libspconv computes; names the layer.
     """
-    native = _ORDERS.get(_owner(encoder))
-    if native is None:
-        raise ExportError(
-            f'{type(encoder).__name__} computes what {_owner(encoder)}.forward says; only '
-            f'{", ".join(_ORDERS)} can be exported'
-        )
+    native = order_of(encoder)
     order = order or native
     if (native, order) not in _TAILS:
         raise ExportError(
@@ -101,6 +96,20 @@ def trace(
         program = with_precisions(program)
     check(program)
     return program
+
+
+def order_of(encoder: nn.Module) -> str:
+    """``'xyz'`` or ``'zyx'``: the axes of an encoder's grid and coordinates.
+
+    Raises:
+        ExportError: If it is none of the encoders that can be exported.
+    """
+    if _owner(encoder) not in _ORDERS:
+        raise ExportError(
+            f'{type(encoder).__name__} computes what {_owner(encoder)}.forward says; only '
+            f'{", ".join(_ORDERS)} can be exported'
+        )
+    return _ORDERS[_owner(encoder)]
 
 
 def _owner(module: nn.Module) -> str:

@@ -1,6 +1,8 @@
 """What a file for libspconv computes: against torch, and against dense convolutions."""
 
 import copy
+import math
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -12,6 +14,7 @@ from mmdet3d_quant import fold_bn, quantizers, set_mode
 from mmdet3d_quant.export.scn import export_lidar, read_program, trace
 from mmdet3d_quant.export.scn.read import from_onnx
 from mmdet3d_quant.export.scn.run import ScnNetwork
+from mmdet3d_quant.export.scn.verify import verify_lidar
 from mmdet3d_quant.export.scn.write import as_onnx
 from mmdet3d_quant.export.verify import sqnr
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS
@@ -146,6 +149,28 @@ def test_files_as_nvidias_exporter_writes_them():
     assert sqnr(interpret(file, *cloud(model)), network(*cloud(model))) > 200
 
 
+@pytest.mark.parametrize('kept', ['int8', 'fp16'])
+def test_tensor_kept_in_int8_is_so_for_fp16_readers_too(kept):
+    model = calibrated('bevfusion')
+    program = trace(model)
+    limit = program.convs[1].input_range
+    program = replace(
+        program,
+        ops=(
+            replace(program.ops[0], output_precision=kept),
+            replace(program.ops[1], precision='fp16'),  # its other reader, the add, is INT8
+            *program.ops[2:],
+        ),
+    )
+    network = ScnNetwork(program, dtype=torch.float64)
+    read = []
+    network.convs['conv1'].register_forward_pre_hook(lambda _, args: read.append(args[0].features))
+    network(*cloud(model))
+    steps = read[0] / (limit / 127)
+    assert steps.abs().max() > 50
+    assert torch.allclose(steps, steps.round(), atol=1e-6) == (kept == 'int8')
+
+
 def test_files_without_precisions_are_fp16():
     """As those that NVIDIA's exporter makes of float models; strided rules may have no name."""
     file = as_onnx(trace(build('second')))
@@ -170,6 +195,19 @@ def test_mmdet3ds_own_encoder(tmp_path):
     export_lidar(model, tmp_path / 'a.onnx')
     export_lidar(portable, tmp_path / 'b.onnx')
     assert (tmp_path / 'a.onnx').read_bytes() == (tmp_path / 'b.onnx').read_bytes()
+
+
+@cases
+def test_verification(kind, order, tmp_path):
+    path = tmp_path / 'lidar.onnx'
+    model = calibrated(kind)
+    export_lidar(model, path, order)
+    cost, agreement = verify_lidar(model, path, *cloud(model))
+    assert 10 < cost < 60 and agreement > 25
+    export_lidar(model, path, order, quantized=False)
+    cost, agreement = verify_lidar(model, path, *cloud(model), quantized=False)
+    assert cost == math.inf and agreement > 50
+    assert verify_lidar(model, path, *cloud(model))[1] < agreement - 5  # it is not quantized
 
 
 def test_empty_cloud_gives_zeros(tmp_path):
