@@ -132,7 +132,7 @@ def _conv(op: SparseConv, dtype: torch.dtype) -> nn.Module:
 
 def _rounded(values: Tensor, limit: float | None) -> Tensor:
     assert limit is not None
-    return fake_quantize(values, torch.tensor(limit), _ACTIVATION)
+    return fake_quantize(values, torch.tensor(limit, device=values.device), _ACTIVATION)
 
 
 def _check_voxels(program: Program, features: Tensor, coors: Tensor) -> None:

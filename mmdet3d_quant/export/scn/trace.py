@@ -84,7 +84,7 @@ def trace(
         )
     if quantized:
         require_calibrated(encoder)
-    encoder = copy.deepcopy(encoder).float().eval()
+    encoder = copy.deepcopy(encoder).cpu().float().eval()
     fold_bn(encoder)
     tracer = _Tracer(tuple(encoder.sparse_shape), order != native, quantized, output_bound)
     x = tracer.walk('conv_input', encoder.conv_input, '0')

@@ -46,10 +46,10 @@ def verify_lidar(
     with set_mode(encoder, 'quant' if quantized else 'float'):
         wanted = _map(encoder, features, coors)
     at = coors if program.order == order_of(encoder) else coors[:, [0, 3, 2, 1]]
-    found = ScnNetwork(program, fp16_tensors=True)(features, at)
+    found = ScnNetwork(program, fp16_tensors=True)(features.cpu(), at.cpu())
     return sqnr(plain, wanted), sqnr(wanted, found)
 
 
 def _map(encoder: nn.Module, features: Tensor, coors: Tensor) -> Tensor:
     out = encoder(features, coors, 1)
-    return out if isinstance(out, Tensor) else out[0]
+    return (out if isinstance(out, Tensor) else out[0]).cpu()
