@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ from torch import Tensor, nn
 from mmdet3d_quant.export.cuts import bevfusion_cuts
 from mmdet3d_quant.export.engines import Engine, OpenVINO
 from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.scn.read import read_program
+from mmdet3d_quant.export.scn.run import ScnNetwork
+from mmdet3d_quant.files import CheckpointError, sha256
 
 
 def engine_detector(
-    detector: nn.Module, folder: str | Path, engine: Callable[[Path], Engine] = OpenVINO
+    detector: nn.Module,
+    folder: str | Path,
+    engine: Callable[[Path], Engine] = OpenVINO,
+    scn: bool = False,
 ) -> nn.Module:
     """Puts the exported files of a detector in the place of its layers.
 
@@ -27,6 +34,7 @@ def engine_detector(
         detector: The BEVFusion detector in eval mode; left unchanged.
         folder: Its files, from ``export_suite``.
         engine: Makes an engine of a file.
+        scn: Also take the LiDAR encoder's file, as libspconv would compute it.
 
     Returns:
         A detector of the same type on the same device, with the same ``test_step``, for batches
@@ -60,7 +68,57 @@ def engine_detector(
         result.pts_neck = nn.Identity()
     if 'head.bbox' in parts:
         result.bbox_head = _Head(result.bbox_head, parts['head.bbox'])
+    if scn:
+        files = sorted(Path(folder).glob('lidar.backbone.*.onnx'))
+        if len(files) != 1:
+            raise ExportError(
+                f'{folder} has {len(files)} files lidar.backbone.*.onnx, wanted is one; make it '
+                'with tools/export_onnx.py --target tensorrt'
+            )
+        result.pts_middle_encoder = _Lidar(ScnNetwork(read_program(files[0])))
     return result
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a folder of exported files.
+
+    Raises:
+        ExportError: If it is missing or damaged.
+    """
+    path = Path(folder) / 'manifest.json'
+    if not path.is_file():
+        raise ExportError(f'{path} does not exist; make the folder with tools/export_onnx.py')
+    try:
+        manifest = json.loads(path.read_text())
+        return dict(manifest, files=dict(manifest['files']))
+    except (KeyError, TypeError, ValueError) as err:
+        raise ExportError(f'{path} is damaged ({err}); export again') from None
+
+
+def manifest_problems(
+    manifest: dict[str, Any], folder: str | Path, checkpoint: str | Path
+) -> list[str]:
+    """What speaks against the files of a folder being what was exported from a checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint does not exist.
+    """
+    if not Path(checkpoint).is_file():
+        raise CheckpointError(f'checkpoint {checkpoint} does not exist')
+    source = manifest.get('source_checkpoint') or {}
+    problems = []
+    if source.get('sha256') != sha256(checkpoint):
+        problems.append(
+            f'{folder} was exported from another checkpoint ({source.get("name", "unknown")}, '
+            f'SHA-256 {str(source.get("sha256"))[:12]}) than {checkpoint}'
+        )
+    for name, entry in manifest['files'].items():
+        path = Path(folder) / name
+        if not path.is_file():
+            problems.append(f'{path}, named in the manifest, does not exist')
+        elif entry.get('sha256') not in (None, sha256(path)):
+            problems.append(f'{path} was changed after it was exported')
+    return problems
 
 
 class EnginePart(nn.Module):
@@ -151,6 +209,24 @@ class _Fuser(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.part(**dict(zip(self.sensors, features, strict=True)))['middle']
+
+
+class _Lidar(nn.Module):
+    """``lidar.backbone``, frame by frame."""
+
+    def __init__(self, network: ScnNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, features: Tensor, coors: Tensor, batch_size: int) -> Tensor:
+        """As the sparse encoder's, with coordinates (N, 4): frame, and three axes."""
+        maps = []
+        for frame in range(batch_size):
+            mine = coors[:, 0] == frame
+            places = coors[mine].clone()
+            places[:, 0] = 0
+            maps.append(self.network(features[mine], places))
+        return torch.cat(maps)
 
 
 class _Head(nn.Module):

@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Find where the way from the float model to the engines goes wrong: the step, and the layer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from export_onnx import example_inputs
+from mmengine.config import DictAction
+from rich.progress import Progress
+from rich.table import Table
+from terminal import open_console
+from torch import nn
+
+import mmdet3d_quant as mq
+from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.export import ExportError, bevfusion_cuts
+from mmdet3d_quant.export.detector import read_manifest
+from mmdet3d_quant.export.engines import ENGINES, Engine, EngineError, make_engine
+from mmdet3d_quant.export.ladder import Rung, climb, first_fault
+from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
+from mmdet3d_quant.files import CheckpointError, check_writable, whole
+
+EXAMPLE = """
+examples:
+  python tools/parity.py $CONFIG int8.pth onnx/int8
+  python tools/parity.py $CONFIG int8.pth onnx/int8 --engines onnxruntime openvino tensorrt
+
+The steps: float, fake-quant, reloaded (weights saved, model built anew and loaded), folded (batch
+norm), and the engines, each on the same inputs. Every layer is also compared by itself, with
+equal inputs. Exit code: 0 all steps agree, 1 they do not, 2 the comparison cannot be made.
+"""
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config with Quant* types')
+    parser.add_argument('checkpoint', help='calibrated checkpoint')
+    parser.add_argument('folder', type=Path, help='files and manifest.json, of export_onnx.py')
+    parser.add_argument(
+        '--engines', nargs='+', choices=ENGINES, default=['onnxruntime', 'openvino']
+    )
+    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
+    parser.add_argument('--files', nargs='+', help='only these, such as fuser; default: all')
+    parser.add_argument('--inputs', choices=('auto', 'data', 'generated'), default='auto')
+    parser.add_argument('--num-cams', type=int, default=6, help='cameras of generated inputs')
+    parser.add_argument('--json', type=Path, help='write all numbers here, by layer too')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config'
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    console = open_console()
+    if args.json:
+        check_writable(args.json)
+    manifest = read_manifest(args.folder)
+    quantized = manifest.get('precision') != 'float'
+    cfg = fc.read_config(args.config, args.cfg_options)
+    model = fc.build_model(cfg)
+    fc.load_weights(model, args.checkpoint, calibrated=quantized)
+    inputs = example_inputs(cfg, model, args, console)
+    cuts = [c for c in bevfusion_cuts(model, inputs) if not args.files or c.name in args.files]
+    if not cuts:
+        raise ExportError(f'no file of the detector is among {", ".join(args.files or [])}')
+    missing = [c.name for c in cuts if not (args.folder / f'{c.name}.onnx').is_file()]
+    if missing:
+        raise ExportError(f'{args.folder} has no {missing[0]}.onnx; export again')
+    again = {c.name: c.module for c in bevfusion_cuts(reload(cfg, model, quantized), inputs)}
+    engines: dict[str, Callable[[Path], Engine]] = {
+        name: partial(make_engine, name, num_threads=args.threads) for name in args.engines
+    }
+    rungs: list[Rung] = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task('', total=len(cuts) * (4 + len(engines)))
+        for cut in cuts:
+
+            def tell(stage: str, name: str = cut.name) -> None:
+                progress.update(task, advance=1, description=f'{name}: {stage}')
+
+            path = args.folder / f'{cut.name}.onnx'
+            unsigned = unsigned_names(onnx.load(str(path)))
+            part = replace(cut, module=with_unsigned(cut.module, unsigned))
+            new = with_unsigned(again[cut.name], unsigned)
+            rungs += climb(part, new, path, engines, quantized, tell)
+    console.print(table(rungs))
+    if args.json:
+        with whole(args.json) as part:
+            Path(part).write_text(json.dumps([plain(r) for r in rungs], indent=1))
+        console.print(f'Wrote {args.json}')
+    first = first_fault(rungs)
+    if first is None:
+        console.print('All steps agree.')
+        return 0
+    console.print(f'[red]Numbers part at {first.stage}[/red], {first.cut}: {first.fault}')
+    return 1
+
+
+def reload(cfg: Any, model: nn.Module, quantized: bool) -> nn.Module:
+    """The model, built anew from its config and loaded from its saved weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'model.pth'
+        torch.save(dict(state_dict=model.state_dict()), path)
+        again = fc.build_model(cfg)
+        fc.load_weights(again, path, calibrated=quantized)
+    return again
+
+
+def table(rungs: list[Rung]) -> Table:
+    """A row per file and step; of several outputs, and of all layers, the worst."""
+    result = Table(title='SQNR of the worst output, dB', title_justify='left')
+    for heading in ('file', 'step', 'to the step before', 'to float', 'worst layer alone', ''):
+        result.add_column(heading, justify='left' if heading in ('file', 'step', '') else 'right')
+    last = ''
+    for rung in rungs:
+        if rung.stage == 'float':
+            continue
+        values = [rung.to_previous, rung.to_float, rung.layers]
+        result.add_row(
+            rung.cut if rung.cut != last else '',
+            rung.stage,
+            *(f'{min(v.values()):.1f}' if v else '' for v in values),
+            '[red]apart' if rung.fault else '',
+        )
+        last = rung.cut
+    return result
+
+
+def plain(rung: Rung) -> dict[str, Any]:
+    """Without infinities, which JSON does not have."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: known(v) for k, v in value.items()}
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return known(rung.as_dict())
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main())
+    except (
+        CheckpointError,
+        EngineError,
+        ExportError,
+        fc.ConfigError,
+        mq.UncalibratedError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as err:
+        print(f'error: {err}', file=sys.stderr)
+        sys.exit(2)
