@@ -37,6 +37,7 @@ import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.evaluation import Scorer, Scores, predict
 from mmdet3d_quant.export import ExportError, capture_inputs
+from mmdet3d_quant.export.deploy import engine_files
 from mmdet3d_quant.export.detector import engine_detector
 from mmdet3d_quant.files import CheckpointError, check_writable, sha256, whole
 from mmdet3d_quant.histogram import NonFiniteError
@@ -201,7 +202,7 @@ class Demo:
         """Writes the report and prints its gist."""
         sizes = {
             path.name: {name: (f / path.name).stat().st_size for name, f in self.folders.items()}
-            for path in sorted(self.folders['int8'].glob('*.onnx'))
+            for path in engine_files(self.folders['int8'])
         }
         told = dict(
             title='BEVFusion in INT8: tiny model, synthetic nuScenes',

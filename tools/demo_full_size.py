@@ -22,6 +22,7 @@ from torch import nn
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import generate_inputs
+from mmdet3d_quant.export.deploy import engine_files
 from mmdet3d_quant.export.engines import OpenVINO, latency
 from mmdet3d_quant.files import whole
 from mmdet3d_quant.modes import float_state_dict
@@ -114,7 +115,7 @@ def latency_table(config: Path, folders: dict[str, Path], console: Console) -> T
     inputs = generate_inputs(fc.build_model(fc.read_config(config)))
     table = Table('file', 'float ms', 'INT8 ms', 'speed-up', 'INT8 convs')
     total = {'float': 0.0, 'int8': 0.0}
-    for path in sorted(folders['int8'].glob('*.onnx')):
+    for path in engine_files(folders['int8']):
         console.print(f'Timing {path.name}')
         times = {}
         for precision, folder in folders.items():

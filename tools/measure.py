@@ -9,6 +9,7 @@ import torch
 from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 
+from mmdet3d_quant.export.deploy import engine_files
 from mmdet3d_quant.export.engines import OpenVINO, latency
 from mmdet3d_quant.files import whole
 
@@ -52,7 +53,7 @@ def measure(inputs: dict[str, torch.Tensor], folders: dict[str, Path]) -> dict[s
     """
     times: dict[str, dict[str, float]] = {}
     convolutions = {}
-    for path in sorted(folders['int8'].glob('*.onnx')):
+    for path in engine_files(folders['int8']):
         times[path.name] = {}
         for name, folder in folders.items():
             engine = OpenVINO(folder / path.name, THREADS)

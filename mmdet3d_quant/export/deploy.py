@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 #: What a file is, by stem; files of other names have their tensors to tell.
@@ -102,6 +104,16 @@ build() {{
 def is_built(entry: Mapping[str, Any]) -> bool:
     """Whether TensorRT builds an engine of a file; libspconv reads the LiDAR encoder's itself."""
     return 'grid' not in entry
+
+
+def engine_files(folder: str | Path) -> list[Path]:
+    """The files of an exported folder that engines of ONNX run, sorted; not the LiDAR encoder's.
+
+    Raises:
+        OSError: If the folder has no ``manifest.json``.
+    """
+    files = json.loads((Path(folder) / 'manifest.json').read_text())['files']
+    return [Path(folder) / name for name in sorted(files) if is_built(files[name])]
 
 
 def precision_flags(entry: Mapping[str, Any]) -> list[str]:

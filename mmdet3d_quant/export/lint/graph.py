@@ -104,7 +104,7 @@ class Graph:
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
         """Shapes as far as they are known; -1 for a dimension that is not."""
-        inferred = onnx.shape_inference.infer_shapes(self._model).graph
+        inferred = onnx.shape_inference.infer_shapes(self._model, data_prop=True).graph
         values = [*inferred.value_info, *inferred.input, *inferred.output]
         found = {
             v.name: [d.dim_value if d.HasField('dim_value') else -1 for d in t.shape.dim]
