@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from mmdet3d_quant.export.scn.check import check
 from mmdet3d_quant.export.scn.program import (
     Add,
     Axes,
@@ -24,7 +25,6 @@ from mmdet3d_quant.export.scn.program import (
     ScnError,
     SparseConv,
     Transpose,
-    check,
 )
 
 #: What libspconv's parser takes for an attribute that is missing.

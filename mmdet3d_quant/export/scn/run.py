@@ -8,6 +8,7 @@ import torch
 from spconv.pytorch import SparseConvTensor
 from torch import Tensor, nn
 
+from mmdet3d_quant.export.scn.check import check
 from mmdet3d_quant.export.scn.program import (
     Add,
     Op,
@@ -17,7 +18,6 @@ from mmdet3d_quant.export.scn.program import (
     ScnError,
     SparseConv,
     Transpose,
-    check,
 )
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.parents.sparse_conv import PortableSparseConv3d, PortableSubMConv3d

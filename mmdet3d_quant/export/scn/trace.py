@@ -12,6 +12,7 @@ from mmdet3d.models.layers import SparseBasicBlock
 from torch import Tensor, nn
 
 from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.scn.check import check
 from mmdet3d_quant.export.scn.precision import with_precisions
 from mmdet3d_quant.export.scn.program import (
     Add,
@@ -23,7 +24,6 @@ from mmdet3d_quant.export.scn.program import (
     ScatterDense,
     SparseConv,
     Transpose,
-    check,
     conv_grid,
 )
 from mmdet3d_quant.fold import fold_bn

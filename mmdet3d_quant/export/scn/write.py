@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from mmdet3d_quant.export.scn.check import check
 from mmdet3d_quant.export.scn.program import (
     Add,
     Op,
@@ -22,7 +23,6 @@ from mmdet3d_quant.export.scn.program import (
     ScatterDense,
     SparseConv,
     Transpose,
-    check,
 )
 from mmdet3d_quant.files import whole
 from mmdet3d_quant.version import __version__
