@@ -14,8 +14,9 @@ from mmdet3d_quant.layers.sparse import QUANT_SPARSE
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_sparse_conv_cfg
 from mmdet3d_quant.parents import BEVFusionSparseEncoder, PortableSparseEncoder
 
-#: What stays float unless ``skip`` says otherwise. One range for the whole tensor: with metres up
-#: to 54 in it, a step is 0.4, larger than any time offset and than what is left of a shape.
+#: What stays float unless ``skip`` says otherwise. With intensities up to 255 in the tensor, a step
+#: of its range is 2: of metres little is left, of seconds nothing. On the tiny BEVFusion the map of
+#: the encoder has 28 dB of signal to noise; with this layer in INT8, too, 20 to 21.
 FIRST_FLOAT = {'conv_input': 'its input has metres, intensity and seconds in one tensor'}
 
 
@@ -68,8 +69,8 @@ class QuantBEVFusionSparseEncoder(BEVFusionSparseEncoder):
 
     Args:
         skip: Layers to keep float: name patterns such as ``'encoder_layers.encoder_layer1.*'``,
-            or ``{pattern: reason}``. By default the first convolution, whose input has metres and
-            seconds on one scale; a ``skip`` that is given takes the place of that.
+            or ``{pattern: reason}``. By default the first convolution, whose input has metres,
+            intensity and seconds on one scale; a ``skip`` that is given takes the place of that.
         learn_amax: Let training learn the ranges of activations.
     """
 
@@ -89,8 +90,8 @@ class QuantSparseEncoder(PortableSparseEncoder):
 
     Args:
         skip: Layers to keep float: name patterns such as ``'encoder_layers.encoder_layer1.*'``,
-            or ``{pattern: reason}``. By default the first convolution, whose input has metres and
-            seconds on one scale; a ``skip`` that is given takes the place of that.
+            or ``{pattern: reason}``. By default the first convolution, whose input has metres,
+            intensity and seconds on one scale; a ``skip`` that is given takes the place of that.
         learn_amax: Let training learn the ranges of activations.
     """
 
