@@ -4,13 +4,16 @@ import copy
 import importlib.util
 import json
 import sys
+from collections import Counter
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import torchvision
 from mmdet3d.registry import MODELS
 from onnx import TensorProto, helper, numpy_helper
+from pytorch_quantization import nn as stock
 from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode
@@ -368,6 +371,47 @@ def test_a_graph_that_stock_quantizers_made_without_ties(tmp_path):
         export_onnx(net, [x], tmp_path / 'stock.onnx', ['img'], ['out'])
     found = {f.rule.id for f in lint(read_graph(tmp_path / 'stock.onnx'))}
     assert found == {'Q11', 'Q14'}
+
+
+def stock_resnet(folded):
+    """torchvision's ResNet-18 with pytorch-quantization's layers, calibrated by its own means."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None).eval()
+    for name, conv in list(net.named_modules()):
+        if isinstance(conv, nn.Conv2d):
+            sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding
+            new = stock.QuantConv2d(*sizes, bias=folded)
+            new.weight = conv.weight
+            if folded:  # as folding a batch norm that was just initialised does
+                nn.init.zeros_(new.bias)
+            net.get_submodule(name.rpartition('.')[0])._modules[name.rpartition('.')[2]] = new
+        if folded and isinstance(conv, nn.BatchNorm2d):
+            net.get_submodule(name.rpartition('.')[0])._modules[name.rpartition('.')[2]] = (
+                nn.Identity()
+            )
+    found = [m for m in net.modules() if isinstance(m, stock.TensorQuantizer)]
+    for quantizer in found:
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+    with torch.no_grad():
+        net(torch.randn(1, 3, 64, 64))
+    for quantizer in found:
+        quantizer.load_calib_amax()
+        quantizer.enable_quant()
+        quantizer.disable_calib()
+    return net
+
+
+@pytest.mark.parametrize('folded', [False, True])
+def test_a_graph_of_stock_pytorch_quantization(folded, tmp_path, monkeypatch):
+    """Its export, with nothing of ours: 20 convolutions, 8 residual adds."""
+    monkeypatch.setattr(stock.TensorQuantizer, 'use_fb_fake_quant', True)
+    path = tmp_path / 'stock.onnx'
+    torch.onnx.export(stock_resnet(folded), torch.randn(1, 3, 64, 64), path, opset_version=13)
+    graph = read_graph(path)
+    assert coverage(layers(graph)) == 1 and len(layers(graph)) == 20
+    found = Counter(f.rule.id for f in lint(graph))
+    assert found == Counter(Q11=8) + (Counter() if folded else Counter(Q01=20))
 
 
 def test_a_float_graph_has_no_findings_and_no_coverage(tmp_path, capsys):

@@ -237,7 +237,7 @@ def _residual(graph: Graph) -> Found:
     for node in graph.of('Add', 'Sum'):
         if any(graph.is_constant(t) or graph.pair(t) is not None for t in node.input):
             continue
-        makers = [graph.producer.get(t) for t in node.input]
+        makers = [_maker(graph, t) for t in node.input]
         int8 = [m for m in makers if m is not None and m.op_type in LAYERS and _is_int8(graph, m)]
         if int8:
             yield node, f'adds to {graph.name(int8[0])}'
@@ -502,6 +502,14 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     if a is None or b is None:
         return a is b
     return np.array_equal(a, b, equal_nan=a.dtype.kind == 'f')
+
+
+def _maker(graph: Graph, tensor: str) -> NodeProto | None:
+    """The op that makes a tensor, a batch norm that should have been folded left out."""
+    node = graph.producer.get(tensor)
+    if node is not None and node.op_type == 'BatchNormalization':
+        return graph.producer.get(node.input[0])
+    return node
 
 
 def _is_int8(graph: Graph, layer: NodeProto) -> bool:

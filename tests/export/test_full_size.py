@@ -1,0 +1,96 @@
+"""The whole set of the ResNet-50 BEVFusion against a table: a drop-in for CUDA-BEVFusion."""
+
+import json
+
+import onnx
+import pytest
+import torch
+
+import mmdet3d_quant as mq
+from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.export import export_suite, generate_inputs
+from mmdet3d_quant.export.lint import layers, lint, read_graph
+from mmdet3d_quant.export.lint.layers import coverage
+from tests.small import INT8
+
+#: File -> inputs and outputs with their shapes, in the order in which the runtime binds them.
+CONTRACT = {
+    'camera.backbone.onnx': (
+        {'img': (1, 6, 3, 256, 704), 'depth': (1, 6, 1, 256, 704)},
+        {'camera_feature': (6, 32, 88, 80), 'camera_depth_weights': (6, 118, 32, 88)},
+    ),
+    'camera.vtransform.onnx': (
+        {'feat_in': (1, 80, 360, 360)},
+        {'feat_out': (1, 80, 180, 180)},
+    ),
+    'fuser.onnx': (
+        {'camera': (1, 80, 180, 180), 'lidar': (1, 256, 180, 180)},
+        {'middle': (1, 512, 180, 180)},
+    ),
+    'head.bbox.onnx': (
+        {'middle': (1, 512, 180, 180)},
+        {
+            'score': (1, 10, 200),
+            'rot': (1, 2, 200),
+            'dim': (1, 3, 200),
+            'reg': (1, 2, 200),
+            'height': (1, 1, 200),
+            'vel': (1, 2, 200),
+        },
+    ),
+}
+LIDAR = 'lidar.backbone.xyz.onnx'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """The set of a model with random weights and made-up ranges."""
+    out = tmp_path_factory.mktemp('full')
+    torch.manual_seed(0)
+    model = fc.build_model(fc.read_config(INT8)).eval()
+    for module in model.modules():
+        if hasattr(module, 'weight_amax'):
+            module._weight_quantizer.amax = module.weight_amax()
+    for quantizer in mq.quantizers(model).values():
+        if quantizer.float_reason is None and not quantizer.calibrated:
+            quantizer.amax = 4.0
+    export_suite(model, generate_inputs(model), out, {}, tell=lambda name: None)
+    return out
+
+
+@pytest.mark.slow
+def test_names_shapes_types_and_opset(folder):
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    assert set(manifest['files']) == {*CONTRACT, LIDAR}
+    for name, expected in CONTRACT.items():
+        model = onnx.load(folder / name)
+        assert [(o.domain, o.version) for o in model.opset_import] == [('', 17)]
+        for values, wanted in zip((model.graph.input, model.graph.output), expected, strict=True):
+            assert [v.name for v in values] == list(wanted)
+            for value in values:
+                tensor = value.type.tensor_type
+                assert tuple(d.dim_value for d in tensor.shape.dim) == wanted[value.name]
+                assert tensor.elem_type == onnx.TensorProto.FLOAT
+    lidar = manifest['files'][LIDAR]
+    assert lidar['order'] == 'xyz' and lidar['grid'] == [1440, 1440, 41]
+    assert [v['shape'] for v in lidar['outputs'].values()] == [[1, 256, 180, 180]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CONTRACT)
+def test_nothing_is_found_and_the_work_is_in_int8(folder, name):
+    graph = read_graph(folder / name)
+    assert lint(graph) == []
+    if name in ('camera.backbone.onnx', 'fuser.onnx'):
+        assert coverage(layers(graph)) >= 0.99
+    else:
+        assert coverage(layers(graph)) == 0
+
+
+@pytest.mark.slow
+def test_the_script_builds_what_is_there(folder):
+    script = (folder / 'build_engines.sh').read_text()
+    for name in CONTRACT:
+        flags = '--fp16 --int8 ' if name in ('camera.backbone.onnx', 'fuser.onnx') else '--fp16 '
+        assert f'build {name.removesuffix(".onnx")} {flags}--inputIOFormats=fp16:chw' in script
+    assert 'build lidar' not in script
