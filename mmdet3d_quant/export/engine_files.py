@@ -58,10 +58,11 @@ def _diagnosis(path: Path, err: Exception) -> str:
 
 
 def _line(err: Exception) -> str:
+    """What an error says, on one line; OpenVINO begins with places in its source and a title."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    # OpenVINO begins with places in its source.
     told = [line for line in lines if not line.startswith(('Exception from', 'Check '))]
-    return (told or lines or [type(err).__name__])[0]
+    told = told or lines or [type(err).__name__]
+    return ' '.join(told if told[0].endswith(':') else told[:1])[:400]
 
 
 def check_inputs(inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[Any, ...]]) -> None:
