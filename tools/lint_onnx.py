@@ -7,15 +7,27 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from terminal import open_console
 
-from mmdet3d_quant.export.lint import RULES, Finding, Layer, LintError, layers, lint, read_graph
+from mmdet3d_quant.export.lint import (
+    RULES,
+    Finding,
+    Layer,
+    LintError,
+    Reformat,
+    layers,
+    lint,
+    read_graph,
+    reformats,
+)
 from mmdet3d_quant.export.lint.layers import coverage
 from mmdet3d_quant.export.lint.picture import draw
+from mmdet3d_quant.export.lint.reformat import TO_FLOAT, TO_INT8
 from mmdet3d_quant.export.lint.rules import is_quantized
 from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.files import check_writable, whole
@@ -88,17 +100,20 @@ def main(argv: list[str] | None = None) -> int:
         share = coverage(found)
         low = is_quantized(graph) and not math.isnan(share) and share < args.min_coverage
         failed |= bool(findings) or low
-        tell(console, file, findings, found)
+        between = reformats(graph)
+        tell(console, file, findings, found, between)
         if low:
             console.print(f'[red]Less than {args.min_coverage:.1%} in INT8 (--min-coverage)')
         report[str(file)] = dict(
             coverage=None if math.isnan(share) else share,
             findings=[finding.as_dict() for finding in findings],
             layers=[dict(name=x.name, macs=x.macs, int8=x.int8) for x in found],
+            reformats=[asdict(x) for x in between],
         )
         if args.picture:
             with whole(args.picture) as part:
-                draw(found, findings, Path(file).name).savefig(part, format='png', dpi=120)
+                figure = draw(found, findings, Path(file).name, between)
+                figure.savefig(part, format='png', dpi=120)
             console.print(f'Wrote {args.picture}')
     if args.json:
         with whole(args.json) as part:
@@ -107,13 +122,25 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def tell(console: Console, file: str, findings: list[Finding], found: list[Layer]) -> None:
+def tell(
+    console: Console,
+    file: str,
+    findings: list[Finding],
+    found: list[Layer],
+    between: list[Reformat],
+) -> None:
     """One file, for people."""
     int8 = sum(layer.int8 for layer in found)
     share = coverage(found)
     work = '' if math.isnan(share) else f', {share:.1%} of their multiply-accumulates'
     console.rule(file, align='left')
     console.print(f'{int8} of {len(found)} convolutions in INT8{work}; {len(findings)} findings')
+    for kind in (TO_INT8, TO_FLOAT):
+        same_kind = [x for x in between if x.kind == kind]
+        names = ', '.join(x.tensor for x in same_kind[:SHOWN])
+        if same_kind:
+            more = ', ...' if same_kind[SHOWN:] else ''
+            console.print(f'{len(same_kind)} conversions {kind}: {names}{more}', highlight=False)
     for rule in RULES:
         same = [finding for finding in findings if finding.rule is rule]
         if not same:

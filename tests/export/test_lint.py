@@ -19,8 +19,9 @@ from torch import nn
 from mmdet3d_quant import calibrate, set_mode
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export import onnx as exporter
-from mmdet3d_quant.export.lint import RULES, Graph, LintError, layers, lint, read_graph
+from mmdet3d_quant.export.lint import RULES, Graph, LintError, layers, lint, read_graph, reformats
 from mmdet3d_quant.export.lint.layers import coverage
+from mmdet3d_quant.export.lint.picture import draw
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
 from tests.small import ROOT
 
@@ -412,6 +413,54 @@ def test_a_graph_of_stock_pytorch_quantization(folded, tmp_path, monkeypatch):
     assert coverage(layers(graph)) == 1 and len(layers(graph)) == 20
     found = Counter(f.rule.id for f in lint(graph))
     assert found == Counter(Q11=8) + (Counter() if folded else Counter(Q01=20))
+
+
+def conversions(model):
+    return Counter((r.kind, r.layer) for r in reformats(Graph(model)))
+
+
+def test_conversions_of_the_good_graph_are_its_input_and_what_is_interpolated(good):
+    model = onnx.load(good)
+    assert conversions(model) == {
+        ('to INT8', '/img_backbone/conv1/Conv'): 1,
+        ('to INT8', '/img_neck/lateral_convs.1/conv/Conv'): 1,
+        ('to INT8', '/img_neck/lateral_convs.0/conv/Conv'): 1,
+    }
+
+
+def test_planted_conversions_are_found_where_they_are(good):
+    before = conversions(onnx.load(good))
+    edit = Edit(onnx.load(good))
+    float_conv(edit)  # its output goes back to INT8, before the next convolution
+    behind = edit.conv(11).name
+    assert conversions(edit.model) - before == {('to INT8', behind): 1}
+    edit = Edit(onnx.load(good))
+    passing(edit, 0)  # on a dequantized tensor, before a convolution
+    added = conversions(edit.model) - before
+    assert added[('to float', edit.conv().name)] == 1  # and the float convolution's output
+    assert set(added) == {('to float', edit.conv().name), ('to INT8', behind)}
+    edit = Edit(onnx.load(good))
+    _, dq = edit.activation(edit.conv())
+    edit.graph.output.append(helper.make_tensor_value_info(dq.output[0], TensorProto.FLOAT, None))
+    assert sum((conversions(edit.model) - before).values()) == 1
+    edit = Edit(onnx.load(good))
+    batch_norm(edit)  # float, so its output is converted
+    assert [kind for kind, _ in conversions(edit.model) - before] == ['to INT8']
+
+
+def test_the_picture_shows_every_conversion(good):
+    graph = read_graph(good)
+    axes = draw(layers(graph), lint(graph), 'good', reformats(graph)).axes[0]
+    up, down = axes.get_lines()
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert {names[int(row)] for row in up.get_ydata()} == {
+        '/img_backbone/conv1/Conv',
+        '/img_neck/lateral_convs.1/conv/Conv',
+        '/img_neck/lateral_convs.0/conv/Conv',
+    }
+    assert len(down.get_ydata()) == 0
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told == ['INT8', 'float', 'conversion to INT8: 3', 'conversion to float: 0']
 
 
 def test_a_float_graph_has_no_findings_and_no_coverage(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from mmdet3d_quant.export.lint.graph import Graph, LintError, read_graph
 from mmdet3d_quant.export.lint.layers import Layer, layers
+from mmdet3d_quant.export.lint.reformat import Reformat, reformats
 from mmdet3d_quant.export.lint.rules import RULES, Finding, Rule, lint
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     'Graph',
     'Layer',
     'LintError',
+    'Reformat',
     'Rule',
     'layers',
     'lint',
     'read_graph',
+    'reformats',
 ]
