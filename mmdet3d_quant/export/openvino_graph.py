@@ -193,6 +193,8 @@ def _never_negative(output: Any) -> bool:
     if kind in _PASSING:
         data = node.inputs() if kind in ('Concat', 'Add') else node.inputs()[:1]
         return all(_never_negative(i.get_source_output()) for i in data)
+    if kind == 'Interpolate' and node.get_attributes()['mode'] in ('nearest', 'linear_onnx'):
+        return _never_negative(node.input(0).get_source_output())
     return kind in _RECTIFIERS
 
 
