@@ -13,6 +13,7 @@ from mmdet3d_quant.export.passes import (
     OPSETS,
     drop_identities,
     drop_unused,
+    fold_shapes,
     is_quantized,
     store_int8_weights,
     to_half,
@@ -102,6 +103,8 @@ def export_onnx(
             layernorm,
         )
         drop_identities(model.graph)
+        if not dynamic_batch:
+            fold_shapes(model)
         onnx.helper.set_model_props(model, {TARGET_KEY: target})
         if unsigned:
             to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges)

@@ -6,7 +6,8 @@ import warnings
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 #: Opsets that can be written: the first with per-channel Q/DQ, the last with plain INT8 Q/DQ.
 OPSETS = range(13, 22)
@@ -38,6 +39,78 @@ def drop_unused(graph: onnx.GraphProto) -> None:
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
     graph.initializer.extend(stored)
+
+
+#: Ops that compute shapes out of shapes.
+_SHAPE_OPS = frozenset({
+    'Add', 'Cast', 'Concat', 'ConstantOfShape', 'Div', 'Equal', 'Expand', 'Gather', 'Identity',
+    'Mod', 'Mul', 'Range', 'Reshape', 'Shape', 'Slice', 'Squeeze', 'Sub', 'Transpose', 'Unsqueeze',
+    'Where',
+})  # yapf: disable  # fmt: skip
+#: Larger constants are weights, not shapes.
+_SHAPE_SIZE = 64
+
+
+def fold_shapes(model: onnx.ModelProto) -> None:
+    """Computes what depends on shapes alone, in place; for graphs with one size.
+
+    torch's tracer writes every ``x.shape`` as a chain of nodes. Engines fold them too, but tools
+    that only infer shapes stop at them. Each round knows more shapes than the one before.
+    """
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == 'Constant' and node.attribute[0].name == 'value':
+            constants[node.output[0]] = node.attribute[0].t
+    values = {n: numpy_helper.to_array(t) for n, t in constants.items() if _is_small(t)}
+    opset = onnx.helper.make_opsetid('', model.opset_import[0].version)
+    while True:
+        shapes = _known_shapes(model)
+        kept, folded = [], {}
+        for node in model.graph.node:
+            if node.op_type == 'Shape' and node.input[0] in shapes and not node.attribute:
+                folded[node.output[0]] = np.asarray(shapes[node.input[0]], np.int64)
+            elif node.op_type in _SHAPE_OPS and all(i in values for i in node.input):
+                (value,) = ReferenceEvaluator(_alone(node, opset)).run(
+                    None, {i: values[i] for i in node.input}
+                )
+                if value.size > _SHAPE_SIZE:
+                    kept.append(node)
+                    continue
+                folded[node.output[0]] = value
+            else:
+                kept.append(node)
+                continue
+            values[node.output[0]] = folded[node.output[0]]
+        if not folded:
+            break
+        del model.graph.node[:]
+        model.graph.node.extend(kept)
+        model.graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(v), n) for n, v in folded.items()
+        )
+    drop_unused(model.graph)
+
+
+def _is_small(tensor: onnx.TensorProto) -> bool:
+    return int(np.prod(tensor.dims)) <= _SHAPE_SIZE and tensor.data_type != TensorProto.INT8
+
+
+def _known_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    found = {i.name: list(i.dims) for i in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        tensor = value.type.tensor_type
+        if tensor.HasField('shape') and all(d.HasField('dim_value') for d in tensor.shape.dim):
+            found[value.name] = [d.dim_value for d in tensor.shape.dim]
+    return found
+
+
+def _alone(node: onnx.NodeProto, opset: onnx.OperatorSetIdProto) -> onnx.ModelProto:
+    """A model of one node, whose types nobody checks."""
+    inputs = [onnx.helper.make_empty_tensor_value_info(i) for i in dict.fromkeys(node.input)]
+    outputs = [onnx.helper.make_empty_tensor_value_info(o) for o in node.output]
+    graph = onnx.helper.make_graph([node], 'node', inputs, outputs)
+    return onnx.helper.make_model(graph, opset_imports=[opset])
 
 
 def to_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
