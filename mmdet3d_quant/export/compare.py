@@ -94,7 +94,7 @@ def compare(
             list(seconds),
             _closeness(reference, outputs[name]),
             _size(files[name]),
-            made[name].int8_convolutions() if isinstance(made[name], OpenVINO) else None,
+            _int8(made[name]),
             memory(name) if memory else None,
         )
         for name, seconds in zip(files, zip(*times, strict=True), strict=True)
@@ -119,6 +119,10 @@ def _closeness(reference: list[Arrays], found: list[Arrays]) -> dict[str, float]
         name: sqnr(np.stack([r[name] for r in reference]), np.stack([f[name] for f in found]))
         for name in reference[0]
     }
+
+
+def _int8(engine: Engine) -> tuple[int, int] | None:
+    return engine.int8_convolutions() if isinstance(engine, OpenVINO) else None
 
 
 def _size(path: Path) -> float:

@@ -18,6 +18,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def climb(
     if not quantized:
         steps.pop('fake-quant')
     for name, make in engines.items():
-        steps[name] = lambda make=make: _engine_run(make, path, graph, cut, fed)
+        steps[name] = partial(_engine_run, make, path, graph, cut, fed)
 
     last, cost = Run(first, {}), {}
     for stage, step in steps.items():
