@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow lint format bench bench-engines clean
+
+# NNCF, the peer in INT8, wants a newer torch: an environment of its own.
+NNCF ?= .venv-nncf
 
 help:
 	@echo 'make demo       a small BEVFusion from float to INT8: scores, speed, report'
 	@echo 'make test       lint, type check and tests'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make bench      the measurements in benchmarks/'
+	@echo 'make bench-engines  speed of the INT8 files against float and NNCF'
 	@echo 'make format     rewrite the code in the project style'
 
 setup: $(READY)
@@ -57,5 +61,14 @@ data/synthetic/synthetic.json: | $(READY)
 bench: $(READY) data/synthetic/synthetic.json
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+$(NNCF)/bin/nncf-ready:
+	@echo '== NNCF in $(NNCF)'
+	$(PYTHON) -m venv $(NNCF)
+	$(NNCF)/bin/python -m pip install --disable-pip-version-check nncf==3.4.0 openvino onnx
+	@touch $@
+
+bench-engines: $(READY) $(NNCF)/bin/nncf-ready
+	$(BIN)/python benchmarks/engine_speed.py --nncf-python $(NNCF)/bin/python
+
 clean:
-	rm -rf $(VENV) work_dirs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(NNCF) work_dirs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -109,7 +109,8 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path('work_dirs/lidar'))
     parser.add_argument('--calib-batches', type=int, default=16, help='default: %(default)s')
     parser.add_argument('--only', nargs='+', help='rows to measure, by name; default: all')
-    parser.add_argument('--iters', type=int, default=40, help='QAT steps; default: %(default)s')
+    parser.add_argument('--iters', type=int, default=32, help='QAT steps; default: %(default)s')
+    parser.add_argument('--batch-size', type=int, default=2, help='of QAT; default: %(default)s')
     parser.add_argument('--seeds', type=int, nargs='*', default=(0,), help='of QAT')
     args = parser.parse_args()
     console = Console()
@@ -150,7 +151,7 @@ def main() -> None:
             with whole(start) as part:
                 torch.save(dict(state_dict=model.state_dict(), meta=dict(start='all mse')), part)
             folder = args.out / f'qat_{seed}'
-            last = train(Training('good'), seed, folder, start, args.iters, QAT)
+            last = train(Training('good'), seed, folder, start, args.iters, args.batch_size, QAT)
             fc.load_weights(model, last, calibrated=True)
             return score(model, name)
 

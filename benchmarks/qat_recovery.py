@@ -106,7 +106,13 @@ def start_from(path: Path, start: str, batches: int) -> Path:
 
 
 def train(
-    setting: Setting, seed: int, folder: Path, start: Path, iters: int, config: Path = QAT
+    setting: Setting,
+    seed: int,
+    folder: Path,
+    start: Path,
+    iters: int,
+    batch_size: int,
+    config: Path = QAT,
 ) -> Path:
     """Runs tools/train.py and returns the last checkpoint."""
     last = folder / f'iter_{iters * setting.longer}.pth'
@@ -114,6 +120,7 @@ def train(
         return last
     cfg = fc.read_config(config)
     cfg.load_from = str(start)
+    cfg.train_dataloader.batch_size = batch_size
     cfg.custom_hooks[1].checkpoint = str(start)
     cfg.custom_hooks = cfg.custom_hooks[: 2 if setting.distill else 1]
     cfg.optim_wrapper.optimizer.lr = setting.lr
@@ -149,9 +156,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--out', type=Path, default=Path('work_dirs/qat'))
-    parser.add_argument('--iters', type=int, default=40, help='steps; default: %(default)s')
+    parser.add_argument('--iters', type=int, default=32, help='steps; default: %(default)s')
+    parser.add_argument('--batch-size', type=int, default=2, help='default: %(default)s')
     parser.add_argument('--seeds', type=int, nargs='+', default=(0, 1, 2))
     parser.add_argument('--calib-batches', type=int, default=16, help='default: %(default)s')
+    parser.add_argument('--only', nargs='+', help='trainings to measure, by name; default: all')
     args = parser.parse_args()
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -179,10 +188,12 @@ def main() -> None:
     for name, path in starts.items():
         rows[f'{name}, PTQ'] = [score(path, f'{name} PTQ')]
     for setting in (*SETTINGS, *ABLATIONS):
+        if args.only and str(setting) not in args.only:
+            continue
         for seed in args.seeds if setting in SETTINGS else args.seeds[:1]:
             name = f'{setting}'.replace(',', '')
             folder = args.out / f'{name} {seed}'.replace(' ', '_')
-            last = train(setting, seed, folder, starts[setting.start], args.iters)
+            last = train(setting, seed, folder, starts[setting.start], args.iters, args.batch_size)
             rows.setdefault(str(setting), []).append(score(last, f'{name} {seed}'))
         report(rows, args.out, console)
 
