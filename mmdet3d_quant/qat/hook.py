@@ -74,6 +74,7 @@ class QATHook(Hook):
         self._stage: dict[str, str] | None = None
         self._saved: dict[str, Any] = {}
         self._weights: WeightRanges
+        self._learned: LearnedRanges
 
     def before_train(self, runner: Runner) -> None:
         """Checks the model and attaches to the optimizer.
@@ -98,19 +99,19 @@ class QATHook(Hook):
                 'ones: calibrate the whole model with tools/calibrate.py'
             )
         self._weights = WeightRanges(model, self._saved.get('weight_ratios'))
-        learned = LearnedRanges(model)
+        self._learned = LearnedRanges(model)
         optimizer = runner.optim_wrapper.optimizer
-        if len(learned):
+        if len(self._learned):
             _check_optimized(model, optimizer, runner)
-            learned.attach(optimizer)
-        optimizer.register_step_post_hook(lambda *_: self._weights.follow())
+            self._learned.attach(optimizer)
         if getattr(runner.train_dataloader, 'persistent_workers', False):
             runner.logger.info(
                 'QATHook: workers of the train_dataloader live on between epochs '
                 '(persistent_workers=True), so a resumed run draws other augmentations'
             )
         runner.logger.info(
-            f'QATHook: {len(quantizers(model))} quantizers, ranges of {len(learned)} groups learned'
+            f'QATHook: {len(quantizers(model))} quantizers, ranges of {len(self._learned)} groups '
+            'learned'
         )
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -131,6 +132,17 @@ class QATHook(Hook):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         torch.manual_seed(_seed(runner))
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Ranges of weights follow; without a step of the optimizer that changes nothing.
+
+        Raises:
+            RuntimeError: If learned ranges were trained without what keeps them right.
+        """
+        self._weights.follow()
+        self._learned.check()
 
     def _set_modes(self, model: nn.Module, now: int) -> None:
         past = [time for time in self.schedule if time <= now]

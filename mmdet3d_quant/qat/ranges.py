@@ -78,6 +78,8 @@ class LearnedRanges:
         groups = [*tied, *((name,) for name in found if name not in members)]
         self._groups = [[found[n]._amax for n in g] for g in groups if found[g[0]].learned]
         self._before: list[Tensor] = []
+        self._start = [group[0].detach().clone() for group in self._groups]
+        self._called = False
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -87,8 +89,25 @@ class LearnedRanges:
         optimizer.register_step_pre_hook(self._prepare)
         optimizer.register_step_post_hook(self._apply)
 
+    def check(self) -> None:
+        """Makes sure, after a step, that the hooks were called.
+
+        Raises:
+            RuntimeError: If ranges moved without them. torch 2.1 takes the step hooks off all
+                optimizers when something is compiled for the first time.
+        """
+        if self._called:
+            return
+        if any(not group[0].equal(s) for group, s in zip(self._groups, self._start, strict=True)):
+            raise RuntimeError(
+                "the optimizer's step hooks are not called, without which learned ranges go wrong: "
+                'torch.compile takes them off in torch 2.1. Leave out `compile` in the config, or '
+                'train with fixed ranges (learn_amax=False)'
+            )
+
     @torch.no_grad()
     def _prepare(self, *_: Any) -> None:
+        self._called = True
         self._before = [group[0].detach().clone() for group in self._groups]
         for group, amax in zip(self._groups, self._before, strict=True):
             grads = [member.grad for member in group if member.grad is not None]

@@ -61,6 +61,28 @@ def test_ranges_stay_tied_weights_move_and_statistics_stand_still(learn, tmp_pat
     assert all(q.mode == 'quant' for q in mq.quantizers(model).values())
 
 
+@pytest.mark.parametrize('learn', [False, True])
+def test_without_step_hooks_weights_are_followed_and_learning_stops(
+    learn, tmp_path, start, monkeypatch
+):
+    run = runner(tmp_path, start, [QAT], model=dict(learn_amax=learn))
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])
+    inner = torch.optim.AdamW.step.__wrapped__
+
+    def bare(*args, **kwargs):  # what torch.compile makes of it
+        return inner(*args, **kwargs)
+
+    bare.hooked = True
+    monkeypatch.setattr(torch.optim.AdamW, 'step', bare)
+    if learn:
+        with pytest.raises(RuntimeError, match='torch.compile'):
+            run.train()
+        return
+    run.train()
+    for layer in (run.model.a, run.model.b, run.model.head):
+        assert torch.equal(layer._weight_quantizer.amax, layer.weight_amax())
+
+
 def test_statistics_freeze_when_told(tmp_path, start):
     seen = []
 
