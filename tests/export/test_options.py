@@ -157,6 +157,27 @@ def test_nodes_are_sorted():
     assert [n.input[0] for n in graph.node] == ['a', 'b', 'c']
 
 
+def test_shapes_are_constants_where_sizes_are_fixed(tmp_path, monkeypatch):
+    class Shaped(nn.Module):
+        def forward(self, x):
+            y = x.unflatten(1, (2, -1)).flatten(0, 1)
+            y = y.reshape(x.shape[0], -1, x.shape[2] * x.shape[3])
+            return y + torch.arange(y.shape[2]).expand(y.shape[1], -1) // 3
+
+    x = torch.randn(1, 6, 4, 5)
+    kinds = {}
+    for name in ('folded', 'free', 'plain'):
+        if name == 'plain':
+            monkeypatch.setattr('mmdet3d_quant.export.onnx.fold_shapes', lambda model: None)
+        dynamic = dict(dynamic_batch=name == 'free')
+        model = export_onnx(Shaped(), [x], tmp_path / f'{name}.onnx', ['x'], ['y'], **dynamic)
+        kinds[name] = {n.op_type for n in model.graph.node} - {'Constant'}
+        assert np.array_equal(result(tmp_path / f'{name}.onnx', x), Shaped()(x).numpy())
+    computing = {'Shape', 'Gather', 'Slice', 'Concat', 'Unsqueeze', 'Range'}
+    assert not kinds['folded'] & computing
+    assert kinds['plain'] & computing and kinds['free'] & computing
+
+
 @pytest.mark.parametrize('opset', [13, 17])
 def test_the_custom_layer_norm_is_that_of_the_runtime_and_nothing_else_changes(
     opset, net, tmp_path
