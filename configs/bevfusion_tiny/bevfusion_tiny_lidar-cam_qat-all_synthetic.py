@@ -1,5 +1,6 @@
 # QAT of the tiny BEVFusion with both branches in INT8, from its calibrated checkpoint.
-#   python tools/calibrate.py configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_int8-all_synthetic.py \
+#   python tools/calibrate.py \
+#       configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_int8-all_synthetic.py \
 #       checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth --out work_dirs/int8-all.pth
 #   python tools/train.py configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_qat-all_synthetic.py
 _base_ = ['./bevfusion_tiny_lidar-cam_qat_synthetic.py']
