@@ -14,6 +14,7 @@ from mmengine.config import Config
 
 from mmdet3d_quant import UncalibratedError, quantizers, ties
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.export.openvino_graph import overflows
 from mmdet3d_quant.files import CheckpointError, read_checkpoint
 from mmdet3d_quant.histogram import NonFiniteError
 from mmdet3d_quant.samples import make_frame
@@ -186,7 +187,10 @@ def test_one_scale_per_tie_group_in_the_files(work, exported):
 def test_engines_agree_better_than_quantization_costs(exported):
     for r in exported[0]:
         if r.fake_quant != float('inf'):
-            assert r.int8_convs == r.all_convs
+            # Of a file's inputs nothing says that they are never negative; without VNNI what
+            # reads them is float: two convolutions of the camera branch, one of the fuser.
+            signed = {'camera.backbone': 2, 'fuser': 1}[r.cut] if overflows() else 0
+            assert r.int8_convs == r.all_convs - signed
             assert r.openvino > r.fake_quant + 3 and r.onnxruntime > r.fake_quant + 3, r
         else:
             assert r.openvino > 80
