@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mmdet3d_quant.export.memory import peak_memory
 from mmdet3d_quant.parents.bev_pool import bev_pool
 from mmdet3d_quant.parents.view_transform import LSSTransform
 
@@ -78,7 +78,7 @@ def measure(way: str, args: argparse.Namespace) -> dict:
     """Median seconds and peak memory above the inputs', MiB; a checksum of the result."""
     torch.set_num_threads(args.threads)
     inputs = problem(args.cams)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     pool, times = WAYS[way], {'forward': [], 'backward': []}
     peaks = {}
     for name in times:
@@ -89,7 +89,7 @@ def measure(way: str, args: argparse.Namespace) -> dict:
             if name == 'backward':
                 out.square().sum().backward()
             times[name].append(time.perf_counter() - start)
-        peaks[name] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        peaks[name] = (peak_memory() - before) / 2**20
     found = {n: float(np.median(t)) for n, t in times.items()}
     return dict(seconds=found, peak=peaks, norm=float(out.detach().double().norm()))
 

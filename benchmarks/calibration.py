@@ -10,7 +10,6 @@ its histogram calibrators, then its own search; its search runs on a CPU here wh
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.calibration.observe import activation_quantizers
+from mmdet3d_quant.export.memory import peak_memory
 
 EXAMPLE = """
 examples:
@@ -181,7 +181,7 @@ def main() -> None:
     args = parse_args()
     if args.memory:
         mq.calibrate(branch(), images(args.memory, 1, (128, 352)), forward=forward)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(peak_memory() // 2**20)
         return
     console = Console()
     compare(args, console)

@@ -11,7 +11,6 @@ hit all alike. Memory is the peak of a process of its own.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mmdet3d_quant as mq
+from mmdet3d_quant.export.memory import peak_memory
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 
 KINDS = ('float', 'ours', 'learned', 'stock')
@@ -134,7 +134,7 @@ def main() -> None:
         step = stepper(args.memory)
         for x in images(2, args.cameras, tuple(args.size)):
             step(x)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(peak_memory() // 2**20)
         return
     compare(args, Console())
 

@@ -9,6 +9,7 @@ from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.spec import QuantSpec, check_mode
 
@@ -19,7 +20,7 @@ HOW_TO_CALIBRATE = (
 )
 
 
-class UncalibratedError(RuntimeError):
+class UncalibratedError(QuantError):
     """A quantizer without a range was asked to quantize or to be exported.
 
     Attributes:

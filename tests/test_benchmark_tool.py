@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -66,6 +67,15 @@ def test_folders_share_files_by_name(work):
     assert list(found) == ['a.onnx', 'b.onnx']
     assert [v.name for v in found['b.onnx']] == ['float', 'int8']
     assert list(run(work / 'float', work / 'coarse', '--no-memory')) == ['a.onnx']
+
+
+def test_the_lidar_encoder_of_a_set_is_not_for_engines(work, tmp_path):
+    for kind in ('float', 'int8'):
+        shutil.copytree(work / kind, tmp_path / kind)
+        (tmp_path / kind / 'lidar.onnx').write_bytes(b'of another format')
+        files = {'a.onnx': {}, 'lidar.onnx': {'grid': [1, 1, 1]}}
+        (tmp_path / kind / 'manifest.json').write_text(json.dumps({'files': files}))
+    assert list(benchmark_onnx.find_graphs([tmp_path / 'float', tmp_path / 'int8'])) == ['a.onnx']
 
 
 def test_ratios_are_taken_round_by_round():

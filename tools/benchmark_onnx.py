@@ -7,7 +7,6 @@ import argparse
 import json
 import platform
 import subprocess
-import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,9 +17,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 
 from mmdet3d_quant.export.compare import Variant, compare, first_of, generate_samples
+from mmdet3d_quant.export.deploy import engine_files
 from mmdet3d_quant.export.engines import ENGINES, Arrays, EngineError, make_engine
 from mmdet3d_quant.export.memory import added_memory
 from mmdet3d_quant.files import check_writable, whole
@@ -129,13 +129,20 @@ def find_graphs(paths: list[Path]) -> dict[str, dict[str, Path]]:
     names = labels(paths)
     if not paths[0].is_dir():
         return {paths[0].name: dict(zip(names, paths, strict=True))}
-    shared = set.intersection(*({file.name for file in path.glob('*.onnx')} for path in paths))
+    shared = set.intersection(*({file.name for file in graph_files(path)} for path in paths))
     if not shared:
         raise EngineError(f'{", ".join(map(str, paths))} share no ONNX file of one name')
     return {
         name: {n: path / name for n, path in zip(names, paths, strict=True)}
         for name in sorted(shared)
     }
+
+
+def graph_files(folder: Path) -> list[Path]:
+    """The files that engines run: of an exported set, all but the LiDAR encoder's."""
+    if (folder / 'manifest.json').is_file():
+        return engine_files(folder)
+    return list(folder.glob('*.onnx'))
 
 
 def labels(paths: list[Path]) -> list[str]:
@@ -303,7 +310,4 @@ def draw(results: dict[str, list[Variant]]) -> Figure:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (EngineError, OSError, RuntimeError, ValueError) as err:
-        sys.exit(f'error: {err}')
+    run_tool(main)

@@ -18,7 +18,7 @@ from mmengine.dist import broadcast_object_list, get_dist_info
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
@@ -33,8 +33,7 @@ from mmdet3d_quant.calibration import (
 )
 from mmdet3d_quant.calibration import Progress as Saved
 from mmdet3d_quant.calibration.stability import TOLERANCE
-from mmdet3d_quant.files import CheckpointError, check_writable, sha256, whole
-from mmdet3d_quant.histogram import NonFiniteError
+from mmdet3d_quant.files import check_writable, sha256, whole
 from mmdet3d_quant.provenance import provenance
 from mmdet3d_quant.report.ranges import write_ranges
 
@@ -323,16 +322,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is lost
-    try:
-        main()
-    except (
-        CheckpointError,
-        fc.ConfigError,
-        mq.CalibrationError,
-        NonFiniteError,
-        OSError,
-        ValueError,
-    ) as err:
-        sys.exit(f'error: {err}')
-    except KeyboardInterrupt:
-        sys.exit('error: interrupted; go on with --resume')
+    run_tool(main, interrupted='go on with --resume')

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 from torch import Tensor
 
 from mmdet3d_quant.export.scn import Program, ScnError, read_program
@@ -171,8 +170,4 @@ def describe(found: Tensor, console: Console) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (ScnError, OSError) as err:
-        print(f'error: {err}', file=sys.stderr)
-        sys.exit(2)
+    run_tool(main, failure=2)

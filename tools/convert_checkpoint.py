@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.conversion import TARGETS, ConversionError, Part, convert, fit, rename
+from mmdet3d_quant.conversion import TARGETS, Part, convert, fit, rename
 from mmdet3d_quant.files import CheckpointError, check_writable, read_checkpoint, whole
 from mmdet3d_quant.provenance import provenance
 
@@ -95,7 +94,4 @@ def report(parts: dict[str, Part], left_out: list[str], console: Console) -> Non
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (CheckpointError, ConversionError, fc.ConfigError, OSError, ValueError) as err:
-        sys.exit(f'error: {err}')
+    run_tool(main)

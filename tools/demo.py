@@ -30,23 +30,21 @@ from mmengine.runner import Runner
 from rich.progress import track
 from rich.table import Table
 from steps import Steps, digest
-from terminal import open_console
+from terminal import open_console, run_tool
 from torch import nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.evaluation import Scorer, Scores, predict
-from mmdet3d_quant.export import ExportError, capture_inputs
+from mmdet3d_quant.export import capture_inputs
 from mmdet3d_quant.export.deploy import engine_files
 from mmdet3d_quant.export.detector import engine_detector
 from mmdet3d_quant.files import CheckpointError, check_writable, sha256, whole
-from mmdet3d_quant.histogram import NonFiniteError
 from mmdet3d_quant.report import facts, write_report
 from mmdet3d_quant.report.page import HEADLINES, verdict
 from mmdet3d_quant.report.pictures import draw_frame, load_frame
 from mmdet3d_quant.spec import Method
 from mmdet3d_quant.synthetic.generate import check_arguments
-from mmdet3d_quant.synthetic.infos import ConverterError
 from mmdet3d_quant.synthetic.record import Settings
 from mmdet3d_quant.synthetic.tables import TRAIN_SCENES, VAL_SCENES
 
@@ -296,18 +294,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (
-        CheckpointError,
-        ConverterError,
-        ExportError,
-        NonFiniteError,
-        OSError,
-        ValueError,
-        mq.CalibrationError,
-        mq.UncalibratedError,
-    ) as err:
-        sys.exit(f'error: {err}')
-    except KeyboardInterrupt:
-        sys.exit('error: interrupted; the next run keeps the steps that were finished')
+    run_tool(main, interrupted='the next run keeps the steps that were finished')

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ import torch
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 from torch import Tensor, nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export import capture_inputs, export_suite, generate_inputs
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
 from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.export.verify import Agreement, verify
-from mmdet3d_quant.files import CheckpointError
 from mmdet3d_quant.provenance import provenance
 
 EXAMPLE = r"""
@@ -188,15 +186,4 @@ def agreement_table(results: list[Agreement]) -> Table:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (
-        CheckpointError,
-        ExportError,
-        fc.ConfigError,
-        mq.UncalibratedError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as err:
-        sys.exit(f'error: {err}')
+    run_tool(main)

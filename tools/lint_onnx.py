@@ -6,13 +6,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 
 from mmdet3d_quant.export.lint import (
     RULES,
@@ -163,8 +162,4 @@ def list_rules(console: Console) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (LintError, OSError, ValueError) as err:
-        print(f'error: {err}', file=sys.stderr)
-        sys.exit(2)
+    run_tool(main, failure=2)

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from terminal import open_console
+from terminal import open_console, run_tool
 
 from mmdet3d_quant.synthetic.generate import make_synthetic_nuscenes
-from mmdet3d_quant.synthetic.infos import ConverterError
 from mmdet3d_quant.synthetic.record import Settings
 from mmdet3d_quant.synthetic.tables import TRAIN_SCENES, VAL_SCENES
 
@@ -97,9 +95,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (ConverterError, OSError, ValueError) as err:
-        sys.exit(f'error: {err}')
-    except KeyboardInterrupt:
-        sys.exit('error: interrupted; nothing was written')
+    run_tool(main, interrupted='nothing was written')

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,17 +19,16 @@ from export_onnx import example_inputs
 from mmengine.config import DictAction
 from rich.progress import Progress
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 from torch import nn
 
-import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import ExportError, bevfusion_cuts
 from mmdet3d_quant.export.detector import read_manifest
-from mmdet3d_quant.export.engines import ENGINES, Engine, EngineError, make_engine
+from mmdet3d_quant.export.engines import ENGINES, Engine, make_engine
 from mmdet3d_quant.export.ladder import Rung, climb, first_fault
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
-from mmdet3d_quant.files import CheckpointError, check_writable, whole
+from mmdet3d_quant.files import check_writable, whole
 
 EXAMPLE = """
 examples:
@@ -153,17 +151,4 @@ def plain(rung: Rung) -> dict[str, Any]:
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main())
-    except (
-        CheckpointError,
-        EngineError,
-        ExportError,
-        fc.ConfigError,
-        mq.UncalibratedError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as err:
-        print(f'error: {err}', file=sys.stderr)
-        sys.exit(2)
+    run_tool(main, failure=2)

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-from terminal import open_console
+from terminal import open_console, run_tool
 from torch import Tensor
 
 from mmdet3d_quant.files import CheckpointError, check_writable, read_checkpoint, sha256, whole
@@ -70,7 +69,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (CheckpointError, OSError) as err:
-        sys.exit(f'error: {err}')
+    run_tool(main)

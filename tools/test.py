@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from launch import add_common, runner_config
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
+from terminal import run_tool
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.files import CheckpointError
 
 TASKS = ('mono_det', 'multi-view_det', 'lidar_det', 'lidar_seg', 'multi-modality_det')
 EXAMPLE = """
@@ -75,7 +74,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (CheckpointError, fc.ConfigError, mq.UncalibratedError, OSError, ValueError) as err:
-        sys.exit(f'error: {err}')
+    run_tool(main)

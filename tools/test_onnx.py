@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 from torch import nn
 
 import mmdet3d_quant as mq
@@ -22,7 +21,6 @@ from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import ExportError
 from mmdet3d_quant.export.detector import engine_detector, manifest_problems, read_manifest
 from mmdet3d_quant.export.engines import ENGINES, make_engine
-from mmdet3d_quant.files import CheckpointError
 
 EXAMPLE = """
 examples:
@@ -134,15 +132,4 @@ def table(scores: dict[str, dict[str, float]]) -> Table:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (
-        CheckpointError,
-        ExportError,
-        fc.ConfigError,
-        mq.UncalibratedError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as err:
-        sys.exit(f'error: {err}')
+    run_tool(main)

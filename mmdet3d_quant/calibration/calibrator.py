@@ -23,13 +23,14 @@ from mmdet3d_quant.calibration.observe import (
 from mmdet3d_quant.calibration.plan import Plan, PlanLike
 from mmdet3d_quant.calibration.ranges import CANDIDATES, Unit, search, units
 from mmdet3d_quant.calibration.stability import TOLERANCE, Look, Stability
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.histogram import NonFiniteError
 from mmdet3d_quant.modes import quantizers, set_mode
 from mmdet3d_quant.quantizer import Quantizer
 from mmdet3d_quant.ties import ties
 
 
-class CalibrationError(RuntimeError):
+class CalibrationError(QuantError):
     """Calibration could not give every quantizer a range; the model is unchanged."""
 
 

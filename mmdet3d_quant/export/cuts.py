@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.modes import set_mode
 
 
@@ -117,7 +118,7 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
         The cuts, each with its share of ``inputs``.
 
     Raises:
-        TypeError: If the view transform has no ``lift`` (it is not of this package).
+        QuantError: If the view transform has no ``lift`` (it is not of this package).
     """
     cuts = []
 
@@ -127,7 +128,7 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
     view = getattr(detector, 'view_transform', None)
     if view is not None:
         if not hasattr(view, 'lift'):
-            raise TypeError(
+            raise QuantError(
                 f'view_transform is a {type(view).__module__}.{type(view).__name__}, which cannot '
                 'be cut for export; use QuantDepthLSSTransform or QuantLSSTransform'
             )

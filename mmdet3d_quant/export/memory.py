@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.export.engines import Arrays, make_engine
 
 
@@ -23,13 +24,13 @@ def added_memory(engine: str, path: str | Path, inputs: Path, num_threads: int) 
         num_threads: CPU threads.
 
     Raises:
-        RuntimeError: If the process ends with an error; carries its last line.
+        QuantError: If the process ends with an error; carries its last line.
     """
     command = [sys.executable, '-m', __name__, engine, str(path), str(inputs), str(num_threads)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ['no message'])[-1]
-        raise RuntimeError(f'measuring the memory of {path} failed: {last}')
+        raise QuantError(f'measuring the memory of {path} failed: {last}')
     return float(done.stdout.split()[-1])
 
 
@@ -38,10 +39,10 @@ def _measure(engine: str, path: str, inputs: Arrays, num_threads: int) -> float:
     run = make_engine(engine, path, num_threads)
     for _ in range(2):
         run(inputs)
-    return (_peak() - before) / 1e6
+    return (peak_memory() - before) / 1e6
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Most bytes that this process ever held."""
     status = Path('/proc/self/status')
     if status.is_file():  # Linux: getrusage counts the parent's peak too

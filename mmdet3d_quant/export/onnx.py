@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.export.passes import (
     OPSETS,
     drop_identities,
@@ -32,7 +33,7 @@ WEIGHTS = ('float', 'int8')
 LAYERNORMS = ('standard', 'custom')
 
 
-class ExportError(RuntimeError):
+class ExportError(QuantError):
     """The exported graph is not what an engine expects; nothing was written."""
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.synthetic.tables import VERSION
 
 INFO_FILES = ('nuscenes_infos_train.pkl', 'nuscenes_infos_val.pkl')
@@ -38,7 +39,7 @@ if gt_database == '1':
 """
 
 
-class ConverterError(RuntimeError):
+class ConverterError(QuantError):
     """mmdet3d's converter failed."""
 
 
