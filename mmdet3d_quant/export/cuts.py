@@ -57,18 +57,26 @@ class Fuser(nn.Module):
     ``forward(camera, lidar)``: ``camera`` is (B, Cc, X, Y), ``lidar`` (B, Cl, X, Y); returns
     ``middle`` (B, C, X, Y). A detector with one sensor has nothing to fuse, and only its map.
 
+    A map whose maker ends in a ReLU passes one more, which changes nothing: it lets an engine see
+    in this file alone that it may round the map to unsigned integers.
+
     Attributes:
         sensors: Names of the maps, in order.
+        rectified: Whether each map is rectified.
     """
 
     def __init__(self, detector: nn.Module):
         super().__init__()
         self.sensors = fused_sensors(detector)
+        self.rectified = tuple(_ends_rectified(detector, sensor) for sensor in self.sensors)
         self.fusion_layer = getattr(detector, 'fusion_layer', None)
         self.pts_backbone = detector.pts_backbone
         self.pts_neck = getattr(detector, 'pts_neck', None)
 
     def forward(self, *maps: Tensor) -> Tensor:
+        maps = tuple(
+            m.relu() if known else m for m, known in zip(maps, self.rectified, strict=True)
+        )
         x = maps[0] if self.fusion_layer is None else self.fusion_layer(list(maps))
         x = self.pts_backbone(x)
         x = x if self.pts_neck is None else self.pts_neck(x)
@@ -80,6 +88,16 @@ def fused_sensors(detector: nn.Module) -> tuple[str, ...]:
     if getattr(detector, 'fusion_layer', None) is not None:
         return 'camera', 'lidar'
     return ('camera',) if getattr(detector, 'view_transform', None) is not None else ('lidar',)
+
+
+def _ends_rectified(detector: nn.Module, sensor: str) -> bool:
+    """Whether the last step that makes a sensor's map is a ReLU."""
+    if sensor == 'camera':
+        maker = detector.view_transform.downsample
+    else:
+        maker = getattr(getattr(detector, 'pts_middle_encoder', None), 'conv_out', None)
+    steps = [m for m in maker.modules() if not [*m.children()]] if maker is not None else []
+    return bool(steps) and isinstance(steps[-1], nn.ReLU)
 
 
 class Head(nn.Module):
