@@ -75,11 +75,11 @@ class Setting:
 SETTINGS = (
     Setting('good'),
     Setting('outlier', learn=True),
-    Setting('outlier'),
+    Setting('outlier', learn=True, longer=4),
 )
 #: What chose the numbers of the config; with the first seed only.
 ABLATIONS = (
-    Setting('outlier', learn=True, longer=4),
+    Setting('outlier'),
     Setting('outlier', learn=True, distill=False),
     Setting('outlier', learn=True, lr=2e-4),
     Setting('good', lr=2e-4),
