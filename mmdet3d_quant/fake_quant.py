@@ -10,7 +10,6 @@ from torch.autograd import Function
 
 from mmdet3d_quant.spec import MIN_AMAX, QuantSpec
 
-
 #: On a CPU so many values take all steps before the next ones do: they stay in its cache.
 _CHUNK = 2**19
 _compiling = torch._dynamo.is_compiling

@@ -24,7 +24,7 @@ from torch import nn
 
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import ExportError, bevfusion_cuts
-from mmdet3d_quant.export.detector import read_manifest
+from mmdet3d_quant.export.detector import manifest_problems, read_manifest
 from mmdet3d_quant.export.engines import ENGINES, Engine, make_engine
 from mmdet3d_quant.export.ladder import Rung, climb, first_fault
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         check_writable(args.json)
     manifest = read_manifest(args.folder)
+    for problem in manifest_problems(manifest, args.folder, args.checkpoint):
+        console.print(f'[yellow]{problem}')
     quantized = manifest.get('precision') != 'float'
     cfg = fc.read_config(args.config, args.cfg_options)
     model = fc.build_model(cfg)

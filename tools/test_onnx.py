@@ -19,7 +19,12 @@ from torch import nn
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import ExportError
-from mmdet3d_quant.export.detector import engine_detector, manifest_problems, read_manifest
+from mmdet3d_quant.export.detector import (
+    as_exported,
+    engine_detector,
+    manifest_problems,
+    read_manifest,
+)
 from mmdet3d_quant.export.engines import ENGINES, make_engine
 
 EXAMPLE = """
@@ -85,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         scores = {args.engine: evaluate(cfg, engines, args.engine, console)}
         if args.fake_quant:
             name = 'torch fake-quant' if int8 else 'torch float'
-            scores[name] = evaluate(cfg, model, name, console)
+            scores[name] = evaluate(cfg, as_exported(model, args.folder), name, console)
     console.print(table(scores))
     return scores[args.engine]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from mmdet3d_quant.export.engines import Engine, OpenVINO
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.scn.read import read_program
 from mmdet3d_quant.export.scn.run import ScnNetwork
+from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
 from mmdet3d_quant.files import CheckpointError, sha256
 
 
@@ -42,7 +44,7 @@ def engine_detector(
 
     Raises:
         ExportError: If a file is missing, or nothing of the detector is exported.
-        TypeError: If the view transform is not of this package.
+        QuantError: If the view transform is not of this package.
     """
     cuts = {cut.name: cut for cut in bevfusion_cuts(detector, {})}
     names = list(cuts)
@@ -76,6 +78,29 @@ def engine_detector(
                 'with tools/export_onnx.py --target tensorrt'
             )
         result.pts_middle_encoder = _Lidar(ScnNetwork(read_program(files[0])))
+    return result
+
+
+def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
+    """The torch model that exported files stand for: unsigned where they are.
+
+    Args:
+        detector: The BEVFusion detector; left unchanged.
+        folder: Its files, from ``export_suite``.
+
+    Returns:
+        A copy, or the detector itself where all is signed.
+    """
+    unsigned = {
+        cut.name: unsigned_names(onnx.load(str(path), load_external_data=False))
+        for cut in bevfusion_cuts(detector, {})
+        if (path := Path(folder) / f'{cut.name}.onnx').is_file()
+    }
+    if not any(unsigned.values()):
+        return detector
+    result = copy.deepcopy(detector)
+    for cut in bevfusion_cuts(result, {}):
+        make_unsigned(cut.module, unsigned.get(cut.name, ()))
     return result
 
 

@@ -99,8 +99,13 @@ class UnsignedQuantizer(Quantizer):
 def with_unsigned(module: nn.Module, names: Collection[str]) -> Any:
     """A copy of a module in which the named quantizers are unsigned."""
     module = copy.deepcopy(module)
+    make_unsigned(module, names)
+    return module
+
+
+def make_unsigned(module: nn.Module, names: Collection[str]) -> None:
+    """Makes the named quantizers of a module unsigned, in place."""
     found = quantizers(module)
     for name in names:
         parent, _, child = name.rpartition('.')
         setattr(module.get_submodule(parent), child, UnsignedQuantizer(found[name]))
-    return module

@@ -12,8 +12,9 @@ from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.evaluation import predict
 from mmdet3d_quant.export import Cut, ExportError, capture_inputs, export_onnx, export_suite
 from mmdet3d_quant.export.cuts import Head
-from mmdet3d_quant.export.detector import EnginePart, _Head, engine_detector
+from mmdet3d_quant.export.detector import EnginePart, _Head, as_exported, engine_detector
 from mmdet3d_quant.export.engines import ONNXRuntime, OpenVINO
+from mmdet3d_quant.export.unsigned import UnsignedQuantizer
 from mmdet3d_quant.export.verify import align, run_torch, sqnr
 from mmdet3d_quant.samples import make_frame
 from tests.small import ROOT, small_config
@@ -37,9 +38,9 @@ def work(tmp_path_factory):
     one, two = pseudo_collate(samples[:1]), pseudo_collate(samples)
     calibrate(model, [one, pseudo_collate(samples[1:])])
     inputs = capture_inputs(model, one)
-    for name in ('float', 'int8'):
+    for name, target in (('float', 'tensorrt'), ('int8', 'tensorrt'), ('openvino', 'openvino')):
         out = folder / name
-        export_suite(model, inputs, out, {}, name == 'int8', tell=lambda name: None)
+        export_suite(model, inputs, out, {}, name != 'float', tell=lambda name: None, target=target)
     return model, folder, two
 
 
@@ -92,6 +93,17 @@ def test_int8_files_are_closer_to_fake_quant_than_that_is_to_float(work):
     made = neck_output(engines(model, folder / 'int8'), batch)
     assert cost < 60
     assert sqnr(quantized, made) > cost + 1
+
+
+def test_unsigned_files_stand_for_the_unsigned_model(work):
+    model, folder, batch = work
+    unsigned = as_exported(model, folder / 'openvino')
+    assert any(isinstance(q, UnsignedQuantizer) for q in unsigned.modules())
+    assert not any(isinstance(q, UnsignedQuantizer) for q in model.modules())
+    made = neck_output(engines(model, folder / 'openvino', ONNXRuntime), batch)
+    closeness = sqnr(neck_output(unsigned, batch), made)
+    assert closeness > sqnr(neck_output(model, batch), made) + 3
+    assert as_exported(model, folder / 'int8') is model
 
 
 def test_the_layers_in_the_files_are_gone_and_the_detector_is_unchanged(work):
