@@ -80,13 +80,19 @@ def _rounded(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
 def _rounded_on_cpu(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     """Vectorised steps: torch's fused operator visits values one by one on a CPU."""
     inverse = 1 / scale
-    if scale.numel() > 1 or x.numel() <= _CHUNK or not x.is_contiguous() or _compiling():
+    if not _in_pieces(x, scale):
         return (x * inverse).round_().clamp_(spec.qmin, spec.qmax).mul_(scale)
     y = torch.empty_like(x)
     for part, out in zip(x.view(-1).split(_CHUNK), y.view(-1).split(_CHUNK), strict=True):
         torch.mul(part, inverse, out=out)
         out.round_().clamp_(spec.qmin, spec.qmax).mul_(scale)
     return y
+
+
+def _in_pieces(x: Tensor, amax: Tensor) -> bool:
+    """Whether a tensor is worth visiting piece by piece."""
+    large = x.device.type == 'cpu' and x.numel() > _CHUNK
+    return large and amax.numel() == 1 and x.is_contiguous() and not _compiling()
 
 
 class _FakeQuantize(Function):
@@ -103,13 +109,26 @@ class _FakeQuantize(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, amax, y = ctx.saved_tensors
-        grad_x = _inside(grad, x, amax) if ctx.needs_input_grad[0] else None
-        grad_amax = None
-        if y is not None:
-            slope = (y * grad - _inside(grad, x, amax) * x).float()
-            others = [i for i in range(x.dim()) if i >= amax.dim() or amax.shape[i] == 1]
-            grad_amax = slope.sum(others).reshape(amax.shape) * _lsq_factor(x, amax, ctx.qmax)
-        return grad_x, grad_amax, None
+        if y is None:
+            return _inside(grad, x, amax), None, None
+        grad_x, slope = _slope(grad, x, y, amax)
+        grad_amax = slope.reshape(amax.shape) * _lsq_factor(x, amax, ctx.qmax)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None
+
+
+def _slope(grad: Tensor, x: Tensor, y: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """``grad`` where ``|x| <= amax``, else 0; and ``sum(grad * y - that * x)`` for each range."""
+    if _in_pieces(grad, amax) and x.is_contiguous() and y.is_contiguous():
+        grad_x = torch.empty_like(grad)
+        slope = amax.new_zeros(1)
+        pieces = (t.view(-1).split(_CHUNK) for t in (grad, x, y, grad_x))
+        for g, value, rounded, out in zip(*pieces, strict=True):
+            out.copy_(_inside(g, value, amax))
+            slope += (rounded * g).addcmul_(out, value, value=-1).sum(dtype=slope.dtype)
+        return grad_x, slope
+    grad_x = _inside(grad, x, amax)
+    others = [i for i in range(x.dim()) if i >= amax.dim() or amax.shape[i] == 1]
+    return grad_x, (y * grad - grad_x * x).float().sum(others)
 
 
 def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:

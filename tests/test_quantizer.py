@@ -8,7 +8,7 @@ from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import fake_tensor_quant
 from torch import nn
 
-from mmdet3d_quant import UncalibratedError, quantizers, set_mode
+from mmdet3d_quant import UncalibratedError, fake_quant, quantizers, set_mode
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.modes import keep_float
@@ -20,6 +20,14 @@ def library(x, amax, num_bits=8):
     return fake_tensor_quant(x, amax, num_bits, False, False)
 
 
+@pytest.fixture(params=[False, True], ids=['whole', 'pieces'])
+def pieces(request, monkeypatch):
+    """Also as if the tensors were too large for a cache."""
+    if request.param:
+        monkeypatch.setattr(fake_quant, '_CHUNK', 100)
+
+
+@pytest.mark.usefixtures('pieces')
 @pytest.mark.parametrize('num_bits', [4, 6, 8])
 @pytest.mark.parametrize('axis', [None, 0, 1])
 def test_values_and_gradients_equal_the_library(num_bits, axis):
@@ -69,6 +77,7 @@ def by_autograd(x, amax, spec):
     return rounded * step
 
 
+@pytest.mark.usefixtures('pieces')
 @pytest.mark.parametrize(('bits', 'axis'), [(8, None), (4, None), (8, 1), (3, 0)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_learned_ranges_get_lsq_s_gradient(bits, axis, dtype):
@@ -136,6 +145,21 @@ def test_one_graph_under_torch_compile(learned, axis, dtype):
     if learned:
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
         assert torch.allclose(grad_amax, grads[1], rtol=tolerance)
+
+
+@pytest.mark.usefixtures('pieces')
+@pytest.mark.parametrize('axis', [None, 0])
+def test_steps_on_a_cpu_are_torch_s_own_operator(axis):
+    """Bit for bit, ties between two steps of the grid among the values."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(8, 50), torch.randint(-300, 300, (8, 50)) / 2 * (2 / 127)], 1)
+    amax = torch.full((8, 1) if axis == 0 else (1,), 2.0)
+    scale, zeros = amax.flatten() / 127, torch.zeros(amax.numel(), dtype=torch.int32)
+    if axis is None:
+        expected = torch.fake_quantize_per_tensor_affine(x, scale, zeros, -128, 127)
+    else:
+        expected = torch.fake_quantize_per_channel_affine(x, scale, zeros, 0, -128, 127)
+    assert torch.equal(fake_quantize(x, amax, QuantSpec(axis=axis)), expected)
 
 
 def test_float64_path_is_the_same_function():
