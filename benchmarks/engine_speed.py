@@ -8,6 +8,7 @@ NNCF gets too; closeness is measured on two others. Engines take turns in one pr
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import benchmark_onnx  # noqa: E402
 from terminal import open_console  # noqa: E402
 
 CONFIG = ROOT / 'configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py'
-PARTS = ('camera.backbone', 'fuser')
+PARTS = ('camera.backbone', 'camera.vtransform', 'fuser', 'head.bbox')
 #: Variants by folder: whether quantized, and for which engine.
 VARIANTS = {
     'float': (False, 'tensorrt'),
@@ -56,27 +57,30 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     open_console()
+    folder = args.work_dir
+    for name in VARIANTS:  # files of a run with other parts would be measured too
+        shutil.rmtree(folder / name, ignore_errors=True)
     torch.manual_seed(0)
     model = fc.build_model(fc.read_config(CONFIG))
     model.init_weights()
     inputs = {seed: generate_inputs(model, args.cams, seed) for seed in CALIBRATION + SAMPLES}
     for cut in bevfusion_cuts(model, inputs[CALIBRATION[0]]):
         if cut.name in args.parts:
-            make_files(cut, inputs, args.work_dir)
-    for part in args.parts:
-        folders = [args.work_dir / part / name for name in VARIANTS]
-        command = [*folders, '--threads', args.threads, '--runs', args.runs]
-        command += ['--inputs', args.work_dir / part / 'samples.npz']
-        command += ['--json', args.work_dir / part / 'speed.json']
-        if args.nncf_python:
-            command += ['--nncf-python', args.nncf_python]
-            command += ['--nncf-inputs', args.work_dir / part / 'calibration.npz']
-        benchmark_onnx.main([str(word) for word in command])
+            make_files(cut, inputs, folder)
+    for name, seeds in (('calibration', CALIBRATION), ('samples', SAMPLES)):
+        tensors = {n: [inputs[s][n].numpy() for s in seeds] for n in inputs[seeds[0]]}
+        np.savez(folder / f'{name}.npz', **{n: np.stack(found) for n, found in tensors.items()})
+    command = [*(folder / name for name in VARIANTS), '--json', folder / 'speed.json']
+    command += ['--threads', args.threads, '--runs', args.runs, '--inputs', folder / 'samples.npz']
+    if args.nncf_python:
+        command += ['--nncf-python', args.nncf_python]
+        command += ['--nncf-inputs', folder / 'calibration.npz']
+    benchmark_onnx.main([str(word) for word in command])
 
 
 @torch.no_grad()
-def make_files(cut: Cut, inputs: dict[int, dict[str, torch.Tensor]], work_dir: Path) -> None:
-    """Weights and ranges for a part, and its files and inputs in ``work_dir``."""
+def make_files(cut: Cut, inputs: dict[int, dict[str, torch.Tensor]], folder: Path) -> None:
+    """Weights and ranges for a part, and its files."""
     norms = [m for m in cut.module.named_modules() if hasattr(m[1], 'running_mean')]
     for name, norm in norms:
         if name.endswith('bn3'):
@@ -87,8 +91,8 @@ def make_files(cut: Cut, inputs: dict[int, dict[str, torch.Tensor]], work_dir: P
     with mq.set_mode(cut.module, 'float'):
         cut.module(*samples[CALIBRATION[0]])
     cut.module.eval()
-    mq.calibrate(cut.module, [samples[seed] for seed in CALIBRATION], 'mse')
-    folder = work_dir / cut.name
+    if mq.quantizers(cut.module):
+        mq.calibrate(cut.module, [samples[seed] for seed in CALIBRATION], 'mse')
     for name, (quantized, target) in VARIANTS.items():
         export_onnx(
             cut.module,
@@ -99,9 +103,6 @@ def make_files(cut: Cut, inputs: dict[int, dict[str, torch.Tensor]], work_dir: P
             quantized=quantized,
             target=target,
         )
-    for name, seeds in (('calibration', CALIBRATION), ('samples', SAMPLES)):
-        stacked = [np.stack([samples[s][i].numpy() for s in seeds]) for i in range(len(cut.inputs))]
-        np.savez(folder / f'{name}.npz', **dict(zip(cut.inputs, stacked, strict=True)))
 
 
 if __name__ == '__main__':

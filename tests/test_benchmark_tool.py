@@ -78,6 +78,12 @@ def test_the_lidar_encoder_of_a_set_is_not_for_engines(work, tmp_path):
     assert list(benchmark_onnx.find_graphs([tmp_path / 'float', tmp_path / 'int8'])) == ['a.onnx']
 
 
+def test_a_set_is_the_sum_of_its_files():
+    one, two = (Variant('int8', [s, 2 * s], {'y': 9.0}, 5.0, (s, 4), 3.0) for s in (1, 2))
+    (whole,) = benchmark_onnx.sum_up({'a': [one], 'b': [two]})
+    assert whole.seconds == [3, 6] and whole.megabytes == 10 and whole.int8 == (3, 8)
+
+
 def test_ratios_are_taken_round_by_round():
     """A machine that is slow for one round does not change them."""
     slow = Variant('a', [2.0, 20.0, 2.0], {}, 0, None, None)

@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[Variant]]:
                 files[PEER] = peer
             results[name] = run(name, files, samples, Path(folder), args, console)
             console.print(table(name, results[name]))
+    if len(results) > 1:
+        console.print(table('whole set, one file after the other', sum_up(results)))
     console.print(
         f'{args.engine}, {args.threads} threads, {args.runs} rounds in turn; ms: median '
         '(quartiles); faster: median of the rounds (quartiles)',
@@ -227,6 +229,26 @@ def run(
             None if args.no_memory else memory,
             lambda: progress.advance(task),
         )
+
+
+def sum_up(results: dict[str, list[Variant]]) -> list[Variant]:
+    """All graphs in a row, by variant: times of equal rounds added."""
+    return [
+        Variant(
+            name=variants[0].name,
+            seconds=[sum(seconds) for seconds in zip(*(v.seconds for v in variants), strict=True)],
+            sqnr={},
+            megabytes=sum(v.megabytes for v in variants),
+            int8=_added([v.int8 for v in variants]),
+            memory=None,
+        )
+        for variants in zip(*results.values(), strict=True)
+    ]
+
+
+def _added(counts: list[tuple[int, int] | None]) -> tuple[int, int] | None:
+    known = [count for count in counts if count]
+    return (sum(c[0] for c in known), sum(c[1] for c in known)) if known else None
 
 
 def table(name: str, variants: list[Variant]) -> Table:
