@@ -76,6 +76,7 @@ SETTINGS = (
     Setting('good'),
     Setting('outlier', learn=True),
     Setting('outlier', learn=True, longer=4),
+    Setting('outlier', learn=True, longer=8),
 )
 #: What chose the numbers of the config; with the first seed only.
 ABLATIONS = (
