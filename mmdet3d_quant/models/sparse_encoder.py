@@ -6,6 +6,7 @@ from typing import Any
 
 from mmdet3d.models.layers import SparseBasicBlock
 from mmdet3d.registry import MODELS
+from torch import nn
 
 from mmdet3d_quant.layers import QuantAdd
 from mmdet3d_quant.layers.base import QuantLayer
@@ -63,8 +64,22 @@ class QuantSparseBasicBlock(SparseBasicBlock):
         return with_values(out, self.relu(total))
 
 
+class _QuantEncoder:
+    """Builds a float encoder out of quantized layers and blocks."""
+
+    float_encoder: type[nn.Module]
+    convs = QUANT_SPARSE
+    block = QuantSparseBasicBlock
+
+    def __init__(
+        self, *args: Any, skip: Skip = FIRST_FLOAT, learn_amax: bool = False, **kwargs: Any
+    ):
+        super().__init__(**arguments(self.float_encoder, args, kwargs))
+        finish(self, skip, learn_amax)
+
+
 @MODELS.register_module()
-class QuantBEVFusionSparseEncoder(BEVFusionSparseEncoder):
+class QuantBEVFusionSparseEncoder(_QuantEncoder, BEVFusionSparseEncoder):
     """``BEVFusionSparseEncoder``, quantized; takes its arguments.
 
     Args:
@@ -74,32 +89,12 @@ class QuantBEVFusionSparseEncoder(BEVFusionSparseEncoder):
         learn_amax: Let training learn the ranges of activations.
     """
 
-    convs = QUANT_SPARSE
-    block = QuantSparseBasicBlock
-
-    def __init__(
-        self, *args: Any, skip: Skip = FIRST_FLOAT, learn_amax: bool = False, **kwargs: Any
-    ):
-        super().__init__(**arguments(BEVFusionSparseEncoder, args, kwargs))
-        finish(self, skip, learn_amax)
+    float_encoder = BEVFusionSparseEncoder
 
 
 @MODELS.register_module()
-class QuantSparseEncoder(PortableSparseEncoder):
-    """mmdet3d's ``SparseEncoder``, quantized; takes its arguments.
+class QuantSparseEncoder(_QuantEncoder, PortableSparseEncoder):
+    """mmdet3d's ``SparseEncoder``, quantized; takes its arguments, and those of
+    :class:`QuantBEVFusionSparseEncoder`."""
 
-    Args:
-        skip: Layers to keep float: name patterns such as ``'encoder_layers.encoder_layer1.*'``,
-            or ``{pattern: reason}``. By default the first convolution, whose input has metres,
-            intensity and seconds on one scale; a ``skip`` that is given takes the place of that.
-        learn_amax: Let training learn the ranges of activations.
-    """
-
-    convs = QUANT_SPARSE
-    block = QuantSparseBasicBlock
-
-    def __init__(
-        self, *args: Any, skip: Skip = FIRST_FLOAT, learn_amax: bool = False, **kwargs: Any
-    ):
-        super().__init__(**arguments(PortableSparseEncoder, args, kwargs))
-        finish(self, skip, learn_amax)
+    float_encoder = PortableSparseEncoder
