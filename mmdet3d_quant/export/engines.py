@@ -47,7 +47,8 @@ class OpenVINO:
         core = ov.Core()
         with reading(path, 'OpenVINO'):
             model = core.read_model(str(path))
-            prepare(model)
+            if Path(path).suffix != '.xml':  # OpenVINO's own runs as it is
+                prepare(model)
             self._compiled = core.compile_model(
                 model,
                 'CPU',

@@ -112,9 +112,22 @@ def _keep_signed_float(model: Any) -> None:
             continue
         for reader in _layers_after(node):
             weights = reader.input(1).get_source_output()
-            if weights.get_node().get_type_name() != 'Constant':
+            if weights.get_node().get_type_name() != 'Constant' and _is_constant(weights):
                 values = ov.compile_model(ov.Model([weights], []), 'CPU')([])[0]
                 reader.input(1).replace_source_output(opset13.constant(values).output(0))
+
+
+def _is_constant(output: Any) -> bool:
+    """Whether no input of the graph has a part in a tensor."""
+    waiting, seen = [output.get_node()], set()
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == 'Parameter':
+            return False
+        if node.get_friendly_name() not in seen:
+            seen.add(node.get_friendly_name())
+            waiting += [i.get_source_output().get_node() for i in node.inputs()]
+    return True
 
 
 def _layers_after(node: Any) -> Iterator[Any]:

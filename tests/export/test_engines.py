@@ -63,6 +63,26 @@ def test_negative_inputs_stay_negative(tmp_path):
     assert engine.int8_convolutions() == (int(not overflows()), 1)
 
 
+def test_a_product_of_two_signed_activations_is_run(tmp_path):
+    """As in attention: none of the two is a weight."""
+    node, tensor = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [node('MatMul', ['ad', 'bd'], ['y'])]
+    for name in 'ba':
+        nodes.insert(0, node('DequantizeLinear', [f'{name}q', 's', 'z'], [f'{name}d']))
+        nodes.insert(0, node('QuantizeLinear', [name, 's', 'z'], [f'{name}q']))
+    values = [onnx.numpy_helper.from_array(np.float32(4 / 127), 's')]
+    values.append(onnx.numpy_helper.from_array(np.int8(0), 'z'))
+    ends = [tensor(n, onnx.TensorProto.FLOAT, [1, 4, 4]) for n in 'aby']
+    graph = onnx.helper.make_graph(nodes, 'product', ends[:2], ends[2:], values)
+    opset = onnx.helper.make_opsetid('', 17)
+    path = tmp_path / 'product.onnx'
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+    rng = np.random.default_rng(0)
+    inputs = {n: rng.standard_normal((1, 4, 4), np.float32) for n in 'ab'}
+    expected = ONNXRuntime(path)(inputs)['y']
+    assert sqnr(torch.from_numpy(expected), torch.from_numpy(OpenVINO(path)(inputs)['y'])) > 20
+
+
 def test_values_above_the_range_are_cut_off_where_they_were(work):
     path, inputs = work
     large = {'x': inputs['x'] * 5}
