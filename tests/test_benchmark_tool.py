@@ -14,6 +14,7 @@ from mmdet3d_quant import calibrate
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export.compare import Variant, generate_samples
 from mmdet3d_quant.export.engine_files import EngineError
+from mmdet3d_quant.export.memory import added_memory
 from tests.small import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -48,7 +49,7 @@ def test_files_are_compared_with_the_float_one(work, tmp_path):
     found = run(
         *(work / k / 'a.onnx' for k in ('float', 'int8', 'coarse')),
         *('--inputs', work / 'inputs.npz', '--json', tmp_path / 'r.json'),
-        *('--picture', tmp_path / 'r.png'),
+        *('--picture', tmp_path / 'r.png', '--no-memory'),
     )
     flat, int8, coarse = found['a.onnx']
     assert [v.name for v in (flat, int8, coarse)] == ['float/a', 'int8/a', 'coarse/a']
@@ -56,10 +57,16 @@ def test_files_are_compared_with_the_float_one(work, tmp_path):
     assert flat.int8 == (0, 2) and int8.int8[0] >= 1
     assert len(int8.seconds) == 3 and all(s > 0 for s in int8.seconds)
     assert flat.megabytes == pytest.approx((work / 'float/a.onnx').stat().st_size / 1e6)
-    assert 1 < int8.memory < 2000
     report = json.loads((tmp_path / 'r.json').read_text())
     assert [v['name'] for v in report['graphs']['a.onnx']] == ['float/a', 'int8/a', 'coarse/a']
     assert report['machine']['openvino'] and (tmp_path / 'r.png').read_bytes()[1:4] == b'PNG'
+
+
+def test_memory_is_that_of_the_file_and_not_of_this_process(work, tmp_path):
+    np.savez(tmp_path / 'x.npz', x=np.zeros((1, 3, 24, 24), np.float32))
+    held = np.ones(1 << 28, np.float32)  # 1 GiB, which a child's getrusage would count
+    assert 1 < added_memory('openvino', work / 'int8/a.onnx', tmp_path / 'x.npz', 1) < 900
+    assert held[-1] == 1
 
 
 def test_folders_share_files_by_name(work):

@@ -89,6 +89,7 @@ torch.save(dict(b=p.bboxes_3d.tensor, s=p.scores_3d, l=p.labels_3d), {str(work /
     assert torch.equal(here.scores_3d, there['s']) and torch.equal(here.labels_3d, there['l'])
 
 
+@pytest.mark.slow
 def test_mmdet3d_test_tool_gives_the_same_boxes(work):
     tool = Path(mmdet3d.__file__).parent / '.mim/tools/test.py'
     cfg = Config.fromfile(work / 'int8.py')

@@ -117,6 +117,7 @@ def test_scores_are_those_of_mmdet3ds_own_tool(work):
     assert f'{key}: {ours[key]:.4f}' in out.stdout + out.stderr
 
 
+@pytest.mark.slow
 def test_quantized_checkpoints_score_as_int8_and_as_float(work, tiny_nuscenes):
     config = write_config(
         work / 'int8.py', 'bevfusion_tiny_lidar-cam_int8_synthetic', tiny_nuscenes
@@ -205,6 +206,7 @@ def test_two_processes_train_bevfusion_like_one(qat, work):
     assert apart(wanted, found) < 1e-3 * apart(wanted, begun)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_on_a_cpu(work):
     run = work / 'bf16'
     TRAIN.main(
