@@ -65,7 +65,7 @@ def _rounded(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     exact = x if x.dtype == torch.float64 else x.float()
     scale = scale_of(amax.to(exact.dtype), spec)
     if exact.dtype == torch.float64 or x.device.type == 'cpu':
-        return _rounded_on_cpu(exact, scale, spec).to(x.dtype)
+        return _rounded_by_steps(exact, scale, spec).to(x.dtype)
     flat = scale.flatten()
     zero_point = torch.zeros_like(flat, dtype=torch.int32)
     if spec.axis is None:
@@ -77,8 +77,8 @@ def _rounded(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     return y.to(x.dtype)
 
 
-def _rounded_on_cpu(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Vectorised steps: torch's fused operator visits values one by one on a CPU."""
+def _rounded_by_steps(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Vectorised: torch's fused operator visits values one by one on a CPU. float64 stays so."""
     inverse = 1 / scale
     if not _in_pieces(x, scale):
         return (x * inverse).round_().clamp_(spec.qmin, spec.qmax).mul_(scale)

@@ -8,12 +8,10 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from export_onnx import example_inputs
 from mmengine.config import DictAction
@@ -24,10 +22,9 @@ from torch import nn
 
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import ExportError, bevfusion_cuts
-from mmdet3d_quant.export.detector import manifest_problems, read_manifest
+from mmdet3d_quant.export.detector import as_exported, manifest_problems, read_manifest
 from mmdet3d_quant.export.engines import ENGINES, Engine, make_engine
 from mmdet3d_quant.export.ladder import Rung, climb, first_fault
-from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files import check_writable, whole
 
 EXAMPLE = """
@@ -75,13 +72,15 @@ def main(argv: list[str] | None = None) -> int:
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=quantized)
     inputs = example_inputs(cfg, model, args, console)
-    cuts = [c for c in bevfusion_cuts(model, inputs) if not args.files or c.name in args.files]
+    told = as_exported(model, args.folder)
+    cuts = [c for c in bevfusion_cuts(told, inputs) if not args.files or c.name in args.files]
     if not cuts:
         raise ExportError(f'no file of the detector is among {", ".join(args.files or [])}')
     missing = [c.name for c in cuts if not (args.folder / f'{c.name}.onnx').is_file()]
     if missing:
         raise ExportError(f'{args.folder} has no {missing[0]}.onnx; export again')
-    again = {c.name: c.module for c in bevfusion_cuts(reload(cfg, model, quantized), inputs)}
+    reloaded = as_exported(reload(cfg, model, quantized), args.folder)
+    again = {c.name: c.module for c in bevfusion_cuts(reloaded, inputs)}
     engines: dict[str, Callable[[Path], Engine]] = {
         name: partial(make_engine, name, num_threads=args.threads) for name in args.engines
     }
@@ -94,10 +93,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress.update(task, advance=1, description=f'{name}: {stage}')
 
             path = args.folder / f'{cut.name}.onnx'
-            unsigned = unsigned_names(onnx.load(str(path)))
-            part = replace(cut, module=with_unsigned(cut.module, unsigned))
-            new = with_unsigned(again[cut.name], unsigned)
-            rungs += climb(part, new, path, engines, quantized, tell)
+            rungs += climb(cut, again[cut.name], path, engines, quantized, tell)
     console.print(table(rungs))
     if args.json:
         with whole(args.json) as part:

@@ -64,7 +64,7 @@ class TensorRT:
         for name in self.input_shapes:
             self._buffers[name].copy_(torch.from_numpy(np.ascontiguousarray(inputs[name])))
         if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError('TensorRT could not run the engine; its log above says why')
+            raise EngineError('TensorRT could not run the engine; its log above says why')
         outputs = [n for n in self._buffers if n not in self.input_shapes]
         return {n: self._buffers[n].cpu().numpy() for n in outputs}
 
