@@ -76,10 +76,10 @@ SETTINGS = (
     Setting('good'),
     Setting('outlier', learn=True),
     Setting('outlier', learn=True, longer=4),
+    Setting('outlier', learn=True, longer=8),
 )
 #: What chose the numbers of the config; with the first seed only.
 ABLATIONS = (
-    Setting('outlier', learn=True, longer=8),
     Setting('outlier'),
     Setting('outlier', learn=True, distill=False),
     Setting('outlier', learn=True, lr=2e-4),

@@ -16,6 +16,19 @@ from typing import Any
 
 import numpy as np
 
+from mmdet3d_quant.export.openvino_fusion import fuse_adds, split_convolutions
+from mmdet3d_quant.export.openvino_nodes import (
+    is_constant,
+    is_rounder,
+    make_rounder,
+    range_of,
+    replace,
+    rounders,
+    single,
+    source,
+    value,
+)
+
 #: Operators that never give a negative number, and those that give none if they get none.
 _RECTIFIERS = ('Relu', 'Sigmoid', 'SoftMax', 'Softmax', 'Exp', 'Abs')
 _PASSING = ('MaxPool', 'AvgPool', 'Concat', 'Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Add')
@@ -28,11 +41,14 @@ def prepare(model: Any) -> None:
         model: As read from an ONNX file; one without Q/DQ nodes stays as it is.
     """
     _join_pairs(model)
-    _round_before_pooling(model)
     _share_equal(model)
+    _round_once(model)
+    _round_before_pooling(model)
     _make_unsigned(model)
     if overflows():
         _keep_signed_float(model)
+    fuse_adds(model)
+    split_convolutions(model)
     model.validate_nodes_and_infer_types()
 
 
@@ -49,9 +65,9 @@ def _join_pairs(model: Any) -> None:
     for multiply in model.get_ops():
         if multiply.get_type_name() != 'Multiply':
             continue
-        node = _source(multiply)
+        node = source(multiply)
         while node is not None and node.get_type_name() in ('Subtract', 'Convert'):
-            node = _source(node)
+            node = source(node)
         if node is None or node.get_type_name() != 'FakeQuantize':
             continue
         data, low, high = (node.input(i).get_source_output() for i in range(3))
@@ -59,75 +75,71 @@ def _join_pairs(model: Any) -> None:
             continue  # a weight
         joined = opset13.fake_quantize(data, low, high, low, high, node.get_attributes()['levels'])
         joined.set_friendly_name(multiply.get_friendly_name())
-        _replace(multiply, joined)
+        replace(multiply, joined)
 
 
 def _round_before_pooling(model: Any) -> None:
     """Rounds before a max pooling instead of after it: the largest number stays the largest."""
-    for node in _rounders(model):
-        pool = _source(node)
+    for node in rounders(model):
+        pool = source(node)
         if pool.get_type_name() != 'MaxPool' or len(pool.output(0).get_target_inputs()) > 1:
             continue
-        low, high = _range(node)
-        inner = _round(pool.input(0).get_source_output(), low, high, node)
+        low, high = range_of(node)
+        inner = make_rounder(pool.input(0).get_source_output(), low, high, node)
         pool.input(0).replace_source_output(inner.output(0))
-        _replace(node, pool)
+        replace(node, pool)
 
 
 def _share_equal(model: Any) -> None:
     """Lets readers of one tensor with one scale read one rounded tensor."""
     first: dict[tuple, Any] = {}
-    for node in _rounders(model):
-        source = node.input(0).get_source_output()
-        key = (source.get_node().get_friendly_name(), source.get_index(), _range(node))
+    for node in rounders(model):
+        data = node.input(0).get_source_output()
+        key = (data.get_node().get_friendly_name(), data.get_index(), range_of(node))
         if key in first:
-            _replace(node, first[key])
+            replace(node, first[key])
         else:
             first[key] = node
+
+
+def _round_once(model: Any) -> None:
+    """Takes away the rounding of what is joined from parts with the same rounding."""
+    for node in rounders(model):
+        joined = source(node)
+        if joined.get_type_name() != 'Concat':
+            continue
+        parts = [i.get_source_output().get_node() for i in joined.inputs()]
+        if all(is_rounder(part) and range_of(part) == range_of(node) for part in parts):
+            replace(node, joined)
 
 
 def _make_unsigned(model: Any) -> None:
     """Quantizes onto 0..127 of an unsigned grid what is never negative: the same steps."""
     from openvino import opset13
 
-    for node in _rounders(model):
-        low, high = _range(node)
-        source = node.input(0).get_source_output()
-        if low >= 0 or not _never_negative(source):
+    for node in rounders(model):
+        low, high = range_of(node)
+        data = node.input(0).get_source_output()
+        if low >= 0 or not _never_negative(data):
             continue
-        rectifier = source.get_node()
-        if rectifier.get_type_name() == 'Relu' and len(source.get_target_inputs()) == 1:
-            source = rectifier.input(0).get_source_output()  # limiting rectifies too
-        limited = opset13.clamp(source, 0.0, high)
-        _replace(node, _round(limited.output(0), 0.0, 255 * (high / 127), node))
+        rectifier = data.get_node()
+        if rectifier.get_type_name() == 'Relu' and len(data.get_target_inputs()) == 1:
+            data = rectifier.input(0).get_source_output()  # limiting rectifies too
+        limited = opset13.clamp(data, 0.0, high)
+        replace(node, make_rounder(limited.output(0), 0.0, 255 * (high / 127), node))
 
 
 def _keep_signed_float(model: Any) -> None:
     """Gives float weights, of the same values, to convolutions that read signed activations."""
-    import openvino as ov
     from openvino import opset13
 
-    for node in _rounders(model):
-        if _range(node)[0] >= 0:
+    for node in rounders(model):
+        if range_of(node)[0] >= 0:
             continue
         for reader in _layers_after(node):
             weights = reader.input(1).get_source_output()
-            if weights.get_node().get_type_name() != 'Constant' and _is_constant(weights):
-                values = ov.compile_model(ov.Model([weights], []), 'CPU')([])[0]
-                reader.input(1).replace_source_output(opset13.constant(values).output(0))
-
-
-def _is_constant(output: Any) -> bool:
-    """Whether no input of the graph has a part in a tensor."""
-    waiting, seen = [output.get_node()], set()
-    while waiting:
-        node = waiting.pop()
-        if node.get_type_name() == 'Parameter':
-            return False
-        if node.get_friendly_name() not in seen:
-            seen.add(node.get_friendly_name())
-            waiting += [i.get_source_output().get_node() for i in node.inputs()]
-    return True
+            if weights.get_node().get_type_name() != 'Constant' and is_constant(weights):
+                reader.input(1).replace_source_output(opset13.constant(value(weights)).output(0))
 
 
 def _layers_after(node: Any) -> Iterator[Any]:
@@ -158,49 +170,11 @@ def overflows() -> bool:
     return bool(np.abs(found / (64 * 127 * 127) - 1).max() > 1e-3)
 
 
-def _round(source: Any, low: float, high: float, like: Any) -> Any:
-    """A FakeQuantize of 256 steps, named like another."""
-    from openvino import opset13
-
-    ends = np.float32(low), np.float32(high)
-    made = opset13.fake_quantize(source, *ends, *ends, 256)
-    made.set_friendly_name(like.get_friendly_name())
-    return made
-
-
-def _rounders(model: Any) -> Iterator[Any]:
-    """FakeQuantize nodes of activations with one range of 256 steps, in order."""
-    for node in model.get_ordered_ops():
-        if (
-            node.get_type_name() == 'FakeQuantize'
-            and node.get_attributes()['levels'] == 256
-            and _source(node).get_type_name() != 'Constant'
-            and all(_single(node, i) is not None for i in range(1, 5))
-            and _single(node, 1) == _single(node, 3)
-            and _single(node, 2) == _single(node, 4)
-        ):
-            yield node
-
-
-def _range(node: Any) -> tuple[float, float]:
-    low, high = _single(node, 1), _single(node, 2)
-    assert low is not None and high is not None
-    return low, high
-
-
-def _single(node: Any, index: int) -> float | None:
-    """The number that an input is, or None if it is several or computed."""
-    constant = node.input(index).get_source_output().get_node()
-    if constant.get_type_name() != 'Constant' or constant.data.size != 1:
-        return None
-    return float(constant.data.reshape(()))
-
-
 def _never_negative(output: Any) -> bool:
     node = output.get_node()
     kind = node.get_type_name()
     if kind == 'FakeQuantize':
-        return _single(node, 3) == 0 or _never_negative(node.input(0).get_source_output())
+        return single(node, 3) == 0 or _never_negative(node.input(0).get_source_output())
     if kind == 'Clamp':
         return node.get_attributes()['min'] >= 0
     if kind in _PASSING:
@@ -209,14 +183,3 @@ def _never_negative(output: Any) -> bool:
     if kind == 'Interpolate' and node.get_attributes()['mode'] in ('nearest', 'linear_onnx'):
         return _never_negative(node.input(0).get_source_output())
     return kind in _RECTIFIERS
-
-
-def _replace(node: Any, other: Any) -> None:
-    """Lets the readers of a node read another one."""
-    for reader in node.output(0).get_target_inputs():
-        reader.replace_source_output(other.output(0))
-
-
-def _source(node: Any) -> Any:
-    """The node that makes the first input, or None where there is no input."""
-    return node.input(0).get_source_output().get_node() if node.inputs() else None

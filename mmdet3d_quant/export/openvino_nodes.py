@@ -1,0 +1,81 @@
+"""Questions to ask of an ``openvino.Model``'s nodes, and how to put others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+
+def source(node: Any) -> Any:
+    """The node that makes the first input, or None where there is no input."""
+    return node.input(0).get_source_output().get_node() if node.inputs() else None
+
+
+def replace(node: Any, other: Any) -> None:
+    """Lets the readers of a node read another one."""
+    for reader in node.output(0).get_target_inputs():
+        reader.replace_source_output(other.output(0))
+
+
+def is_constant(output: Any) -> bool:
+    """Whether no input of the graph has a part in a tensor."""
+    waiting, seen = [output.get_node()], set()
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == 'Parameter':
+            return False
+        if node.get_friendly_name() not in seen:
+            seen.add(node.get_friendly_name())
+            waiting += [i.get_source_output().get_node() for i in node.inputs()]
+    return True
+
+
+def value(output: Any) -> np.ndarray:
+    """What a tensor without a part of the graph's inputs is."""
+    import openvino as ov
+
+    return ov.compile_model(ov.Model([output], []), 'CPU')([])[0]
+
+
+def rounders(model: Any) -> Iterator[Any]:
+    """All of them, in the order of computation."""
+    return filter(is_rounder, model.get_ordered_ops())
+
+
+def is_rounder(node: Any) -> bool:
+    """Whether a node is a FakeQuantize of an activation with one range of 256 steps."""
+    return (
+        node.get_type_name() == 'FakeQuantize'
+        and node.get_attributes()['levels'] == 256
+        and source(node).get_type_name() != 'Constant'
+        and all(single(node, i) is not None for i in range(1, 5))
+        and single(node, 1) == single(node, 3)
+        and single(node, 2) == single(node, 4)
+    )
+
+
+def range_of(node: Any) -> tuple[float, float]:
+    """Least and largest number that a rounder gives."""
+    low, high = single(node, 1), single(node, 2)
+    assert low is not None and high is not None
+    return low, high
+
+
+def single(node: Any, index: int) -> float | None:
+    """The number that an input is, or None if it is several or computed."""
+    constant = node.input(index).get_source_output().get_node()
+    if constant.get_type_name() != 'Constant' or constant.data.size != 1:
+        return None
+    return float(constant.data.reshape(()))
+
+
+def make_rounder(data: Any, low: float, high: float, like: Any) -> Any:
+    """A FakeQuantize of 256 steps, named like another."""
+    from openvino import opset13
+
+    ends = np.float32(low), np.float32(high)
+    made = opset13.fake_quantize(data, *ends, *ends, 256)
+    made.set_friendly_name(like.get_friendly_name())
+    return made
