@@ -78,18 +78,19 @@ class _Layer:
 
     Attributes:
         node: The convolution.
+        largest: What no number that it reads exceeds.
         weights: Its weights, dequantized, (out, in, kH, kW).
         bias: (1, out, 1, 1), or None.
     """
 
     node: Any
+    largest: float
     weights: np.ndarray
     bias: np.ndarray | None
 
     def limit(self) -> float:
         """A number that no result exceeds."""
-        largest = max(np.abs(range_of(source(self.node))))
-        sums = largest * np.abs(self.weights).reshape(len(self.weights), -1).sum(1)
+        sums = self.largest * np.abs(self.weights).reshape(len(self.weights), -1).sum(1)
         return float(sums.max() + (0 if self.bias is None else np.abs(self.bias).max()))
 
     @property
@@ -147,10 +148,23 @@ def _layer(output: Any) -> _Layer | None:
         if shaped.get_partial_shape().is_dynamic:
             return None
         bias, node = constant.data.reshape(tuple(shaped.get_shape())), source(node)
-    if node.get_type_name() != 'Convolution' or not is_rounder(source(node)):
+    if node.get_type_name() != 'Convolution':
         return None
-    weights = node.input(1).get_source_output()
-    return _Layer(node, value(weights), bias) if is_constant(weights) else None
+    largest, weights = _largest(source(node)), node.input(1).get_source_output()
+    if largest is None or not is_constant(weights):
+        return None
+    return _Layer(node, largest, value(weights), bias)
+
+
+def _largest(node: Any) -> float | None:
+    """What no number of a rounded tensor exceeds; None if a tensor is not rounded."""
+    if is_rounder(node):
+        return float(np.abs(range_of(node)).max())
+    if node.get_type_name() not in ('Concat', 'MaxPool'):
+        return None
+    parts = [_largest(i.get_source_output().get_node()) for i in node.inputs()]
+    found = [part for part in parts if part is not None]
+    return max(found) if len(found) == len(parts) else None
 
 
 def _channels(node: Any, count: int) -> slice | None:

@@ -14,9 +14,10 @@ from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export import trt as trt_module
 from mmdet3d_quant.export.engine_files import EngineError
 from mmdet3d_quant.export.engines import ENGINES, ONNXRuntime, OpenVINO, make_engine, race
-from mmdet3d_quant.export.openvino_graph import overflows
+from mmdet3d_quant.export.openvino_graph import overflows, prepare
 from mmdet3d_quant.export.verify import sqnr
-from mmdet3d_quant.layers import QuantConv2d
+from mmdet3d_quant.layers import QuantConcat, QuantConv2d
+from mmdet3d_quant.models.resnet import QuantBottleneck
 
 
 class Net(nn.Module):
@@ -81,6 +82,77 @@ def test_a_product_of_two_signed_activations_is_run(tmp_path):
     inputs = {n: rng.standard_normal((1, 4, 4), np.float32) for n in 'ab'}
     expected = ONNXRuntime(path)(inputs)['y']
     assert sqnr(torch.from_numpy(expected), torch.from_numpy(OpenVINO(path)(inputs)['y'])) > 20
+
+
+class Blocks(nn.Module):
+    """A max pooling, two residual blocks, a concat of before and after, a result cut in two."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(QuantConv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2))
+        half = dict(kernel_size=1, stride=1)
+        down = nn.Sequential(QuantConv2d(16, 32, **half), nn.BatchNorm2d(32))
+        self.blocks = nn.ModuleList(
+            [QuantBottleneck(16, 8, downsample=down), QuantBottleneck(32, 8)]
+        )
+        self.concat = QuantConcat(1)
+        self.last = QuantConv2d(48, 10, 1)
+
+    def quant_ties(self):
+        first = 'blocks.0.conv1._input_quantizer'
+        return [[first, 'concat._input_quantizer', 'last._input_quantizer']]
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.last(self.concat([x, self.blocks[1](self.blocks[0](x))]))
+        return y[:, :4], y[:, 4:]
+
+
+@pytest.fixture(scope='module', params=('tensorrt', 'openvino'))
+def blocks(tmp_path_factory, request):
+    torch.manual_seed(0)
+    net, x = Blocks().eval(), torch.randn(2, 3, 36, 36)
+    calibrate(net, [x], 'max')
+    path = tmp_path_factory.mktemp(request.param) / 'net.onnx'
+    export_onnx(net, [x], path, ['x'], ['a', 'b'], target=request.param)
+    return path, dict(x=x.numpy())
+
+
+def layers(engine):
+    """Type of the layer in which an operator of the file runs, by the operator's name."""
+    found = {}
+    for node in engine._compiled.get_runtime_model().get_ops():
+        info = {k: v.astype(str) for k, v in node.get_rt_info().items()}
+        for name in info.get('originalLayersNames', '').split(','):
+            found[name] = info['layerType'], info['runtimePrecision']
+    return found
+
+
+def test_adds_pooling_and_cuts_run_in_the_int8_convolutions(blocks):
+    path, inputs = blocks
+    engine, reference = OpenVINO(path), ONNXRuntime(path)(inputs)
+    outputs = engine(inputs)
+    assert set(outputs) == {'a', 'b'}
+    if 'openvino' not in path.parent.name or not overflows():
+        assert all(sqnr(reference[name], outputs[name]) > 55 for name in outputs)
+    found = layers(engine)
+    assert {found[f'/blocks.{i}/Add'][0] for i in (0, 1)} == {'Convolution'}
+    int8, convolutions = engine.int8_convolutions()
+    assert convolutions == 10  # the last one is two now
+    assert not any(kind in ('Split', 'StridedSlice') for kind, _ in found.values())
+    if not overflows():  # else what reads the image is float
+        assert int8 == convolutions
+        assert found['/stem/stem.2/MaxPool'][1] in ('i8', 'u8')
+
+
+def test_what_is_joined_from_rounded_parts_is_not_rounded_again(blocks):
+    import openvino as ov
+
+    model = ov.Core().read_model(str(blocks[0]))
+    prepare(model)
+    (concat,) = [n for n in model.get_ops() if n.get_friendly_name() == '/concat/Concat']
+    readers = [i.get_node().get_type_name() for i in concat.output(0).get_target_inputs()]
+    assert readers == ['Convolution', 'Convolution']
 
 
 def test_values_above_the_range_are_cut_off_where_they_were(work):
