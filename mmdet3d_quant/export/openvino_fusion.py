@@ -140,14 +140,12 @@ def _layer(output: Any) -> _Layer | None:
     node, bias = output.get_node(), None
     if node.get_type_name() == 'Add':
         shaped = node.input(1).get_source_output()
-        constant = shaped.get_node()
-        if constant.get_type_name() == 'Reshape':  # to a shape that is computed
-            constant = source(constant)
-        if constant is None or constant.get_type_name() != 'Constant':
+        data = shaped
+        if data.get_node().get_type_name() == 'Reshape':  # to a shape that is computed
+            data = data.get_node().input(0).get_source_output()
+        if shaped.get_partial_shape().is_dynamic or not is_constant(data):
             return None
-        if shaped.get_partial_shape().is_dynamic:
-            return None
-        bias, node = constant.data.reshape(tuple(shaped.get_shape())), source(node)
+        bias, node = value(data).reshape(tuple(shaped.get_shape())), source(node)
     if node.get_type_name() != 'Convolution':
         return None
     largest, weights = _largest(source(node)), node.input(1).get_source_output()
