@@ -43,8 +43,6 @@ PARTS = (
     'img_backbone', 'img_neck', 'view_transform', 'fusion_layer', 'pts_backbone', 'pts_neck'
 )  # yapf: disable  # fmt: skip
 OUTLIER = 16.0
-#: Learning rate of learned ranges: per step a range changes by up to 20 %.
-LEARN = 0.2
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Setting:
         learn: Whether ranges of activations are learned.
         distill: Whether the float model teaches.
         lr: Learning rate of the weights.
+        range_lr: Learning rate of learned ranges: by what share a step changes one at most.
         longer: Factor on the number of steps.
     """
 
@@ -63,12 +62,14 @@ class Setting:
     learn: bool = False
     distill: bool = True
     lr: float = 2e-5
+    range_lr: float = 0.4
     longer: int = 1
 
     def __str__(self) -> str:
         text = f'{self.start}, QAT {"learned" if self.learn else "fixed"} ranges'
         text += '' if self.distill else ', no distillation'
         text += '' if self.lr == 2e-5 else f', lr {self.lr:g}'
+        text += '' if self.range_lr == 0.4 else f', lr of ranges {self.range_lr:g}'
         return text + ('' if self.longer == 1 else f', {self.longer} times the steps')
 
 
@@ -76,13 +77,14 @@ SETTINGS = (
     Setting('good'),
     Setting('outlier', learn=True),
     Setting('outlier', learn=True, longer=4),
-    Setting('outlier', learn=True, longer=8),
 )
 #: What chose the numbers of the config; with the first seed only.
 ABLATIONS = (
     Setting('outlier'),
     Setting('outlier', learn=True, distill=False),
     Setting('outlier', learn=True, lr=2e-4),
+    Setting('outlier', learn=True, range_lr=0.2),
+    Setting('outlier', learn=True, range_lr=0.2, longer=4),
     Setting('good', lr=2e-4),
 )
 
@@ -138,7 +140,7 @@ def train(
         for part in PARTS:
             cfg.model[part].learn_amax = True
         cfg.optim_wrapper.paramwise_cfg = dict(
-            custom_keys={'_amax': dict(lr_mult=LEARN / setting.lr, decay_mult=0)}
+            custom_keys={'_amax': dict(lr_mult=setting.range_lr / setting.lr, decay_mult=0)}
         )
     folder.mkdir(parents=True, exist_ok=True)
     cfg.dump(folder / 'config.py')

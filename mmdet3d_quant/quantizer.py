@@ -70,6 +70,7 @@ class Quantizer(TensorQuantizer):
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
         self.register_buffer('_amax', torch.full(shape, float('nan')))
         self._calibrated = False
+        self.done = False  # what comes is rounded already: `layers.once`
 
     @property
     def amax(self) -> Tensor | None:
@@ -150,7 +151,7 @@ class Quantizer(TensorQuantizer):
         Raises:
             UncalibratedError: In mode quant without a range.
         """
-        if self._disabled:
+        if self._disabled or self.done:
             return x
         if self._if_calib:
             if self._calibrator is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet3d_quant.layers import QuantConv2d
+from mmdet3d_quant.layers.once import rounded_once
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
 from mmdet3d_quant.quantizer import Quantizer
 
@@ -51,9 +52,11 @@ class _QuantBlock:
         return self.relu(out)
 
     def _sum(self, x: Tensor) -> Tensor:
-        out = self._main_branch(x)
-        identity = x if self.downsample is None else self.downsample(x)
-        return out + self.residual_quantizer(identity)
+        ((*names,),) = self.quant_ties()
+        with rounded_once(x, [self.get_submodule(name) for name in names]) as x:
+            out = self._main_branch(x)
+            identity = x if self.downsample is None else self.downsample(x)
+            return out + self.residual_quantizer(identity)
 
 
 @MODELS.register_module()
