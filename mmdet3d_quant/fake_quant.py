@@ -28,6 +28,14 @@ def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
     return amax.clamp(min=MIN_AMAX) / spec.qmax
 
 
+def largest(x: Tensor, dims: list[int]) -> Tensor:
+    """Largest absolute value over some dimensions, which are kept with size 1.
+
+    Several times faster on a CPU than ``x.abs().amax(dims)``, which writes a tensor first.
+    """
+    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+
+
 def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     """Rounds ``x`` to the grid and back, ``clamp(round(x / scale), qmin, qmax) * scale``.
 
@@ -156,6 +164,6 @@ def _inside(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
         return torch.ops.aten.hardtanh_backward(grad, x, -limit, limit)
     if x.device.type == 'cpu' and amax.numel() > 1:
         others = [i for i in range(x.dim()) if amax.shape[i] == 1]
-        if (x.abs().amax(others, keepdim=True) <= amax).all():
+        if (largest(x, others) <= amax).all():
             return grad  # of weights as a rule, whose ranges follow them
     return torch.where(x.abs() <= amax, grad, 0)

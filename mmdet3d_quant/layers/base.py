@@ -6,7 +6,7 @@ import torch
 from pytorch_quantization.nn.modules._utils import QuantMixin
 from torch import Tensor
 
-from mmdet3d_quant.fake_quant import scale_of
+from mmdet3d_quant.fake_quant import largest, scale_of
 from mmdet3d_quant.quantizer import Quantizer
 from mmdet3d_quant.spec import WEIGHT_METHODS, QuantSpec
 
@@ -57,14 +57,14 @@ class QuantLayer(QuantMixin):
             )
         weight = self.weight.detach().float()
         dims = [d for d in range(weight.dim()) if d != self.weight_axis]
-        largest = weight.abs().amax(dims, keepdim=True)
+        limit = largest(weight, dims)
         if method == 'max':
-            return largest
+            return limit
         spec = self._weight_quantizer.spec
-        best = torch.full_like(largest, float('inf'))
-        chosen = largest.clone()
+        best = torch.full_like(limit, float('inf'))
+        chosen = limit.clone()
         for percent in range(100, _LEAST_PERCENT - 1, -1):
-            amax = largest * (percent / 100)
+            amax = limit * (percent / 100)
             step = scale_of(amax, spec)
             error = (weight / step).round().clamp(spec.qmin, spec.qmax).mul(step).sub(weight)
             error = error.square().sum(dims, keepdim=True)
