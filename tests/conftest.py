@@ -1,6 +1,7 @@
 """A tiny data set, made once for all tests that want one."""
 
 import pytest
+import torch
 
 from mmdet3d_quant.synthetic.generate import make_synthetic_nuscenes
 
@@ -21,3 +22,15 @@ def devkit(tiny_nuscenes):
     from nuscenes.nuscenes import NuScenes
 
     return NuScenes(version='v1.0-mini', dataroot=str(tiny_nuscenes), verbose=False)
+
+
+@pytest.fixture
+def same_optimizers():
+    """Puts back the step hooks of all optimizers, which torch.compile takes off for good."""
+    kinds = [k for k in vars(torch.optim).values() if isinstance(k, type) and hasattr(k, 'step')]
+    before = [(kind, kind.step, hasattr(kind.step, 'hooked')) for kind in kinds]
+    yield
+    for kind, step, hooked in before:
+        kind.step = step
+        if not hooked and hasattr(step, 'hooked'):
+            del step.hooked

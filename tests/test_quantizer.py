@@ -113,18 +113,6 @@ def test_gradients_keep_half_types(dtype, axis):
     assert torch.equal(x.grad.bool(), x.detach().abs() <= 1.5)
 
 
-@pytest.fixture
-def same_optimizers():
-    """Puts back the step hooks of all optimizers, which torch.compile takes off for good."""
-    kinds = [k for k in vars(torch.optim).values() if isinstance(k, type) and hasattr(k, 'step')]
-    before = [(kind, kind.step, hasattr(kind.step, 'hooked')) for kind in kinds]
-    yield
-    for kind, step, hooked in before:
-        kind.step = step
-        if not hooked and hasattr(step, 'hooked'):
-            del step.hooked
-
-
 @pytest.mark.usefixtures('same_optimizers')
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('axis', [None, 0])

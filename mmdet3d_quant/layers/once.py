@@ -22,8 +22,8 @@ def rounded_once(x: Tensor, readers: Sequence[Quantizer]) -> Iterator[Tensor]:
 
     Used as ``with rounded_once(x, readers) as x:`` round the code that calls the readers with
     ``x``. Where they might differ (another range or mode, or a learned range, each of which needs
-    a gradient), in compiled code and in a trace, which shall show every one of them, they round
-    by themselves.
+    a gradient), and in a trace, which shall show every one of them, they round by themselves. Not
+    for code that is compiled: there the ``with`` would break the graph.
 
     Args:
         x: What all of them, and nothing else within the block, read.
@@ -46,7 +46,7 @@ def rounded_once(x: Tensor, readers: Sequence[Quantizer]) -> Iterator[Tensor]:
 
 
 def _alike(readers: Sequence[Quantizer]) -> bool:
-    if len(readers) < 2 or torch.jit.is_tracing() or torch._dynamo.is_compiling():
+    if len(readers) < 2 or torch.jit.is_tracing():
         return False
     first = readers[0]
     if any(q.mode != 'quant' or not q.calibrated or q.learned for q in readers):

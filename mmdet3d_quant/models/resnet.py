@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet3d.registry import MODELS
 from torch import Tensor, nn
@@ -52,11 +53,16 @@ class _QuantBlock:
         return self.relu(out)
 
     def _sum(self, x: Tensor) -> Tensor:
+        if torch._dynamo.is_compiling():
+            return self._branches(x)
         ((*names,),) = self.quant_ties()
         with rounded_once(x, [self.get_submodule(name) for name in names]) as x:
-            out = self._main_branch(x)
-            identity = x if self.downsample is None else self.downsample(x)
-            return out + self.residual_quantizer(identity)
+            return self._branches(x)
+
+    def _branches(self, x: Tensor) -> Tensor:
+        out = self._main_branch(x)
+        identity = x if self.downsample is None else self.downsample(x)
+        return out + self.residual_quantizer(identity)
 
 
 @MODELS.register_module()

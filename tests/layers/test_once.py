@@ -115,6 +115,13 @@ def test_a_changed_range_counts_at_once(count):
     assert net(x).equal(copy.deepcopy(net)(x))
 
 
+@pytest.mark.usefixtures('same_optimizers')
+def test_compiled_blocks_are_one_graph():
+    net, x = blocks(QuantBottleneck)
+    compiled = torch.compile(net, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x))
+
+
 def test_an_error_leaves_the_quantizers_as_they_were():
     readers = [Quantizer(), Quantizer()]
     for quantizer in readers:
