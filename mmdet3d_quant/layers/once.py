@@ -49,6 +49,8 @@ def _alike(readers: Sequence[Quantizer]) -> bool:
     if len(readers) < 2 or torch.jit.is_tracing():
         return False
     first = readers[0]
+    if not all(isinstance(q, Quantizer) for q in readers):  # the library's own, put in by hand
+        return False
     if any(q.mode != 'quant' or not q.calibrated or q.learned for q in readers):
         return False
     if any(q.spec != first.spec for q in readers):
