@@ -81,10 +81,11 @@ SETTINGS = (
 #: What chose the numbers of the config; with the first seed only.
 ABLATIONS = (
     Setting('outlier'),
-    Setting('outlier', learn=True, distill=False),
-    Setting('outlier', learn=True, lr=2e-4),
     Setting('outlier', learn=True, range_lr=0.2),
+    Setting('outlier', learn=True, range_lr=0.2, distill=False),
+    Setting('outlier', learn=True, range_lr=0.2, lr=2e-4),
     Setting('outlier', learn=True, range_lr=0.2, longer=4),
+    Setting('outlier', learn=True, range_lr=0.8, longer=4),
     Setting('good', lr=2e-4),
 )
 
