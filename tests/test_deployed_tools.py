@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import sys
 
 import numpy as np
@@ -86,16 +87,20 @@ def test_broken_scales_cost_score(work, whole):
     """The scores are those of the files, not of the model beside them."""
     kept = (work / 'int8/fuser.onnx').read_bytes()
     model = onnx.load_from_string(kept)
-    q = next(n for n in model.graph.node if n.op_type == 'QuantizeLinear' and 'neck' in n.name)
+    scales = {
+        node.input[1]
+        for node in model.graph.node
+        if node.op_type == 'QuantizeLinear' and re.search('neck.*_input_quantizer', node.name)
+    }
     for node in model.graph.node:
-        if node.op_type == 'Constant' and node.output[0] == q.input[1]:
+        if node.op_type == 'Constant' and node.output[0] in scales:
             value = numpy_helper.to_array(node.attribute[0].t)
-            node.attribute[0].t.CopyFrom(numpy_helper.from_array(value * np.float32(30)))
+            node.attribute[0].t.CopyFrom(numpy_helper.from_array(value * np.float32(300)))
     try:
         onnx.save(model, work / 'int8/fuser.onnx')
         with pytest.raises(ExportError, match='fuser.onnx was changed after it was exported'):
             run(work)
-        assert scores(run(work, '--force'))['mAP'] < whole[0]['mAP'] - 0.02
+        assert scores(run(work, '--force'))['mAP'] < whole[0]['mAP'] / 2
     finally:
         (work / 'int8/fuser.onnx').write_bytes(kept)
 
