@@ -256,9 +256,7 @@ def _ranges(
     if (of_input.float_reason is None) != (of_weight.float_reason is None):
         raise ExportError(f'{name} quantizes only one of input and weight: libspconv cannot')
     if of_input.float_reason is not None:
-        axis = 4 if isinstance(conv, OUTPUTS_LAST) else 0
-        largest = conv.weight.detach().abs().amax([d for d in range(5) if d != axis])
-        return None, _floats(largest)
+        return None, _floats(conv.weight_amax())
     if {of_input.spec.num_bits, of_weight.spec.num_bits} != {8}:
         raise ExportError(f'{name} has {of_weight.spec.num_bits} bits; libspconv has INT8')
     return _floats(of_input.amax)[0], _floats(of_weight.amax)
