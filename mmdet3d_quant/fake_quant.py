@@ -31,7 +31,7 @@ def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
 def largest(x: Tensor, dims: list[int]) -> Tensor:
     """Largest absolute value over some dimensions, which are kept with size 1.
 
-    Several times faster on a CPU than ``x.abs().amax(dims)``, which writes a tensor first.
+    Unlike ``x.abs().amax(dims)`` it writes no tensor of the size of ``x``.
     """
     return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
 

@@ -1,4 +1,4 @@
-"""A tiny data set, made once for all tests that want one."""
+"""What several tests want: a tiny data set, made once, and optimizers as they were."""
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ residual adds in float32, and a result that is cut apart channel by channel. No 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,8 @@ def fuse_adds(model: Any) -> None:
                 continue
             layer = _layer(output)
             if layer is not None:
-                ends = np.float32(-layer.limit()), np.float32(layer.limit())
-                same = opset13.fake_quantize(output, *ends, *ends, _FLOAT_LEVELS)
+                limit = np.float32(layer.limit())
+                same = opset13.fake_quantize(output, -limit, limit, -limit, limit, _FLOAT_LEVELS)
                 add.input(i).replace_source_output(same.output(0))
                 break
 
@@ -93,7 +94,7 @@ class _Layer:
         sums = self.largest * np.abs(self.weights).reshape(len(self.weights), -1).sum(1)
         return float(sums.max() + (0 if self.bias is None else np.abs(self.bias).max()))
 
-    @property
+    @cached_property
     def scale(self) -> np.ndarray | None:
         """Steps of the weights, (out, 1, 1, 1), or None where they are not integers times that."""
         multiply = self.node.input(1).get_source_output().get_node()
@@ -103,7 +104,7 @@ class _Layer:
         shape = len(self.weights), *(1,) * (self.weights.ndim - 1)
         return np.broadcast_to(found, shape) if found.size in (1, len(self.weights)) else None
 
-    @property
+    @cached_property
     def integers(self) -> np.ndarray | None:
         """The weights in steps, int8, or None where they have none."""
         if self.scale is None:

@@ -90,8 +90,7 @@ class Blocks(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(QuantConv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2))
-        half = dict(kernel_size=1, stride=1)
-        down = nn.Sequential(QuantConv2d(16, 32, **half), nn.BatchNorm2d(32))
+        down = nn.Sequential(QuantConv2d(16, 32, 1), nn.BatchNorm2d(32))
         self.blocks = nn.ModuleList(
             [QuantBottleneck(16, 8, downsample=down), QuantBottleneck(32, 8)]
         )
