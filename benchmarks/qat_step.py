@@ -4,8 +4,9 @@
 A step is forward, backward and SGD. Ours trains as the QATHook has it: fake quantization of
 activations and weights, weight ranges that follow the weights; ``learned`` learns the ranges of
 activations, too. Stock has pytorch-quantization's own TensorQuantizer in every place, as NVIDIA's
-CUDA-BEVFusion uses it, with fixed ranges. All take turns step by step, so that the machine's moods
-hit all alike. Memory is the peak of a process of its own.
+CUDA-BEVFusion uses it, with fixed ranges. All take turns step by step, in turning order, so that
+the machine's moods hit all alike. Memory is the peak of a process of its own; on a GPU, of what
+torch had allocated there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ EXAMPLE = """
 examples:
   python benchmarks/qat_step.py
   python benchmarks/qat_step.py --cameras 1 --size 128 352 --steps 10
+  python benchmarks/qat_step.py --cameras 24 --steps 30 --device cuda --amp
 """
 
 
@@ -46,20 +48,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--cameras', type=int, default=2, help='default: %(default)s')
     parser.add_argument('--steps', type=int, default=8, help='default: %(default)s')
     parser.add_argument('--kinds', nargs='+', choices=KINDS, default=KINDS)
+    parser.add_argument('--device', default='cpu', help='cpu or cuda; default: %(default)s')
+    parser.add_argument('--amp', action='store_true', help='float16 on a GPU, bfloat16 on a CPU')
     parser.add_argument('--memory', choices=KINDS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def calibrated() -> nn.Module:
+def calibrated(device: str) -> nn.Module:
     """The branch with ranges, batch norm frozen."""
     model = branch()
     mq.calibrate(model, images(1, 1, (128, 352)), 'max', forward=forward)
-    return model
+    return model.to(device)
 
 
-def stepper(kind: str) -> Callable[[Tensor], None]:
+def stepper(kind: str, device: str, amp: bool) -> Callable[[Tensor], None]:
     """A model of one kind and all that a step of it does."""
-    model = calibrated()
+    model = calibrated(device)
     if kind == 'float':
         mq.set_mode(model, 'float')
     elif kind == 'stock':
@@ -69,6 +73,8 @@ def stepper(kind: str) -> Callable[[Tensor], None]:
             if quantizer.spec.axis is None:
                 quantizer.learn()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    place = torch.device(device).type
+    half = torch.float16 if place == 'cuda' else torch.bfloat16
     if kind == 'learned':
         LearnedRanges(model).attach(optimizer)
     if kind in ('ours', 'learned'):
@@ -77,7 +83,9 @@ def stepper(kind: str) -> Callable[[Tensor], None]:
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        sum(y.square().mean() for y in forward(model, x)).backward()
+        with torch.autocast(place, half, enabled=amp):
+            outputs = forward(model, x)
+        sum(y.float().square().mean() for y in outputs).backward()
         optimizer.step()
 
     return step
@@ -94,36 +102,44 @@ def _put_stock(model: nn.Module) -> None:
 
 def compare(args: argparse.Namespace, console: Console) -> None:
     """All kinds in turns."""
-    steps = {kind: stepper(kind) for kind in args.kinds}
+    steps = {kind: stepper(kind, args.device, args.amp) for kind in args.kinds}
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     data = images(args.steps + 1, args.cameras, tuple(args.size))
     for i, x in enumerate(track(data, 'Steps', total=args.steps + 1, console=console)):
-        for kind, step in steps.items():
+        x = x.to(args.device)
+        for kind, step in sorted(steps.items(), reverse=bool(i % 2)):
             start = time.perf_counter()
             step(x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
             if i:  # the first one warms up
                 seconds[kind].append(time.perf_counter() - start)
-    table = Table('', 'median, s', 'times float', 'spread of the ratio', 'peak memory, MiB')
+    table = Table('', 'median, ms', 'times float', 'spread of the ratio', 'peak memory, MiB')
     base = seconds[args.kinds[0]]
     for kind, found in seconds.items():
         ratios = sorted(a / b for a, b in zip(found, base, strict=True))
         table.add_row(
             kind,
-            f'{statistics.median(found):.2f}',
+            f'{statistics.median(found) * 1e3:.0f}',
             f'{statistics.median(ratios):.3f}',
             f'{ratios[0]:.3f} to {ratios[-1]:.3f}',
             _memory(kind, args),
         )
     console.print(table)
+    place = f'{torch.get_num_threads()} threads'
+    if torch.device(args.device).type == 'cuda':
+        place = torch.cuda.get_device_name(args.device)
     console.print(
         f'{args.cameras}x3x{args.size[0]}x{args.size[1]}, {args.steps} steps, '
-        f'{torch.get_num_threads()} threads; ratios are taken step by step, their median is shown'
+        f'{"mixed precision" if args.amp else "float32"}, torch {torch.__version__}, {place}; '
+        'ratios are taken step by step, their median is shown'
     )
 
 
 def _memory(kind: str, args: argparse.Namespace) -> str:
     command = [sys.executable, __file__, '--memory', kind, '--cameras', str(args.cameras)]
-    command += ['--size', *map(str, args.size)]
+    command += ['--size', *map(str, args.size), '--device', args.device]
+    command += ['--amp'] if args.amp else []
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     return found.stdout.split()[-1]
 
@@ -131,10 +147,11 @@ def _memory(kind: str, args: argparse.Namespace) -> str:
 def main() -> None:
     args = parse_args()
     if args.memory:
-        step = stepper(args.memory)
+        step = stepper(args.memory, args.device, args.amp)
         for x in images(2, args.cameras, tuple(args.size)):
-            step(x)
-        print(peak_memory() // 2**20)
+            step(x.to(args.device))
+        on_gpu = torch.device(args.device).type == 'cuda'
+        print((torch.cuda.max_memory_allocated() if on_gpu else peak_memory()) // 2**20)
         return
     compare(args, Console())
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mmdet3d_quant.spec import MIN_AMAX, QuantSpec
 
 #: On a CPU so many values take all steps before the next ones do: they stay in its cache.
 _CHUNK = 2**19
-_compiling = torch._dynamo.is_compiling
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def compiling() -> bool:
+    """Whether torch.compile is looking: at the code, or with stand-ins for tensors."""
+    return torch._dynamo.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
@@ -36,11 +44,17 @@ def largest(x: Tensor, dims: list[int]) -> Tensor:
     return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
 
 
-def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    amax: Tensor,
+    spec: QuantSpec,
+    rectify: bool = False,
+    value: float | None = None,
+    inside: bool = False,
+) -> Tensor:
     """Rounds ``x`` to the grid and back, ``clamp(round(x / scale), qmin, qmax) * scale``.
 
-    Rounds half to even: torch's fused operator on a GPU, which is not waited for, and the same by
-    vectorised steps on a CPU.
+    Rounds half to even; a GPU is not waited for.
 
     Backward, as in pytorch-quantization, the gradient passes where ``|x| <= amax`` and is 0
     elsewhere. Where ``amax`` needs a gradient it gets that of LSQ (Esser et al., 2020) in terms of
@@ -54,6 +68,10 @@ def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
             (to check identities that float32 rounding blurs; not fused).
         amax: float32 with one element (per tensor), or one element per index of ``spec.axis``.
         spec: The grid.
+        rectify: Round ``relu(x)`` instead, forward and backward in the passes over memory that
+            rounding takes anyway.
+        value: The range as a number, where one is known: saves passes over memory on a GPU.
+        inside: Nothing in ``x`` is known to be beyond the range: its gradient needs no mask.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
@@ -63,44 +81,52 @@ def fake_quantize(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     else:
         amax = amax.reshape(1)  # not 0-dimensional: it decides the dtype of comparisons with x
     if torch.is_grad_enabled() and (x.requires_grad or amax.requires_grad):
-        if _compiling():  # torch 2.1 does not trace into a Function
-            return _traceable(x, amax, spec)
-        return _FakeQuantize.apply(x, amax, spec)
-    return _rounded(x, amax, spec)
+        if compiling():  # torch 2.1 does not trace into a Function
+            return _traceable(x.relu() if rectify else x, amax, spec)
+        return _FakeQuantize.apply(x, amax, spec, rectify, value, inside)
+    return _rounded(x, amax, spec, rectify, value)
 
 
-def _rounded(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+def _rounded(
+    x: Tensor, amax: Tensor, spec: QuantSpec, rectify: bool = False, value: float | None = None
+) -> Tensor:
     exact = x if x.dtype == torch.float64 else x.float()
-    scale = scale_of(amax.to(exact.dtype), spec)
-    if exact.dtype == torch.float64 or x.device.type == 'cpu':
-        return _rounded_by_steps(exact, scale, spec).to(x.dtype)
-    flat = scale.flatten()
-    zero_point = torch.zeros_like(flat, dtype=torch.int32)
-    if spec.axis is None:
-        y = torch.fake_quantize_per_tensor_affine(exact, flat, zero_point, spec.qmin, spec.qmax)
-    else:
-        y = torch.fake_quantize_per_channel_affine(
-            exact, flat, zero_point, spec.axis, spec.qmin, spec.qmax
-        )
-    return y.to(x.dtype)
+    ends = 0 if rectify else spec.qmin, spec.qmax
+    if x.device.type == 'cpu' or exact.dtype == torch.float64 or spec.axis is not None:
+        # torch's operator for a range per channel would wait for a GPU.
+        scale = scale_of(amax.to(exact.dtype), spec)
+        return _rounded_by_steps(exact, scale, ends).to(x.dtype)
+    if value is not None:
+        exact = x if x.dtype == torch.float16 else exact  # rounds it in float32, too
+        y = torch.fake_quantize_per_tensor_affine(exact, _step(value, spec), 0, *ends)
+        return y.to(x.dtype)
+    scale = scale_of(amax, spec)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_tensor_affine(exact, scale, zero_point, *ends).to(x.dtype)
 
 
-def _rounded_by_steps(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+def _rounded_by_steps(x: Tensor, scale: Tensor, ends: tuple[int, int]) -> Tensor:
     """Vectorised: torch's fused operator visits values one by one on a CPU. float64 stays so."""
     inverse = 1 / scale
     if not _in_pieces(x, scale):
-        return (x * inverse).round_().clamp_(spec.qmin, spec.qmax).mul_(scale)
+        return (x * inverse).round_().clamp_(*ends).mul_(scale)
     y = torch.empty_like(x)
-    for part, out in zip(x.view(-1).split(_CHUNK), y.view(-1).split(_CHUNK), strict=True):
-        torch.mul(part, inverse, out=out)
-        out.round_().clamp_(spec.qmin, spec.qmax).mul_(scale)
+    if scale.numel() == 1:
+        parts = x.view(-1).split(_CHUNK), y.view(-1).split(_CHUNK), repeat(inverse), repeat(scale)
+    else:
+        rows = max(1, _CHUNK // x[0].numel())
+        parts = tuple(t.split(rows) for t in (x, y, inverse, scale))
+    for part, out, factor, step in zip(*parts, strict=False):  # repeat() has no end
+        torch.mul(part, factor, out=out)
+        out.round_().clamp_(*ends).mul_(step)
     return y
 
 
 def _in_pieces(x: Tensor, amax: Tensor) -> bool:
     """Whether a tensor is worth visiting piece by piece."""
     large = x.device.type == 'cpu' and x.numel() > _CHUNK
-    return large and amax.numel() == 1 and x.is_contiguous() and not _compiling()
+    by_rows = amax.numel() in (1, amax.shape[0])
+    return large and by_rows and x.is_contiguous() and not compiling()
 
 
 class _FakeQuantize(Function):
@@ -108,35 +134,59 @@ class _FakeQuantize(Function):
     ReLU) and after (a convolution) keep for their own gradients anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
-        y = _rounded(x, amax, spec)
-        ctx.qmax = spec.qmax
-        ctx.save_for_backward(x, amax, y if ctx.needs_input_grad[1] else None)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        amax: Tensor,
+        spec: QuantSpec,
+        rectify: bool,
+        value: float | None,
+        inside: bool,
+    ) -> Tensor:
+        y = _rounded(x, amax, spec, rectify, value)
+        ctx.qmax, ctx.rectify, ctx.value = spec.qmax, rectify, value
+        learned = ctx.needs_input_grad[1]
+        ctx.passes = inside and not learned
+        if not ctx.passes:
+            ctx.save_for_backward(x, amax, y if learned else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.passes:
+            return grad, None, None, None, None, None
         x, amax, y = ctx.saved_tensors
         if y is None:
-            return _inside(grad, x, amax), None, None
-        grad_x, slope = _slope(grad, x, y, amax)
+            return _inside(grad, x, amax, ctx.rectify, ctx.value), None, None, None, None, None
+        grad_x, slope = _slope(grad, x, y, amax, ctx.rectify)
         grad_amax = slope.reshape(amax.shape) * _lsq_factor(x, amax, ctx.qmax)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None
+        return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None, None
 
 
-def _slope(grad: Tensor, x: Tensor, y: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
-    """``grad`` where ``|x| <= amax``, else 0; and ``sum(grad * y - that * x)`` for each range."""
-    if _in_pieces(grad, amax) and x.is_contiguous() and y.is_contiguous():
-        grad_x = torch.empty_like(grad)
-        slope = amax.new_zeros(1)
-        pieces = (t.view(-1).split(_CHUNK) for t in (grad, x, y, grad_x))
-        for g, value, rounded, out in zip(*pieces, strict=True):
-            out.copy_(_inside(g, value, amax))
-            slope += (rounded * g).addcmul_(out, value, value=-1).sum(dtype=slope.dtype)
-        return grad_x, slope
-    grad_x = _inside(grad, x, amax)
-    others = [i for i in range(x.dim()) if i >= amax.dim() or amax.shape[i] == 1]
-    return grad_x, (y * grad - grad_x * x).float().sum(others)
+def _slope(
+    grad: Tensor, x: Tensor, y: Tensor, amax: Tensor, rectify: bool
+) -> tuple[Tensor, Tensor]:
+    """``grad`` inside the range, else 0; and ``sum(grad * y - that * x)`` for each range."""
+    contiguous = all(t.is_contiguous() for t in (grad, x, y))
+    if amax.numel() > 1 or x.element_size() < 4 or not contiguous:
+        grad_x = _inside(grad, x, amax, rectify)
+        others = [i for i in range(x.dim()) if i >= amax.dim() or amax.shape[i] == 1]
+        return grad_x, (y * grad - grad_x * x).float().sum(others)
+    if not _in_pieces(x, amax):
+        grad_x = _inside(grad, x, amax, rectify)
+        return grad_x, (_dot(grad, y) - _dot(grad_x, x)).to(amax.dtype)
+    grad_x = torch.empty_like(grad)
+    slope = amax.new_zeros(1)
+    pieces = (t.view(-1).split(_CHUNK) for t in (grad, x, y, grad_x))
+    for g, value, rounded, out in zip(*pieces, strict=True):
+        out.copy_(_inside(g, value, amax, rectify))
+        slope += _dot(g, rounded) - _dot(out, value)
+    return grad_x, slope
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """``(a * b).sum()`` of contiguous tensors, which writes nothing of their size."""
+    return torch.dot(a.view(-1), b.view(-1))
 
 
 def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:
@@ -155,15 +205,35 @@ def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     return (y + slope * (amax - amax.detach())).to(x.dtype) if amax.requires_grad else y
 
 
-def _inside(grad: Tensor, x: Tensor, amax: Tensor) -> Tensor:
-    """``grad`` where ``|x| <= amax``, else 0."""
-    fast = amax.numel() == 1 and x.device.type == 'cpu' and x.dtype == torch.float32
-    if fast:
+def _inside(
+    grad: Tensor, x: Tensor, amax: Tensor, rectify: bool, value: float | None = None
+) -> Tensor:
+    """``grad`` where ``|x| <= amax`` (of what is rectified, where ``0 < x <= amax``), else 0."""
+    on_cpu = x.device.type == 'cpu'
+    if on_cpu and amax.numel() == 1:
+        value = amax.item()
+    if value is not None and not (on_cpu and x.dtype == torch.float16):
+        end = _beyond(value, x.dtype)
         # One pass over memory; its bounds are exclusive.
-        limit = torch.nextafter(amax, amax.new_tensor(torch.inf)).item()
-        return torch.ops.aten.hardtanh_backward(grad, x, -limit, limit)
-    if x.device.type == 'cpu' and amax.numel() > 1:
+        return torch.ops.aten.hardtanh_backward(grad, x, 0.0 if rectify else -end, end)
+    if rectify:
+        return torch.where((x > 0) & (x <= amax), grad, 0)
+    if on_cpu and amax.numel() > 1:
         others = [i for i in range(x.dim()) if amax.shape[i] == 1]
         if (largest(x, others) <= amax).all():
             return grad  # of weights as a rule, whose ranges follow them
     return torch.where(x.abs() <= amax, grad, 0)
+
+
+@lru_cache(maxsize=4096)
+def _step(amax: float, spec: QuantSpec) -> float:
+    return scale_of(torch.tensor(amax), spec).item()
+
+
+@lru_cache(maxsize=4096)
+def _beyond(value: float, dtype: torch.dtype) -> float:
+    """The smallest number of a type that is larger than a positive float32."""
+    near = torch.tensor(value, dtype=dtype)
+    if near.item() <= value:
+        near = (near.view(_BITS[near.element_size()]) + 1).view(dtype)
+    return near.item()

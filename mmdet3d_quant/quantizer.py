@@ -10,7 +10,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
 from mmdet3d_quant.errors import QuantError
-from mmdet3d_quant.fake_quant import fake_quantize
+from mmdet3d_quant.fake_quant import compiling, fake_quantize
 from mmdet3d_quant.spec import QuantSpec, check_mode
 
 HOW_TO_CALIBRATE = (
@@ -18,6 +18,11 @@ HOW_TO_CALIBRATE = (
     'or `mmdet3d_quant.calibrate(model, batches)`. To run the model unquantized: '
     "`mmdet3d_quant.set_mode(model, 'float')`."
 )
+
+
+Grid = tuple[QuantSpec, Any]
+#: Attribute of a rounded tensor: its version then, and the grid.
+_MARK = '_quantizer_grid'
 
 
 class UncalibratedError(QuantError):
@@ -70,7 +75,10 @@ class Quantizer(TensorQuantizer):
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
         self.register_buffer('_amax', torch.full(shape, float('nan')))
         self._calibrated = False
-        self.done = False  # what comes is rounded already: `layers.once`
+        #: The range when it was last read, its place, version and value.
+        self._read: tuple[Tensor | None, int, int, float] = (None, 0, 0, 0.0)
+        #: A tensor, mostly the weight, and the versions of it and of the range when compared.
+        self._covered: tuple[Tensor | None, int, int] = (None, 0, 0)
 
     @property
     def amax(self) -> Tensor | None:
@@ -151,7 +159,7 @@ class Quantizer(TensorQuantizer):
         Raises:
             UncalibratedError: In mode quant without a range.
         """
-        if self._disabled or self.done:
+        if self._disabled:
             return x
         if self._if_calib:
             if self._calibrator is not None:
@@ -159,7 +167,55 @@ class Quantizer(TensorQuantizer):
             return x
         if not self._calibrated:
             raise UncalibratedError([self.label])
-        return fake_quantize(x, self._amax, self.spec)
+        if compiling():  # nothing is noted there
+            return fake_quantize(x, self._amax, self.spec)
+        if x is self._covered[0] and self._covered[1:] == (x._version, self._amax._version):
+            return fake_quantize(x, self._amax, self.spec, inside=True)
+        grid = self.grid
+        if grid is not None and _grid_of(x) == grid:
+            return x
+        return self._on_grid(x, grid)
+
+    def rectified(self, x: Tensor) -> Tensor:
+        """What the quantizer gives for ``relu(x)``, in one pass over memory; in mode quant."""
+        return self._on_grid(x, self.grid, rectify=True)
+
+    @property
+    def grid(self) -> Grid | None:
+        """What it rounds to: quantizers of equal grids round alike.
+
+        A learned range equals no other, since it wants a gradient of its own. None where it does
+        not round, has a range per channel, and in traced or compiled code, which shall show every
+        quantizer. Reading a range on a GPU waits for it: that is done once for every change.
+        """
+        if compiling() or torch.jit.is_tracing():
+            return None
+        if self.mode != 'quant' or not self._calibrated or self._amax.numel() > 1:
+            return None
+        if self.learned:
+            return self.spec, (id(self), self._amax._version)
+        known, *before = self._read[:3]
+        now = [self._amax.data_ptr(), self._amax._version]
+        if known is not self._amax or before != now:
+            self._read = (self._amax, *now, self._amax.item())
+        return self.spec, self._read[-1]
+
+    def mark(self, x: Tensor) -> None:
+        """Notes on a tensor that its values are on the grid already, so that they may pass.
+
+        Holds for the tensor itself, not for what is made of it or becomes of it in place.
+        """
+        _mark(x, self.grid)
+
+    def cover(self, x: Tensor) -> None:
+        """Notes that nothing in a tensor is beyond the range, as long as neither changes."""
+        self._covered = x, x._version, self._amax._version
+
+    def _on_grid(self, x: Tensor, grid: Grid | None, rectify: bool = False) -> Tensor:
+        value = None if grid is None or self.learned else grid[1]
+        y = fake_quantize(x, self._amax, self.spec, rectify, value)
+        _mark(y, grid)
+        return y
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: grid, range and mode, or why the layer is float."""
@@ -199,3 +255,14 @@ class Quantizer(TensorQuantizer):
             return
         amax = state_dict[key]
         self._calibrated = bool((torch.isfinite(amax) & (amax >= 0)).all())
+
+
+def _mark(x: Tensor, grid: Grid | None) -> None:
+    if grid is not None and not x.is_inference():  # which has no version
+        setattr(x, _MARK, (x._version, grid))
+
+
+def _grid_of(x: Tensor) -> Grid | None:
+    """The grid that a tensor is marked to be on."""
+    version, grid = getattr(x, _MARK, (None, None))
+    return grid if grid is not None and version == x._version else None

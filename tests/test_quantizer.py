@@ -64,6 +64,42 @@ def test_gradient_at_the_very_edge_is_the_library_s(axis):
     assert a.grad.tolist() == b.grad.tolist() == [[1, 1, 0, 0, 1, 1]] * 2
 
 
+@pytest.mark.usefixtures('pieces')
+@pytest.mark.parametrize('learned', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('axis', [None, 0])
+def test_a_relu_within_is_a_relu_before(dtype, axis, learned):
+    torch.manual_seed(0)
+    shape = (6, 1) if axis == 0 else (1,)
+    amax = torch.rand(shape) + 0.5
+    edges = [amax, torch.nextafter(amax, torch.tensor(torch.inf)), amax * 0, amax * 1e-9, -amax]
+    edges = torch.cat([e.expand(6, 1) for e in edges], 1)
+    x = torch.cat([torch.randn(6, 100), edges], 1).to(dtype)
+    g = torch.randn(x.shape).to(dtype)
+    results = []
+    for inner in (True, False):
+        a, r = x.clone().requires_grad_(), amax.clone().requires_grad_(learned)
+        spec = QuantSpec(axis=axis)
+        y = fake_quantize(a, r, spec, rectify=True) if inner else fake_quantize(a.relu(), r, spec)
+        y.backward(g)
+        results.append((y.detach(), a.grad, r.grad))
+    (y, grad, slope), (y_apart, grad_apart, slope_apart) = results
+    assert y.equal(y_apart) and grad.equal(grad_apart) and 0 < (grad != 0).sum() < x.numel()
+    if learned:
+        torch.testing.assert_close(slope, slope_apart)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_edge_is_right_in_every_type(dtype):
+    """A range need not be a number of the type; the gradient passes up to the last one within."""
+    for amax in (torch.tensor(0.3), torch.tensor(1.0), torch.tensor(300.7)):
+        near = torch.linspace(0.97, 1.03, 5001, dtype=torch.float64).mul(amax.item())
+        x = torch.cat([near, -near, amax[None].double()]).to(dtype).requires_grad_()
+        fake_quantize(x, amax, QuantSpec()).sum().backward()
+        assert x.grad.bool().equal(x.detach().double().abs() <= amax.item())
+        assert x.grad.bool().any() and not x.grad.bool().all()
+
+
 def by_autograd(x, amax, spec):
     """LSQ as its paper writes it, out of differentiable operations, with the step learned."""
     step = amax / spec.qmax

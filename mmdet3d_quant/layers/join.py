@@ -26,7 +26,10 @@ class QuantConcat(nn.Module):
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenates any number of tensors, quantized alike."""
-        return torch.cat([self._input_quantizer(t) for t in tensors], self.dim)
+        y = torch.cat([self._input_quantizer(t) for t in tensors], self.dim)
+        if isinstance(self._input_quantizer, Quantizer):
+            self._input_quantizer.mark(y)
+        return y
 
     def extra_repr(self) -> str:
         return f'dim={self.dim}'

@@ -1,63 +1,49 @@
-"""Rounding a tensor once for several readers that would round it alike."""
+"""Rounding a tensor once, where it arises, for all quantizers that read it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet3d_quant.quantizer import Quantizer
 
-#: By the first reader: the ranges that were compared, by place and version, and whether they are
-#: equal. On a GPU comparing waits for it, so it is done once for every change.
-_compared: WeakKeyDictionary[Quantizer, tuple[list[tuple[int, int]], bool]] = WeakKeyDictionary()
 
+def rounded_once(x: Tensor, readers: Sequence[nn.Module]) -> Tensor:
+    """Rounds what several quantizers read, if they have one grid: the same values and gradients.
 
-@contextmanager
-def rounded_once(x: Tensor, readers: Sequence[Quantizer]) -> Iterator[Tensor]:
-    """Lets tied quantizers that read one tensor share the work: the same values and gradients.
-
-    Used as ``with rounded_once(x, readers) as x:`` round the code that calls the readers with
-    ``x``. Where they might differ (another range or mode, or a learned range, each of which needs
-    a gradient), and in a trace, which shall show every one of them, they round by themselves. Not
-    for code that is compiled: there the ``with`` would break the graph.
+    The readers then let it pass. Where they differ they are left to round by themselves.
 
     Args:
-        x: What all of them, and nothing else within the block, read.
-        readers: With less than two there is nothing to share.
+        x: What the readers are about to read.
+        readers: Quantizers; with less than two there is nothing to share.
 
-    Yields:
-        ``x``, rounded if all would round it alike.
+    Returns:
+        ``x``, rounded if that serves all.
     """
-    if not _alike(readers):
-        yield x
-        return
-    x = readers[0](x)
-    for reader in readers:
-        reader.done = True
-    try:
-        yield x
-    finally:
-        for reader in readers:
-            reader.done = False
+    return readers[0](x) if len(readers) > 1 and _alike(readers) else x
 
 
-def _alike(readers: Sequence[Quantizer]) -> bool:
-    if len(readers) < 2 or torch.jit.is_tracing():
+def rectified(x: Tensor, relu: nn.Module, readers: Sequence[Any]) -> Tensor:
+    """``relu(x)`` and, in training, the rounding of those that read it in the same pass.
+
+    Args:
+        x: Input of the activation.
+        relu: The activation; called where the two cannot be joined.
+        readers: All that read its output; quantizers if the two are to be joined.
+
+    Returns:
+        ``relu(x)``, rounded if that serves all.
+    """
+    if torch.is_grad_enabled() and type(relu) is nn.ReLU and _alike(readers):
+        return readers[0].rectified(x)
+    return relu(x)
+
+
+def _alike(readers: Sequence[Any]) -> bool:
+    if not readers or not all(isinstance(q, Quantizer) for q in readers):
         return False
-    first = readers[0]
-    if not all(isinstance(q, Quantizer) for q in readers):  # the library's own, put in by hand
-        return False
-    if any(q.mode != 'quant' or not q.calibrated or q.learned for q in readers):
-        return False
-    if any(q.spec != first.spec for q in readers):
-        return False
-    versions = [(q._amax.data_ptr(), q._amax._version) for q in readers]
-    known, equal = _compared.get(first, ([], False))
-    if known != versions:
-        equal = all(torch.equal(q._amax, first._amax) for q in readers)
-        _compared[first] = versions, equal
-    return equal
+    grid = readers[0].grid
+    return grid is not None and all(q.grid == grid for q in readers)

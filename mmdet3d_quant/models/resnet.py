@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
-import torch
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
+from mmdet.models.layers import ResLayer
 from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet3d_quant.layers import QuantConv2d
-from mmdet3d_quant.layers.once import rounded_once
+from mmdet3d_quant.layers.once import rectified, rounded_once
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
 from mmdet3d_quant.quantizer import Quantizer
 
@@ -44,25 +46,36 @@ class _QuantBlock:
             readers.append('downsample.0._input_quantizer')
         return [readers]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Output of the block for an (N, C, H, W) input."""
+    def input_quantizers(self) -> list[nn.Module]:
+        """All that read the input of the block; none if something that rounds not does, too."""
+        ((*names,),) = self.quant_ties()
+        if self.downsample is not None and len(names) == 1:  # the average pool
+            return []
+        return [reduce(getattr, name.split('.'), self) for name in names]  # torch.compile follows
+
+    def forward(self, x: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor:
+        """Output of the block for an (N, C, H, W) input.
+
+        Args:
+            x: Output of the block before.
+            readers: The quantizers that read the output, if nothing else does: what they do may
+                be done here.
+        """
         if self.with_cp and x.requires_grad:
             out = checkpoint(self._sum, x, use_reentrant=False)
         else:
             out = self._sum(x)
-        return self.relu(out)
+        return rectified(out, self.relu, readers)
 
     def _sum(self, x: Tensor) -> Tensor:
-        if torch._dynamo.is_compiling():
-            return self._branches(x)
-        ((*names,),) = self.quant_ties()
-        with rounded_once(x, [self.get_submodule(name) for name in names]) as x:
-            return self._branches(x)
-
-    def _branches(self, x: Tensor) -> Tensor:
+        x = rounded_once(x, self.input_quantizers())
         out = self._main_branch(x)
         identity = x if self.downsample is None else self.downsample(x)
         return out + self.residual_quantizer(identity)
+
+    def _activated(self, x: Tensor, conv: nn.Module) -> Tensor:
+        """``x`` rectified, for a convolution to read."""
+        return rectified(x, self.relu, [getattr(conv, '_input_quantizer', None)])
 
 
 @MODELS.register_module()
@@ -72,7 +85,7 @@ class QuantBasicBlock(_QuantBlock, BasicBlock):
     float_block = BasicBlock
 
     def _main_branch(self, x: Tensor) -> Tensor:
-        out = self.relu(self.norm1(self.conv1(x)))
+        out = self._activated(self.norm1(self.conv1(x)), self.conv2)
         return self.norm2(self.conv2(out))
 
 
@@ -83,17 +96,37 @@ class QuantBottleneck(_QuantBlock, Bottleneck):
     float_block = Bottleneck
 
     def _main_branch(self, x: Tensor) -> Tensor:
-        out = self._plugins(1, self.relu(self.norm1(self.conv1(x))))
-        out = self._plugins(2, self.relu(self.norm2(self.conv2(out))))
-        return self._plugins(3, self.norm3(self.conv3(out)))
+        out = self._between(self.norm1(self.conv1(x)), 1, self.conv2)
+        out = self._between(self.norm2(self.conv2(out)), 2, self.conv3)
+        return self._plugins(self.norm3(self.conv3(out)), 3)
 
-    def _plugins(self, conv: int, x: Tensor) -> Tensor:
+    def _between(self, x: Tensor, index: int, conv: nn.Module) -> Tensor:
+        if self.with_plugins and getattr(self, f'after_conv{index}_plugin_names'):
+            return self._plugins(self.relu(x), index)
+        return self._activated(x, conv)
+
+    def _plugins(self, x: Tensor, index: int) -> Tensor:
         if not self.with_plugins:
             return x
-        return self.forward_plugin(x, getattr(self, f'after_conv{conv}_plugin_names'))
+        return self.forward_plugin(x, getattr(self, f'after_conv{index}_plugin_names'))
 
 
 QUANT_BLOCKS = {BasicBlock: QuantBasicBlock, Bottleneck: QuantBottleneck}
+
+
+class QuantResLayer(ResLayer):
+    """A stage, each block of which does the rounding of the next one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Output of the last block for an (N, C, H, W) input."""
+        blocks = list(self)
+        for i, block in enumerate(blocks):
+            following = blocks[i + 1] if i + 1 < len(blocks) else None
+            if isinstance(block, _QuantBlock) and isinstance(following, _QuantBlock):
+                x = block(x, following.input_quantizers())
+            else:
+                x = block(x)
+        return x
 
 
 @MODELS.register_module()
@@ -119,10 +152,10 @@ class QuantResNet(ResNet):
         finish(self, skip, learn_amax)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
-        """A stage, of quantized blocks."""
+        """A stage of quantized blocks."""
         # Swapped here and not in `arch_settings`: ResNet compares the block with its own
         # classes to decide on zero-initialised residuals.
-        return super().make_res_layer(**{**kwargs, 'block': QUANT_BLOCKS[kwargs['block']]})
+        return QuantResLayer(**{**kwargs, 'block': QUANT_BLOCKS[kwargs['block']]})
 
     def output_readers(self) -> list[list[str]]:
         """For each output, the input of the next stage's first block, which reads it too."""

@@ -40,12 +40,16 @@ class WeightRanges:
                 continue
             largest = layer.weight_amax()
             self.ratios[name] = torch.where(largest > 0, amax / largest, torch.ones_like(amax))
+        self._covering = {name: bool((ratio >= 1).all()) for name, ratio in self.ratios.items()}
 
     @torch.no_grad()
     def follow(self) -> None:
         """Sets all ranges anew; without synchronisation with a GPU."""
         for name, layer in self._layers.items():
-            layer._weight_quantizer._amax.copy_(layer.weight_amax() * self.ratios[name])
+            quantizer = layer._weight_quantizer
+            quantizer._amax.copy_(layer.weight_amax() * self.ratios[name])
+            if self._covering[name]:
+                quantizer.cover(layer.weight)
 
 
 class LearnedRanges:

@@ -1,30 +1,36 @@
-"""Rounding once for several readers: the same numbers, less work, and only where all agree."""
+"""Rounding once, and with the ReLU: the same numbers, less work, and only where all agree."""
 
 import copy
 
 import pytest
 import torch
+from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 
 from mmdet3d_quant import calibrate, quantizers, set_mode
 from mmdet3d_quant import quantizer as quantizer_module
-from mmdet3d_quant.layers import QuantConv2d
-from mmdet3d_quant.layers.once import rounded_once
-from mmdet3d_quant.models import resnet
-from mmdet3d_quant.models.resnet import QuantBasicBlock, QuantBottleneck
+from mmdet3d_quant.layers import QuantConcat, QuantConv2d, once
+from mmdet3d_quant.models.resnet import QuantBasicBlock, QuantBottleneck, QuantResLayer
 from mmdet3d_quant.quantizer import Quantizer
 
 
-def blocks(kind, with_cp=False):
+class Stage(QuantResLayer):
+    """Of given blocks."""
+
+    def __init__(self, *blocks):
+        nn.Sequential.__init__(self, *blocks)
+
+
+def blocks(kind, **options):
     """One with a convolution in its identity branch, one with an average pooling, one plain."""
     torch.manual_seed(0)
     out = 4 * kind.expansion
     conv = nn.Sequential(QuantConv2d(8, out, 1), nn.BatchNorm2d(out))
     pool = nn.Sequential(nn.AvgPool2d(1), QuantConv2d(out, out, 1), nn.BatchNorm2d(out))
-    net = nn.Sequential(
-        kind(8, 4, downsample=conv, with_cp=with_cp),
-        kind(out, 4, downsample=pool, with_cp=with_cp),
-        kind(out, 4, with_cp=with_cp),
+    net = Stage(
+        kind(8, 4, downsample=conv, **options),
+        kind(out, 4, downsample=pool, **options),
+        kind(out, 4, **options),
     ).eval()
     x = torch.randn(2, 8, 9, 9, requires_grad=True)
     calibrate(net, [x.detach()], 'percentile:99')  # some values are beyond the range
@@ -33,18 +39,24 @@ def blocks(kind, with_cp=False):
 
 
 @pytest.fixture
-def count(monkeypatch):
-    """Counts the roundings of activations."""
+def roundings(monkeypatch):
+    """Whether a ReLU was part of it, for each rounding of activations."""
     calls = []
     genuine = quantizer_module.fake_quantize
 
-    def counted(x, amax, spec):
+    def noted(x, amax, spec, rectify=False, *rest, **kwargs):
         if spec.axis is None:
-            calls.append(x.shape)
-        return genuine(x, amax, spec)
+            calls.append(rectify)
+        return genuine(x, amax, spec, rectify, *rest, **kwargs)
 
-    monkeypatch.setattr(quantizer_module, 'fake_quantize', counted)
+    monkeypatch.setattr(quantizer_module, 'fake_quantize', noted)
     return calls
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """A call of it makes all round by themselves."""
+    return lambda: monkeypatch.setattr(once, '_alike', lambda readers: False)
 
 
 def results(net, x):
@@ -56,31 +68,44 @@ def results(net, x):
     return [y.detach(), x.grad, *(p.grad for p in net.parameters())]
 
 
-@pytest.mark.parametrize('with_cp', (False, True))
-@pytest.mark.parametrize('kind', (QuantBasicBlock, QuantBottleneck))
-def test_values_and_gradients_are_those_of_rounding_twice(kind, with_cp, count, monkeypatch):
-    net, x = blocks(kind, with_cp)
-    once = results(net, x)
-    shared = len(count)
-    apart = {}
+PLUGIN = dict(cfg=dict(type='ContextBlock', ratio=0.5), position='after_conv1')
 
-    def each(x, readers):
-        apart['used'] = True
-        return rounded_once(x, readers[:1])
 
-    monkeypatch.setattr(resnet, 'rounded_once', each)
-    twice = results(net, x)
-    assert apart and len(count) - shared == shared + (4 if with_cp else 2)
-    for a, b in zip(once, twice, strict=True):
+@pytest.mark.parametrize('learned', [False, True])
+@pytest.mark.parametrize(
+    ('kind', 'options', 'count', 'saved', 'rectified'),
+    [
+        (QuantBasicBlock, {}, 9, 2, 4),
+        (QuantBasicBlock, dict(with_cp=True), 17, 5, 7),  # inner ones once more in the backward
+        (QuantBottleneck, {}, 12, 2, 7),
+        (QuantBottleneck, dict(plugins=[PLUGIN]), 12, 2, 4),  # which reads what is not rounded
+    ],
+)
+def test_values_and_gradients_are_those_of_rounding_apart(
+    kind, options, count, saved, rectified, learned, roundings, apart
+):
+    net, x = blocks(kind, **options)
+    if learned:
+        for quantizer in quantizers(net).values():
+            if quantizer.spec.axis is None:
+                quantizer.learn()
+        saved, rectified = 0, rectified - 1  # each learned range wants a gradient of its own
+    joined = results(net, x)
+    found, with_relu = len(roundings), sum(roundings)
+    roundings.clear()
+    apart()
+    expected = results(net, x)
+    if not learned:
+        assert found == count
+    assert len(roundings) - found == saved and with_relu == rectified and not any(roundings)
+    assert joined[0].equal(expected[0])
+    for a, b in zip(joined, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert once[0].equal(twice[0])
 
 
-@pytest.mark.parametrize('change', ('range', 'bits', 'float', 'learn', 'trace'))
-def test_readers_that_differ_round_by_themselves(change, count):
+@pytest.mark.parametrize('change', ('range', 'bits', 'float', 'learn', 'trace', 'stock'))
+def test_readers_that_differ_round_by_themselves(change, roundings):
     net, x = blocks(QuantBottleneck)
-    net(x)
-    before = len(count)
     plain = net[2]
     if change == 'range':
         plain.residual_quantizer.amax = plain.residual_quantizer.amax * 2
@@ -92,43 +117,82 @@ def test_readers_that_differ_round_by_themselves(change, count):
     elif change == 'learn':
         for quantizer in quantizers(plain).values():
             quantizer.learn()
+    elif change == 'stock':
+        stock = TensorQuantizer()
+        stock.amax = plain.residual_quantizer.amax.clone()
+        plain.residual_quantizer = stock
     y = torch.randn_like(net[1](net[0](x)))
-    count.clear()
+    roundings.clear()
     if change == 'trace':
         torch.jit.trace(plain, y.detach(), check_trace=False)
-    else:
-        found = plain(y)
-        outputs = plain._main_branch(y) + plain.residual_quantizer(y)
-        assert found.equal(outputs.relu())
-        del count[-(3 if change == 'float' else 4) :]
-    assert len(count) == (3 if change == 'float' else 4)
-    assert before == 14 - 2
+        assert roundings == [False] * 4
+        return
+    found = plain(y)
+    assert len(roundings) == (3 if change in ('float', 'stock') else 4)
+    outputs = plain._main_branch(y) + plain.residual_quantizer(y)
+    assert found.equal(outputs.relu())
 
 
-def test_a_changed_range_counts_at_once(count):
+def test_evaluation_keeps_the_activations_and_gives_the_same(roundings):
+    net, x = blocks(QuantBottleneck)
+    trained = net(x)
+    with torch.no_grad():
+        roundings.clear()
+        assert net(x).equal(trained) and len(roundings) == 12 and not any(roundings)
+    with torch.inference_mode():
+        assert net(x.detach()).equal(trained)
+
+
+@pytest.mark.parametrize('replace', [False, True])
+def test_a_changed_range_counts_at_once(replace):
     net, x = blocks(QuantBottleneck)
     before = net(x)
     for name in ('residual_quantizer', 'conv1._input_quantizer'):
         quantizer = net[2].get_submodule(name)
-        quantizer.amax = quantizer.amax / 4
+        if replace:
+            quantizer._amax = quantizer._amax / 4
+        else:
+            quantizer.amax = quantizer.amax / 4
     assert not net(x).equal(before)
     assert net(x).equal(copy.deepcopy(net)(x))
 
 
+def quantizer_of(amax, mode='quant'):
+    new = Quantizer()
+    new.amax = amax
+    new.mode = mode
+    return new
+
+
+def test_what_is_on_the_grid_passes_and_nothing_else():
+    first, same, other = quantizer_of(1.0), quantizer_of(1.0), quantizer_of(1.1)
+    x = torch.randn(100)
+    y = first(x)
+    assert not y.equal(x) and same(y) is y and first(y) is y
+    assert not other(y).equal(y)
+    for changed in (y * 0.3, y[:50] * 0.3, y.clone().mul_(0.3)):
+        assert not first(changed).equal(changed)
+    assert first(y.mul_(0.3)) is not y and not first(y).equal(y)
+    same.amax = 2.0
+    assert same(first(x)) is not first(x)
+
+
+def test_a_concat_is_on_the_grid_of_its_inputs(roundings):
+    concat, conv = QuantConcat(), QuantConv2d(4, 2, 1)
+    x = [torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)]
+    for quantizer in (concat._input_quantizer, conv._input_quantizer):
+        quantizer.amax = 1.5
+    conv._weight_quantizer.amax = conv.weight_amax()
+    set_mode(nn.ModuleList([concat, conv]), 'quant')
+    y = conv(concat(x))
+    assert len(roundings) == 2
+    assert y.equal(conv(torch.cat([conv._input_quantizer(t) for t in x], 1)))
+
+
 @pytest.mark.usefixtures('same_optimizers')
-def test_compiled_blocks_are_one_graph():
+def test_compiled_blocks_are_one_graph_with_the_same_gradients():
     net, x = blocks(QuantBottleneck)
-    compiled = torch.compile(net, backend='eager', fullgraph=True)
-    torch.testing.assert_close(compiled(x), net(x))
-
-
-def test_an_error_leaves_the_quantizers_as_they_were():
-    readers = [Quantizer(), Quantizer()]
-    for quantizer in readers:
-        quantizer.amax = 1.0
-        quantizer.mode = 'quant'
-    x = torch.tensor([0.3001, 5.0])
-    with pytest.raises(RuntimeError), rounded_once(x, readers) as y:
-        assert y.equal(readers[0](y)) and not y.equal(x)
-        raise RuntimeError
-    assert readers[1](x).equal(y)
+    expected = results(net, x)
+    compiled = torch.compile(net, backend='aot_eager', fullgraph=True)
+    for a, b in zip(results(compiled, x), expected, strict=True):
+        torch.testing.assert_close(a, b)

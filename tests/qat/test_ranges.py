@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmdet3d_quant as mq
+from mmdet3d_quant import fake_quant
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 from tests.qat.toy import Points, Toy
@@ -35,6 +36,40 @@ def test_weight_ranges_keep_their_share_of_the_largest_weight():
     kept = quantizer.amax.clone()
     again.follow()
     assert torch.equal(quantizer.amax, kept)
+
+
+def weight_gradient(layer):
+    """Of the sum of the rounded weight: 1 where it passes."""
+    layer.weight.grad = None
+    layer._weight_quantizer(layer.weight).sum().backward()
+    return layer.weight.grad
+
+
+def test_weights_known_to_be_inside_need_no_mask(monkeypatch):
+    model = calibrated_toy()
+    layer, ranges = model.a, WeightRanges(model)
+    ranges.follow()
+    mask = fake_quant._inside
+    monkeypatch.setattr(fake_quant, '_inside', lambda *args: pytest.fail('compared'))
+    assert (weight_gradient(layer) == 1).all()
+    monkeypatch.setattr(fake_quant, '_inside', mask)
+    with torch.no_grad():
+        layer.weight[0, 0, 0, 0] = 100.0  # by hand, so that nothing is known any more
+    assert weight_gradient(layer)[0, 0, 0, 0] == 0
+    ranges.follow()
+    assert (weight_gradient(layer) == 1).all()
+    layer._weight_quantizer.amax = layer._weight_quantizer.amax / 2
+    inside = layer.weight.detach().abs() <= layer._weight_quantizer.amax
+    assert weight_gradient(layer).bool().equal(inside) and not inside.all()
+
+
+def test_ranges_below_the_largest_weight_keep_the_mask():
+    model = calibrated_toy()
+    layer = model.a
+    layer._weight_quantizer.amax = layer._weight_quantizer.amax * 0.7
+    WeightRanges(model).follow()
+    inside = layer.weight.detach().abs() <= layer._weight_quantizer.amax
+    assert weight_gradient(layer).bool().equal(inside) and not inside.all()
 
 
 def test_a_dead_channel_that_wakes_gets_a_range():
