@@ -186,14 +186,19 @@ class Quantizer(TensorQuantizer):
 
         A learned range equals no other, since it wants a gradient of its own. None where it does
         not round, has a range per channel, and in traced or compiled code, which shall show every
-        quantizer. Reading a range on a GPU waits for it: that is done once for every change.
+        quantizer. Reading a range on a GPU waits for it: that is done once for every change, as
+        far as the version of the tensor tells (so not of one through ``.data``).
         """
         if compiling() or torch.jit.is_tracing():
             return None
         if self.mode != 'quant' or not self._calibrated or self._amax.numel() > 1:
             return None
+        if self._amax.is_inference():  # which has no version
+            return None
         if self.learned:
             return self.spec, (id(self), self._amax._version)
+        if self._amax.is_cpu:
+            return self.spec, self._amax.item()
         known, *before = self._read[:3]
         now = [self._amax.data_ptr(), self._amax._version]
         if known is not self._amax or before != now:
