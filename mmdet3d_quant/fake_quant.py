@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mmdet3d_quant.spec import MIN_AMAX, QuantSpec
 
@@ -19,8 +20,10 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compiling() -> bool:
-    """Whether torch.compile is looking: at the code, or with stand-ins for tensors."""
-    return torch._dynamo.is_compiling() or _get_current_dispatch_mode() is not None
+    """Whether torch.compile is looking: at the code, or at what layers do with fake tensors."""
+    if torch._dynamo.is_compiling():
+        return True
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
 def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
@@ -71,7 +74,8 @@ def fake_quantize(
         rectify: Round ``relu(x)`` instead, forward and backward in the passes over memory that
             rounding takes anyway.
         value: The range as a number, where one is known: saves passes over memory on a GPU.
-        inside: Nothing in ``x`` is known to be beyond the range: its gradient needs no mask.
+        inside: All of ``x`` is known to be within the range, so that its gradient needs no mask;
+            without effect where the range is learned.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
@@ -130,8 +134,9 @@ def _in_pieces(x: Tensor, amax: Tensor) -> bool:
 
 
 class _FakeQuantize(Function):
-    """Saves its input and, for a learned range, its output: tensors that the layers before (a
-    ReLU) and after (a convolution) keep for their own gradients anyway."""
+    """Saves its input and, for a learned range, its output. A convolution that reads the output
+    keeps it anyway, and so does a ReLU the input that it made; with ``rectify`` the input is that
+    of the ReLU, which nothing else keeps."""
 
     @staticmethod
     def forward(
@@ -227,12 +232,12 @@ def _inside(
 
 @lru_cache(maxsize=4096)
 def _step(amax: float, spec: QuantSpec) -> float:
-    return scale_of(torch.tensor(amax), spec).item()
+    return scale_of(torch.tensor(amax, dtype=torch.float32), spec).item()
 
 
 @lru_cache(maxsize=4096)
 def _beyond(value: float, dtype: torch.dtype) -> float:
-    """The smallest number of a type that is larger than a positive float32."""
+    """The smallest number of a type that is larger than a float32 >= 0."""
     near = torch.tensor(value, dtype=dtype)
     if near.item() <= value:
         near = (near.view(_BITS[near.element_size()]) + 1).view(dtype)

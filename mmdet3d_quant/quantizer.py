@@ -8,6 +8,7 @@ import torch
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.fake_quant import compiling, fake_quantize
@@ -21,8 +22,8 @@ HOW_TO_CALIBRATE = (
 
 
 Grid = tuple[QuantSpec, Any]
-#: Attribute of a rounded tensor: its version then, and the grid.
-_MARK = '_quantizer_grid'
+#: Of rounded tensors: their version then, and the grid.
+_marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class UncalibratedError(QuantError):
@@ -77,8 +78,8 @@ class Quantizer(TensorQuantizer):
         self._calibrated = False
         #: The range when it was last read, its place, version and value.
         self._read: tuple[Tensor | None, int, int, float] = (None, 0, 0, 0.0)
-        #: A tensor, mostly the weight, and the versions of it and of the range when compared.
-        self._covered: tuple[Tensor | None, int, int] = (None, 0, 0)
+        #: A tensor that the range covers, mostly the weight; the range; the versions of both.
+        self._covered: tuple[Tensor | None, Tensor | None, int, int] = (None, None, 0, 0)
 
     @property
     def amax(self) -> Tensor | None:
@@ -169,7 +170,7 @@ class Quantizer(TensorQuantizer):
             raise UncalibratedError([self.label])
         if compiling():  # nothing is noted there
             return fake_quantize(x, self._amax, self.spec)
-        if x is self._covered[0] and self._covered[1:] == (x._version, self._amax._version):
+        if x is self._covered[0] and self._covers(x):
             return fake_quantize(x, self._amax, self.spec, inside=True)
         grid = self.grid
         if grid is not None and _grid_of(x) == grid:
@@ -185,9 +186,11 @@ class Quantizer(TensorQuantizer):
         """What it rounds to: quantizers of equal grids round alike.
 
         A learned range equals no other, since it wants a gradient of its own. None where it does
-        not round, has a range per channel, and in traced or compiled code, which shall show every
-        quantizer. Reading a range on a GPU waits for it: that is done once for every change, as
-        far as the version of the tensor tells (so not of one through ``.data``).
+        not round, has a range per channel or one without a version (made in inference mode), and
+        in traced or compiled code, which shall show every quantizer.
+
+        Reading a range on a GPU waits for it: that is done once for every change, as far as the
+        version of the tensor tells (so not of one through ``.data``).
         """
         if compiling() or torch.jit.is_tracing():
             return None
@@ -206,15 +209,29 @@ class Quantizer(TensorQuantizer):
         return self.spec, self._read[-1]
 
     def mark(self, x: Tensor) -> None:
-        """Notes on a tensor that its values are on the grid already, so that they may pass.
+        """Notes that the values of a tensor are on the grid already, so that it may pass.
 
-        Holds for the tensor itself, not for what is made of it or becomes of it in place.
+        Holds for this tensor, not for what is made of it, copies included, nor for what becomes
+        of it in place, as far as its version tells: writes through ``.data`` and collectives of
+        torch.distributed leave that as it is.
         """
         _mark(x, self.grid)
 
     def cover(self, x: Tensor) -> None:
-        """Notes that nothing in a tensor is beyond the range, as long as neither changes."""
-        self._covered = x, x._version, self._amax._version
+        """Notes that nothing in a tensor is beyond the range, until a version of either changes.
+
+        Args:
+            x: What will be quantized, for which the caller has made sure of that.
+        """
+        self._covered = x, self._amax, x._version, self._amax._version
+
+    def _covers(self, x: Tensor) -> bool:
+        _, amax, *versions = self._covered
+        return amax is self._amax and versions == [x._version, amax._version]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was noted: a copy counts versions anew."""
+        return {**self.__dict__, '_read': (None, 0, 0, 0.0), '_covered': (None, None, 0, 0)}
 
     def _on_grid(self, x: Tensor, grid: Grid | None, rectify: bool = False) -> Tensor:
         value = None if grid is None or self.learned else grid[1]
@@ -264,10 +281,12 @@ class Quantizer(TensorQuantizer):
 
 def _mark(x: Tensor, grid: Grid | None) -> None:
     if grid is not None and not x.is_inference():  # which has no version
-        setattr(x, _MARK, (x._version, grid))
+        _marks[x] = x._version, grid
 
 
 def _grid_of(x: Tensor) -> Grid | None:
     """The grid that a tensor is marked to be on."""
-    version, grid = getattr(x, _MARK, (None, None))
-    return grid if grid is not None and version == x._version else None
+    if x.is_inference():
+        return None
+    version, grid = _marks.get(x, (None, None))
+    return grid if version == x._version else None

@@ -27,7 +27,8 @@ class QuantConcat(nn.Module):
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenates any number of tensors, quantized alike."""
         y = torch.cat([self._input_quantizer(t) for t in tensors], self.dim)
-        if isinstance(self._input_quantizer, Quantizer):
+        alike = len({t.dtype for t in tensors}) == 1  # or some are rounded to another type, too
+        if alike and isinstance(self._input_quantizer, Quantizer):
             self._input_quantizer.mark(y)
         return y
 

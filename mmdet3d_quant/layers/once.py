@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.fake_quant import compiling
+from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.quantizer import Quantizer
 
 
@@ -32,14 +34,31 @@ def rectified(x: Tensor, relu: nn.Module, readers: Sequence[Any]) -> Tensor:
     Args:
         x: Input of the activation.
         relu: The activation; called where the two cannot be joined.
-        readers: All that read its output; quantizers if the two are to be joined.
+        readers: All that read its output. Only if they are quantizers are the two joined.
 
     Returns:
         ``relu(x)``, rounded if that serves all.
     """
-    if torch.is_grad_enabled() and type(relu) is nn.ReLU and _alike(readers):
+    if torch.is_grad_enabled() and type(relu) is nn.ReLU and untouched(relu) and _alike(readers):
         return readers[0].rectified(x)
     return relu(x)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether nobody listens to a module or has put in another forward, as checkpointing does.
+
+    Who listens shall hear the same in training and evaluation; and a reentrant checkpoint computes
+    anew from copies of its inputs, which do not tell that they are rounded.
+    """
+    if compiling():  # where nothing is joined
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and 'forward' not in module.__dict__
+
+
+def input_quantizer(layer: nn.Module) -> list[nn.Module]:
+    """The quantizer that reads the input of a layer, in a list; none if that is not certain."""
+    return [layer._input_quantizer] if isinstance(layer, QuantLayer) and untouched(layer) else []
 
 
 def _alike(readers: Sequence[Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet3d_quant.layers import QuantConv2d
-from mmdet3d_quant.layers.once import rectified, rounded_once
+from mmdet3d_quant.layers.once import input_quantizer, rectified, rounded_once, untouched
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
 from mmdet3d_quant.quantizer import Quantizer
 
@@ -47,19 +46,21 @@ class _QuantBlock:
         return [readers]
 
     def input_quantizers(self) -> list[nn.Module]:
-        """All that read the input of the block; none if something that rounds not does, too."""
-        ((*names,),) = self.quant_ties()
-        if self.downsample is not None and len(names) == 1:  # the average pool
-            return []
-        return [reduce(getattr, name.split('.'), self) for name in names]  # torch.compile follows
+        """All that read the input of the block; none if something else reads it, too."""
+        main = input_quantizer(self.conv1)
+        if self.downsample is None:
+            identity: list[nn.Module] = [self.residual_quantizer]
+        else:
+            identity = input_quantizer(self.downsample[0])  # none of an average pool
+        return [*main, *identity] if main and identity else []
 
     def forward(self, x: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor:
         """Output of the block for an (N, C, H, W) input.
 
         Args:
             x: Output of the block before.
-            readers: The quantizers that read the output, if nothing else does: what they do may
-                be done here.
+            readers: The quantizers that read the output, for which it may be rounded here; given
+                only where nothing else reads it.
         """
         if self.with_cp and x.requires_grad:
             out = checkpoint(self._sum, x, use_reentrant=False)
@@ -75,7 +76,7 @@ class _QuantBlock:
 
     def _activated(self, x: Tensor, conv: nn.Module) -> Tensor:
         """``x`` rectified, for a convolution to read."""
-        return rectified(x, self.relu, [getattr(conv, '_input_quantizer', None)])
+        return rectified(x, self.relu, input_quantizer(conv))
 
 
 @MODELS.register_module()
@@ -115,15 +116,15 @@ QUANT_BLOCKS = {BasicBlock: QuantBasicBlock, Bottleneck: QuantBottleneck}
 
 
 class QuantResLayer(ResLayer):
-    """A stage, each block of which does the rounding of the next one."""
+    """A stage. In training its blocks hand on what the next one reads, rounded, where they can."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of the last block for an (N, C, H, W) input."""
         blocks = list(self)
         for i, block in enumerate(blocks):
-            following = blocks[i + 1] if i + 1 < len(blocks) else None
-            if isinstance(block, _QuantBlock) and isinstance(following, _QuantBlock):
-                x = block(x, following.input_quantizers())
+            pair = blocks[i : i + 2]
+            if len(pair) == 2 and all(isinstance(b, _QuantBlock) and untouched(b) for b in pair):
+                x = block(x, pair[1].input_quantizers())
             else:
                 x = block(x)
         return x

@@ -1,11 +1,14 @@
 """Rounding once, and with the ReLU: the same numbers, less work, and only where all agree."""
 
 import copy
+import gc
 
 import pytest
 import torch
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdet3d_quant import calibrate, quantizers, set_mode
 from mmdet3d_quant import quantizer as quantizer_module
@@ -157,6 +160,46 @@ def test_a_changed_range_counts_at_once(replace):
     assert net(x).equal(copy.deepcopy(net)(x))
 
 
+def test_who_listens_hears_the_same_in_training_and_evaluation():
+    net, x = blocks(QuantBottleneck)
+    heard = []
+    net[1].register_forward_pre_hook(lambda m, args: heard.append([a.detach() for a in args]))
+    net[1].register_forward_hook(lambda m, args, out: heard.append([out.detach()]))
+    net[2].relu.register_forward_hook(lambda m, args, out: out * 0.5)
+    trained = net(x)
+    with torch.no_grad():
+        assert net(x).equal(trained)
+    half = len(heard) // 2
+    for (a,), (b,) in zip(heard[:half], heard[half:], strict=True):
+        assert a.equal(b)
+    assert half == 2
+
+
+@pytest.mark.parametrize('part', (QuantConv2d, QuantBottleneck))
+@pytest.mark.parametrize('learned', [False, True])
+def test_reentrant_checkpoints_change_nothing(part, learned):
+    """Which compute anew from detached inputs, and in bfloat16 round beyond the range."""
+    net, x = blocks(QuantBottleneck)
+    if learned:
+        for quantizer in quantizers(net).values():
+            if quantizer.spec.axis is None:
+                quantizer.learn()
+    with torch.autocast('cpu', torch.bfloat16):
+        plain = results(net, x)
+        names = [name for name, module in net.named_modules() if isinstance(module, part)]
+        turn_on_activation_checkpointing(net, names)
+        for a, b in zip(results(net, x), plain, strict=True):
+            assert a.equal(b)
+
+
+def test_a_dispatch_mode_may_end_before_the_backward():
+    net, x = blocks(QuantBasicBlock, with_cp=True)
+    with FlopCounterMode(display=False):
+        y = net(x)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def quantizer_of(amax, mode='quant'):
     new = Quantizer()
     new.amax = amax
@@ -175,6 +218,31 @@ def test_what_is_on_the_grid_passes_and_nothing_else():
     assert first(y.mul_(0.3)) is not y and not first(y).equal(y)
     same.amax = 2.0
     assert same(first(x)) is not first(x)
+
+
+def test_notes_are_of_one_tensor_and_die_with_it(tmp_path):
+    quantizer = quantizer_of(1.0)
+    before = len(quantizer_module._marks)
+    y = quantizer(torch.randn(10))
+    z = copy.deepcopy(y).mul_(0.37).add_(0.001)
+    assert not quantizer(z).equal(z)
+    torch.save(y, tmp_path / 'y.pth')
+    assert torch.load(tmp_path / 'y.pth', weights_only=True).equal(y)
+    with torch.inference_mode():
+        assert quantizer(copy.deepcopy(y)).equal(y)
+    net, x = blocks(QuantBottleneck)
+    results(net, x)
+    del net, y, z
+    gc.collect()
+    assert len(quantizer_module._marks) == before
+
+
+def test_a_concat_of_two_types_is_rounded_again():
+    concat, reader = QuantConcat(), quantizer_of(2.3)
+    concat._input_quantizer.amax = 2.3
+    concat._input_quantizer.mode = 'quant'
+    y = concat([torch.randn(1, 2, 8, 8).bfloat16(), torch.randn(1, 2, 8, 8)])
+    assert y.dtype == torch.float32 and not reader(y).equal(y)
 
 
 def test_a_concat_is_on_the_grid_of_its_inputs(roundings):

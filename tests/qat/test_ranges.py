@@ -1,5 +1,6 @@
 """Ranges that follow weights, and learned ones, against what the mathematics says."""
 
+import copy
 import math
 
 import pytest
@@ -61,6 +62,20 @@ def test_weights_known_to_be_inside_need_no_mask(monkeypatch):
     layer._weight_quantizer.amax = layer._weight_quantizer.amax / 2
     inside = layer.weight.detach().abs() <= layer._weight_quantizer.amax
     assert weight_gradient(layer).bool().equal(inside) and not inside.all()
+
+
+def test_a_copy_knows_nothing_of_what_was_inside():
+    model = calibrated_toy()
+    WeightRanges(model).follow()
+    changed = copy.deepcopy(model.state_dict())
+    changed['a._weight_quantizer._amax'] *= 0.3
+    layer = copy.deepcopy(model).a
+    layer.load_state_dict({n[2:]: t for n, t in changed.items() if n.startswith('a.')})
+    inside = layer.weight.detach().abs() <= layer._weight_quantizer.amax
+    assert weight_gradient(layer).bool().equal(inside) and not inside.all()
+    layer = model.a
+    layer._weight_quantizer._amax = layer._weight_quantizer._amax * 0.3  # another tensor
+    assert not weight_gradient(layer).all()
 
 
 def test_ranges_below_the_largest_weight_keep_the_mask():
