@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet3d_quant.layers.sparse import OUTPUTS_LAST, SPARSE_CONVS
+from mmdet3d_quant.layers.sparse import OUTPUTS_LAST, SPARSE_CONVS, adds_bias
 
 _DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
 _CONVS = (*_DENSE, *SPARSE_CONVS)
@@ -68,7 +68,7 @@ class without_bn(AbstractContextManager):  # noqa: N801 - reads as a function
         self._norms: list[tuple[nn.Module, str, nn.Module | None]] = []
         for parent in model.modules():
             for conv, name, bn in _pairs(parent):
-                if _problem(conv, bn) is None:
+                if _problem(conv, bn) is None and adds_bias(conv):
                     self._convs.append((conv, *_folded(conv, bn)[:2]))
                     self._norms.append((parent, name, nn.Identity()))
 

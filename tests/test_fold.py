@@ -8,7 +8,7 @@ from mmcv.cnn import ConvModule
 from mmcv.ops import SparseConvTensor as MMCVTensor
 from mmdet3d.models.layers import make_sparse_convmodule
 from mmdet3d.registry import MODELS
-from spconv.pytorch import SparseConvTensor
+from spconv.pytorch import SparseConvTensor, SparseSequential, SubMConv3d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -197,3 +197,17 @@ def test_folding_a_sparse_encoder_is_exact(kind, block):
             assert relative(expected, model(*inputs)) < 1e-14
         assert [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)] == norms
         assert torch.equal(model(*inputs), expected)
+
+
+def test_spconv_s_own_layers_which_add_no_bias_on_a_cpu_keep_their_bn():
+    """Those of a detector whose LiDAR branch is not ours, while it is calibrated."""
+    conv = SubMConv3d(4, 8, 3, bias=False)
+    model = SparseSequential(conv, nn.BatchNorm1d(8), nn.ReLU())
+    randomise(model)
+    model.eval()
+    x = SparseConvTensor(torch.randn(3, 4), torch.zeros(3, 4, dtype=torch.int32), [4, 4, 4], 1)
+    x.indices[:, 3] = torch.arange(3)
+    with torch.no_grad():
+        wanted = model(x).features
+        with without_bn(model):
+            assert model(x).features.equal(wanted)

@@ -12,7 +12,7 @@ from mmcv.ops import SparseConv3d as MMCVSparseConv3d
 from mmcv.ops import SubMConv3d as MMCVSubMConv3d
 from mmcv.ops.sparse_conv import SparseConvolution as MMCVSparseConvolution
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values, with_values
@@ -29,6 +29,13 @@ except ImportError:
 else:
     HAS_SPCONV2 = True
     SPARSE_CONVS = (*SPARSE_CONVS, SparseConvolution)
+
+
+def adds_bias(layer: nn.Module) -> bool:
+    """Whether a layer can: spconv's own refuse to on a CPU, those of `parents.sparse_conv` do."""
+    if not HAS_SPCONV2 or not isinstance(layer, SparseConvolution):
+        return True
+    return layer.weight.is_cuda or isinstance(layer, (PortableSparseConv3d, PortableSubMConv3d))
 
 
 class _QuantSparse(QuantLayer):

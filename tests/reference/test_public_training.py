@@ -15,7 +15,7 @@ PUBLIC = os.environ.get('MMDET3D_BEVFUSION_PROJECT')
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        PUBLIC is None, reason='MMDET3D_BEVFUSION_PROJECT (folder of projects/BEVFusion) not set'
+        PUBLIC is None, reason='MMDET3D_BEVFUSION_PROJECT (an mmdetection3d repository) not set'
     ),
     pytest.mark.skipif(frame_dir() is None, reason='no nuScenes frame beside the checkout'),
 ]
