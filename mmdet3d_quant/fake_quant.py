@@ -16,6 +16,7 @@ from mmdet3d_quant.spec import MIN_AMAX, QuantSpec
 
 #: On a CPU so many values take all steps before the next ones do: they stay in its cache.
 _CHUNK = 2**19
+#: Integers as long as a float, by bytes: one more is the next float.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

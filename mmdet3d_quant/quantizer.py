@@ -77,9 +77,9 @@ class Quantizer(TensorQuantizer):
         self.register_buffer('_amax', torch.full(shape, float('nan')))
         self._calibrated = False
         #: The range when it was last read, its place, version and value.
-        self._read: tuple[Tensor | None, int, int, float] = (None, 0, 0, 0.0)
+        self._read: tuple[Tensor, int, int, float] | None = None
         #: A tensor that the range covers, mostly the weight; the range; the versions of both.
-        self._covered: tuple[Tensor | None, Tensor | None, int, int] = (None, None, 0, 0)
+        self._covered: tuple[Tensor, Tensor, int, int] | None = None
 
     @property
     def amax(self) -> Tensor | None:
@@ -170,7 +170,7 @@ class Quantizer(TensorQuantizer):
             raise UncalibratedError([self.label])
         if compiling():  # nothing is noted there
             return fake_quantize(x, self._amax, self.spec)
-        if x is self._covered[0] and self._covers(x):
+        if self._covers(x):
             return fake_quantize(x, self._amax, self.spec, inside=True)
         grid = self.grid
         if grid is not None and _grid_of(x) == grid:
@@ -202,11 +202,10 @@ class Quantizer(TensorQuantizer):
             return self.spec, (id(self), self._amax._version)
         if self._amax.is_cpu:
             return self.spec, self._amax.item()
-        known, *before = self._read[:3]
-        now = [self._amax.data_ptr(), self._amax._version]
-        if known is not self._amax or before != now:
+        now = self._amax.data_ptr(), self._amax._version
+        if self._read is None or self._read[0] is not self._amax or self._read[1:3] != now:
             self._read = (self._amax, *now, self._amax.item())
-        return self.spec, self._read[-1]
+        return self.spec, self._read[3]
 
     def mark(self, x: Tensor) -> None:
         """Notes that the values of a tensor are on the grid already, so that it may pass.
@@ -226,12 +225,14 @@ class Quantizer(TensorQuantizer):
         self._covered = x, self._amax, x._version, self._amax._version
 
     def _covers(self, x: Tensor) -> bool:
+        if self._covered is None or self._covered[0] is not x:
+            return False
         _, amax, *versions = self._covered
         return amax is self._amax and versions == [x._version, amax._version]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was noted: a copy counts versions anew."""
-        return {**self.__dict__, '_read': (None, 0, 0, 0.0), '_covered': (None, None, 0, 0)}
+        return {**self.__dict__, '_read': None, '_covered': None}
 
     def _on_grid(self, x: Tensor, grid: Grid | None, rectify: bool = False) -> Tensor:
         value = None if grid is None or self.learned else grid[1]

@@ -76,7 +76,7 @@ def test_a_training_step_waits_for_nothing(amp, learned):
         optimizer.step()
         weights.follow()
 
-    step(images[0])  # the first one compares the ranges of tied quantizers, which waits
+    step(images[0])  # the first one reads the ranges, which waits
     before = model.layer4[0].conv1.weight.detach().clone()
     torch.cuda.set_sync_debug_mode('error')
     try:

@@ -156,12 +156,18 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
             add('camera.vtransform', view.downsample, ('feat_in',), ('feat_out',))
     if getattr(detector, 'pts_backbone', None) is not None:
         add('fuser', Fuser(detector), fused_sensors(detector), ('middle',))
-    head = getattr(detector, 'bbox_head', None)
-    if hasattr(head, 'scored'):
+    head = _exported_head(detector)
+    if head is not None:
         regressed = ('vel',) if hasattr(head.prediction_heads[0], 'vel') else ()
         outputs = ('score', 'rot', 'dim', 'reg', 'height', *regressed)
         add('head.bbox', Head(detector), ('middle',), outputs)
     return cuts
+
+
+def _exported_head(detector: nn.Module) -> nn.Module | None:
+    """The head if it is one that gives a cut."""
+    head = getattr(detector, 'bbox_head', None)
+    return head if hasattr(head, 'scored') else None
 
 
 @torch.no_grad()
@@ -189,7 +195,7 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
         'depth': getattr(view, 'dtransform', None),
         'feat_in': getattr(view, 'downsample', None),
         'fused': getattr(detector, 'fusion_layer', None) or getattr(detector, 'pts_backbone', None),
-        'middle': getattr(getattr(detector, 'bbox_head', None), 'shared_conv', None),
+        'middle': getattr(_exported_head(detector), 'shared_conv', None),
     }
     hooks = [m.register_forward_pre_hook(keep(n)) for n, m in watched.items() if m is not None]
     try:
@@ -240,8 +246,8 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
     encoder = getattr(detector, 'pts_middle_encoder', None)
     if encoder is not None:
         found['lidar'] = torch.randn(_lidar_shape(encoder), generator=rng).relu()
-    head = getattr(detector, 'bbox_head', None)
-    if hasattr(head, 'scored'):
+    head = _exported_head(detector)
+    if head is not None:
         cells = [n // head.test_cfg['out_size_factor'] for n in head.test_cfg['grid_size'][:2]]
         found['middle'] = torch.randn(1, head.in_channels, *cells, generator=rng).relu()
     return found

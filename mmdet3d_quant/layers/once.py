@@ -65,4 +65,4 @@ def _alike(readers: Sequence[Any]) -> bool:
     if not readers or not all(isinstance(q, Quantizer) for q in readers):
         return False
     grid = readers[0].grid
-    return grid is not None and all(q.grid == grid for q in readers)
+    return grid is not None and all(q.grid == grid for q in readers[1:])
