@@ -32,6 +32,7 @@ from torch import nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.evaluation import Scorer, Scores, bootstrap, predict
 from mmdet3d_quant.files import sha256, whole
 
@@ -138,7 +139,7 @@ def main() -> None:
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=False)
     _, calibration = fc.build_calibration_loader(cfg)
-    batches = [b for b, _ in zip(calibration, range(args.calib_batches), strict=False)]
+    batches = [b for b, _ in zip(calibration, range(args.calib_batches))]
     loader = Runner.build_dataloader(cfg.val_dataloader, seed=0)
     scorer = Scorer(cfg.val_evaluator, loader.dataset.metainfo)
     key = dict(
@@ -170,7 +171,7 @@ def compared(rows: dict[str, Scores]) -> list[dict]:
     draws = bootstrap(list(rows.values()))
     base = draws[list(rows).index('float')]
     report = []
-    for (name, scores), luck in zip(rows.items(), draws, strict=True):
+    for (name, scores), luck in strict_zip(rows.items(), draws):
         entry = dict(
             setting=name,
             mAP=scores.mAP,

@@ -31,6 +31,7 @@ from rich.table import Table
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.evaluation import Scorer, Scores, bootstrap, predict
 from mmdet3d_quant.files import sha256, whole
 
@@ -73,7 +74,7 @@ def main() -> None:
         }
         draws = bootstrap(list(rows.values()))
         table = Table(data, 'mAP', '+-', 'NDS', 'mAP - fusion', '95 % interval')
-        for (name, scores), luck in zip(rows.items(), draws, strict=True):
+        for (name, scores), luck in strict_zip(rows.items(), draws):
             change = 100 * (scores.mAP - rows[FUSION].mAP)
             low, high = np.percentile(100 * (luck - draws[0]), [2.5, 97.5])
             report.append(
@@ -96,7 +97,7 @@ def row(name: str, checkpoint: Path, data: str, args: argparse.Namespace) -> Sco
 
 def _key(name: str, checkpoint: Path, data: str, args: argparse.Namespace) -> dict[str, Any]:
     key = dict(setting=f'{name} {Path(data).name}', checkpoint=sha256(checkpoint))
-    return key | (dict(calib_batches=args.calib_batches) if name == INT8 else {})
+    return dict(key, **(dict(calib_batches=args.calib_batches) if name == INT8 else {}))
 
 
 def score(name: str, checkpoint: Path, data: str, args: argparse.Namespace) -> Scores:
@@ -106,7 +107,7 @@ def score(name: str, checkpoint: Path, data: str, args: argparse.Namespace) -> S
     fc.load_weights(model, checkpoint, calibrated=False)
     if name == INT8:
         _, batches = fc.build_calibration_loader(cfg)
-        some = [b for b, _ in zip(batches, range(args.calib_batches), strict=False)]
+        some = [b for b, _ in zip(batches, range(args.calib_batches))]
         mq.calibrate(model, track(some, '  calibrating'), 'mse')
     cfg.val_dataloader.dataset.data_root = f'{data}/'
     evaluator = dict(cfg.val_evaluator, data_root=f'{data}/')
@@ -117,7 +118,7 @@ def score(name: str, checkpoint: Path, data: str, args: argparse.Namespace) -> S
     if name == CHANCE:
         boxes = [r['pred_instances_3d'] for r in results]
         far = len(boxes) // 2
-        for result, other in zip(results, boxes[far:] + boxes[:far], strict=True):
+        for result, other in strict_zip(results, boxes[far:] + boxes[:far]):
             result['pred_instances_3d'] = other
     return Scorer(evaluator, loader.dataset.metainfo).score(results)
 

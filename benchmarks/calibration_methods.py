@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.evaluation import Scorer, Scores, bootstrap, predict
 from mmdet3d_quant.export.verify import sqnr
 from mmdet3d_quant.files import sha256, whole
@@ -124,7 +125,7 @@ def report(found: list[tuple[Row, Scores]], folder: Path, console: Console) -> N
     lines = ['| setting | mAP | NDS | mAP - float, points | 95 % interval | SQNR, dB | time, s |']
     lines.append('|---|---|---|---|---|---|---|')
     entries = []
-    for (row, scores), luck in zip(found, draws, strict=True):
+    for (row, scores), luck in strict_zip(found, draws):
         change = 100 * (luck - draws[0])
         low, high = np.percentile(change, [2.5, 97.5])
         points = 100 * (scores.mAP - found[0][1].mAP)

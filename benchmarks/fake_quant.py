@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fake_quant import fake_quantize, scale_of
 from mmdet3d_quant.spec import QuantSpec
 
@@ -60,7 +61,7 @@ def median_ms(ways: list[Callable[[], torch.Tensor]], rounds: int) -> list[float
     """Median of each, in turns."""
     found: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
-        for way, times in zip(ways, found, strict=True):
+        for way, times in strict_zip(ways, found):
             start = time.perf_counter()
             way()
             times.append((time.perf_counter() - start) * 1e3)

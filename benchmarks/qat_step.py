@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mmdet3d_quant as mq
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.memory import peak_memory
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 
@@ -117,7 +118,7 @@ def compare(args: argparse.Namespace, console: Console) -> None:
     table = Table('', 'median, ms', 'times float', 'spread of the ratio', 'peak memory, MiB')
     base = seconds[args.kinds[0]]
     for kind, found in seconds.items():
-        ratios = sorted(a / b for a, b in zip(found, base, strict=True))
+        ratios = sorted(a / b for a, b in strict_zip(found, base))
         table.add_row(
             kind,
             f'{statistics.median(found) * 1e3:.0f}',

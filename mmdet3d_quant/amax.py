@@ -9,7 +9,7 @@ arithmetic, whose rounding decides between them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from scipy.special import rel_entr
 from torch import Tensor
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.spec import MIN_AMAX, Method, QuantSpec
 
-Device = torch.device | str | None
+Device = Union[torch.device, str, None]
 
 #: The smallest candidate range, in bins, that entropy and mse consider (as pytorch-quantization).
 _START_BIN = 128
@@ -116,7 +117,7 @@ def search_many(
             origin = _origin(b) if method.name == 'mse' else 0.0
             groups.setdefault((specs[i].qmax, origin), []).append(i)
     for (qmax, _), members in groups.items():
-        for i, amax in zip(members, search([bins[i] for i in members], qmax, device), strict=True):
+        for i, amax in strict_zip(members, search([bins[i] for i in members], qmax, device)):
             result[i] = amax
     return result
 
@@ -184,7 +185,7 @@ def _mse(batch: list[Bins], qmax: int, device: Device) -> list[float]:
         errors = F.embedding_bag(begin, beyond[0], mode='sum', per_sample_weights=weights)
         errors = errors.mul_(step).sub_(F.embedding_bag(begin, beyond[1], mode='sum'), alpha=2)
         rows = errors.mul_(step).add_(energy).T.cpu().numpy()
-        for b, row, norm in zip(part, rows, energy.tolist(), strict=True):
+        for b, row, norm in strict_zip(part, rows, energy.tolist()):
             result.append(_settle_mse(b, qmax, row, norm))
     return result
 
@@ -259,7 +260,7 @@ def _entropy(batch: list[Bins], qmax: int, device: Device) -> list[float]:
         plogq += torch.xlogy(total - inside, last_mean)
         divergence = (plogp - plogq) / total + (inside / total).log()
         rows = divergence.where(inside > 0, torch.inf).T.cpu().numpy()
-        for b, counts, row in zip(part, histograms, rows, strict=True):
+        for b, counts, row in strict_zip(part, histograms, rows):
             result.append(float(b.edges[_settle_entropy(counts, levels, row)]))
     return result
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mmdet3d_quant.compat import removeprefix, removesuffix, strict_zip
+from mmdet3d_quant.parents.derived import DERIVED, derived_modules
 from mmdet3d_quant.parents.sparse_layout import LayoutError, layout_of, rearranged
 
 #: (mit-han-lab, mmdet3d), the first that matches holds; ``{n}`` is a number, ``{rest}`` the rest.
@@ -100,7 +102,7 @@ def rename(name: str, to: str) -> str | None:
     'bbox_head.decoder.0.norms.0.weight'
     """
     side, _ = TARGETS[to]
-    for pattern, rule in zip(_PATTERNS[side], RULES, strict=True):
+    for pattern, rule in strict_zip(_PATTERNS[side], RULES):
         if match := pattern.fullmatch(name):
             return rule[1 - side].format(**match.groupdict())
     return None
@@ -123,7 +125,7 @@ def convert(state: Mapping[str, Tensor], to: str) -> tuple[dict[str, Tensor], di
     """
     side, layout = TARGETS[to]
     if all(name.startswith('module.') for name in state):  # a wrapper for several GPUs
-        state = {name.removeprefix('module.'): value for name, value in state.items()}
+        state = {removeprefix(name, 'module.'): value for name, value in state.items()}
     names = {name: rename(name, to) for name in state}
     _check_names(state, names, to)
     ours = {name: new if to == 'mmdet3d' else name for name, new in names.items()}
@@ -152,7 +154,7 @@ def convert(state: Mapping[str, Tensor], to: str) -> tuple[dict[str, Tensor], di
             part.changed + (value is not state[name]),
         )
     if to == 'mmdet3d':
-        layers = [names[name].removesuffix('.weight') for name in sparse]
+        layers = [removesuffix(names[name], '.weight') for name in sparse]
         new_state._metadata = {layer: dict(version=2) for layer in layers}  # type: ignore
     return new_state, parts
 
@@ -198,8 +200,9 @@ def fit(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     Raises:
         ConversionError: If another entry is missing, unknown or of another shape.
     """
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
+    derived = {f'{module}.{key}' for module, _ in derived_modules(model) for key in DERIVED}
+    own = _shapes(model.state_dict(), derived)
+    given = _shapes(state, derived)
     wrong = {
         name: f'{shape}, expected {own[name]}' if name in own else f'{shape} is not in the model'
         for name, shape in given.items()
@@ -216,3 +219,7 @@ def fit(state: Mapping[str, Tensor], model: nn.Module) -> list[str]:
             dict(sorted(wrong.items())),
         )
     return ranges
+
+
+def _shapes(state: Mapping[str, Tensor], but: Collection[str]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if name not in but}

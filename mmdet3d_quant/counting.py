@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 
 import numba
 import numpy as np
@@ -58,7 +58,7 @@ def _count(x: np.ndarray, scale: np.float32, num_bins: int) -> np.ndarray:
     return sum(_pool(threads).map(lambda part: _count_part(part, scale, num_bins), parts))
 
 
-@cache
+@lru_cache(maxsize=None)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, 'histogram')
 

@@ -22,6 +22,8 @@ from nuscenes.eval.common.utils import center_distance
 from nuscenes.eval.detection.evaluate import NuScenesEval
 from torch import nn
 
+from mmdet3d_quant.compat import strict_zip
+
 _SPLIT = {'v1.0-mini': 'mini_val', 'v1.0-trainval': 'val'}
 _RECALLS = np.linspace(0, 1, 101)
 
@@ -208,7 +210,7 @@ def _match(evaluation: NuScenesEval) -> dict[str, list[Matches]]:
         for threshold in evaluation.cfg.dist_ths:
             free = {t: np.ones(len(truth[t]), dtype=bool) for t in tokens}
             hit = np.zeros(len(found), dtype=bool)
-            for i, (box, far) in enumerate(zip(found, distance, strict=True)):
+            for i, (box, far) in enumerate(strict_zip(found, distance)):
                 far = np.where(free[box.sample_token], far, np.inf)
                 if len(far) and far.min() < threshold:
                     hit[i] = True

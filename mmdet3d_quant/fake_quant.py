@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.spec import MIN_AMAX, QuantSpec
 
 #: On a CPU so many values take all steps before the next ones do: they stay in its cache.
@@ -121,7 +122,7 @@ def _rounded_by_steps(x: Tensor, scale: Tensor, ends: tuple[int, int]) -> Tensor
     else:
         rows = max(1, _CHUNK // x[0].numel())
         parts = tuple(t.split(rows) for t in (x, y, inverse, scale))
-    for part, out, factor, step in zip(*parts, strict=False):  # repeat() has no end
+    for part, out, factor, step in zip(*parts):  # repeat() has no end
         torch.mul(part, factor, out=out)
         out.round_().clamp_(*ends).mul_(step)
     return y
@@ -184,7 +185,7 @@ def _slope(
     grad_x = torch.empty_like(grad)
     slope = amax.new_zeros(1)
     pieces = (t.view(-1).split(_CHUNK) for t in (grad, x, y, grad_x))
-    for g, value, rounded, out in zip(*pieces, strict=True):
+    for g, value, rounded, out in strict_zip(*pieces):
         out.copy_(_inside(g, value, amax, rectify))
         slope += _dot(g, rounded) - _dot(out, value)
     return grad_x, slope

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,15 +16,22 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmdet3d_quant.files import CheckpointError, read_checkpoint
+from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint, use_one_door
+from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.modes import quantizers, require_calibrated
+from mmdet3d_quant.naming import dotted, type_name
+from mmdet3d_quant.parents.derived import take_derived_from_config
 from mmdet3d_quant.parents.sparse_layout import accept_any_layout
+from mmdet3d_quant.synthetic.check import DatasetError, check, check_objects, read_infos
 
 #: Where calibration data come from: the first of these that the config has.
 CALIBRATION_LOADERS = ('calib_dataloader', 'val_dataloader', 'test_dataloader')
+#: Tables of more bytes are not read through at every start: v1.0-trainval takes a minute.
+_SMALL = 300e6
 
 
-class ConfigError(ValueError):
+class ConfigError(QuantError, ValueError):
     """A config is missing, cannot be read or lacks what is needed."""
 
 
@@ -39,10 +47,33 @@ def read_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
         cfg = Config.fromfile(str(path))
     except Exception as err:  # any error of the code in the config
         raise ConfigError(f'config {path} cannot be read: {type(err).__name__}: {err}') from err
+    cfg = _without_classes(cfg)
     cfg.merge_from_dict(overrides or {})
     if 'model' not in cfg:
         raise ConfigError(f'config {path} has no `model`')
     return cfg
+
+
+def _without_classes(cfg: Config) -> Config:
+    """A config whose types are names, as text has them, so that it can be compared and dumped.
+
+    mmengine's Python configs have classes as types; registries find a class by its path, too.
+    """
+    found = False
+
+    def named(value: Any) -> Any:
+        nonlocal found
+        if isinstance(value, dict):
+            items = dict(value.items())
+            if callable(items.get('type')):
+                found, items['type'] = True, dotted(items['type'])
+            return {key: named(item) for key, item in items.items()}
+        return type(value)(map(named, value)) if type(value) in (list, tuple) else value
+
+    plain = dict(cfg.items())  # not to_dict(), which hides what is lazy
+    own = {k: v for k, v in plain.items() if not callable(v) and not isinstance(v, ModuleType)}
+    new = named(own)
+    return Config(new, filename=cfg.filename) if found or len(own) < len(plain) else cfg
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -51,7 +82,8 @@ def build_model(cfg: Config) -> nn.Module:
     Raises:
         ConfigError: If a type or an argument of the model is wrong; carries mmengine's message.
     """
-    init_default_scope(cfg.get('default_scope', 'mmdet3d'))
+    init_default_scope(cfg.get('default_scope') or 'mmdet3d')
+    use_one_door()  # some modules load weights when they are built
     try:
         model = MODELS.build(copy.deepcopy(cfg.model))  # some detectors change theirs
     except (KeyError, TypeError, ValueError, AssertionError) as err:
@@ -79,6 +111,7 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
     checkpoint = read_checkpoint(path)
     state = checkpoint['state_dict']
     accept_any_layout(model)  # a LiDAR encoder of the public project does not by itself
+    take_derived_from_config(model)  # nor its view transform
     try:
         keys = model.load_state_dict(state, strict=False)
     except RuntimeError as err:
@@ -100,6 +133,64 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
     return checkpoint['meta']
 
 
+def check_data(cfg: Config, entries: Sequence[str]) -> None:
+    """Looks at the data sets that entries of a config read, before long work begins.
+
+    A nuScenes folder that is scored on is looked through, tables and files; of other data sets,
+    and of a frame on its own, the folder and the info file.
+
+    Args:
+        cfg: The config.
+        entries: Such as ``train_dataloader``; those that the config lacks are passed over.
+
+    Raises:
+        DatasetError: If data are missing, damaged, or without objects to train on.
+    """
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for entry in entries:
+        dataset = innermost(cfg.get(entry))
+        root, infos = (str(dataset.get(key) or '') for key in ('data_root', 'ann_file'))
+        if not infos or '://' in root + infos or dataset.get('backend_args'):
+            continue  # not on this disk
+        training = entry.startswith('train')
+        own = entry.replace('_dataloader', '_evaluator')
+        scored = cfg.get(own if own in cfg else 'val_evaluator') or {}
+        metric = scored.get('type') if isinstance(scored, dict) else None
+        nuscenes = type_name(dataset.get('type')) == 'NuScenesDataset'
+        if nuscenes and type_name(metric) == 'NuScenesMetric' and not entry.startswith('calib'):
+            version = (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval')
+            roles = found.setdefault((root, version), dict(all=set(), train=set()))
+            roles['all'].add(infos)
+            roles['train'].update([infos] if training else [])
+        else:
+            _check_one(cfg, entry, Path(root), infos, training)
+    for (root, version), roles in found.items():
+        small = sum(f.stat().st_size for f in Path(root, version).glob('*.json')) < _SMALL
+        check(root, version, sorted(roles['all']), tables=small, training=roles['train'])
+
+
+def _check_one(cfg: Config, entry: str, root: Path, infos: str, training: bool) -> None:
+    where = f'{entry} of {cfg.filename}'
+    if str(root) != '.' and not root.is_dir():
+        raise DatasetError(
+            f'{where}: {root} does not exist; set its data_root, or make a data set with '
+            f'tools/make_synthetic_nuscenes.py --out {root}'
+        )
+    path = root / infos
+    if not path.is_file():
+        raise DatasetError(f'{where}: info file {path} is missing; set its data_root and ann_file')
+    if training and path.suffix == '.pkl':
+        check_objects(path, read_infos(path)['data_list'])
+
+
+def innermost(loader: Any) -> Any:
+    """The data set of a data loader's config, without wrappers such as ``CBGSDataset``."""
+    dataset = (loader or {}).get('dataset') or {}
+    while dataset.get('dataset') is not None:
+        dataset = dataset['dataset']
+    return dataset
+
+
 def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
     """The data to calibrate on, in a fixed order.
 
@@ -108,11 +199,13 @@ def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
 
     Raises:
         ConfigError: If the config has none of :data:`CALIBRATION_LOADERS`, or building it fails.
+        DatasetError: If the data are not there.
     """
     name = next((n for n in CALIBRATION_LOADERS if cfg.get(n) is not None), None)
     if name is None:
         raise ConfigError(f'{cfg.filename} has none of {", ".join(CALIBRATION_LOADERS)}')
-    init_default_scope(cfg.get('default_scope', 'mmdet3d'))
+    check_data(cfg, [name])
+    init_default_scope(cfg.get('default_scope') or 'mmdet3d')
     empty = f'`{name}` of {cfg.filename} is empty: there is nothing to calibrate on'
     try:
         loader = Runner.build_dataloader(cfg[name], seed=0)
@@ -158,7 +251,7 @@ def numbered_batches(
         worker_init_fn=loader.worker_init_fn,
         pin_memory=loader.pin_memory,
     )
-    yield from zip(indices, part, strict=True)
+    yield from strict_zip(indices, part)
 
 
 def evaluated_on(cfg: Config, name: str) -> list[str]:
@@ -177,10 +270,7 @@ def evaluated_on(cfg: Config, name: str) -> list[str]:
 
 
 def _source(loader: Any) -> tuple[str, ...]:
-    dataset = loader['dataset']
-    while 'dataset' in dataset:  # inside a wrapper
-        dataset = dataset['dataset']
-    return tuple(str(dataset.get(key)) for key in ('data_root', 'ann_file'))
+    return tuple(str(innermost(loader).get(key)) for key in ('data_root', 'ann_file'))
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Tuple
 
 import torch
 from pytorch_quantization.nn import TensorQuantizer
@@ -21,7 +21,7 @@ HOW_TO_CALIBRATE = (
 )
 
 
-Grid = tuple[QuantSpec, Any]
+Grid = Tuple[QuantSpec, Any]
 #: Of rounded tensors: their version then, and the grid.
 _marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

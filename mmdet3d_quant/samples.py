@@ -7,12 +7,15 @@ version 2), so that whatever runs on a frame runs through a config, its data set
 from __future__ import annotations
 
 import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+
+from mmdet3d_quant.naming import type_name
 
 #: Yaw of each camera in degrees, counterclockwise from straight ahead.
 CAMERAS = {
@@ -24,6 +27,29 @@ CAMERAS = {
     'CAM_BACK_RIGHT': -111,
 }
 IMAGE_SIZE = (900, 1600)
+#: Environment variable with the folder of a real nuScenes key frame, where there is one: six
+#: images, one point cloud and one ``*.pkl`` info file of mmdet3d's version 2.
+FRAME = 'MMDET3D_QUANT_FRAME'
+#: Height of the sensor above the ground, and depth of a generated object, in metres.
+_SENSOR, _DEPTH = 1.84, 4.0
+
+
+def real_frame() -> Path | None:
+    """The folder that :data:`FRAME` names, or None if it names none.
+
+    Raises:
+        FileNotFoundError: If it is not there or has no info file.
+    """
+    name = os.environ.get(FRAME)
+    if not name:
+        return None
+    folder = Path(name)
+    if not any(folder.glob('*.pkl')):
+        raise FileNotFoundError(
+            f'{FRAME}={name}: expected a folder with six images, a point cloud and an info file '
+            '(*.pkl); correct the variable or unset it'
+        )
+    return folder
 
 
 def frame_settings(cfg: Any, folder: str | Path) -> dict[str, Any]:
@@ -48,7 +74,11 @@ def frame_settings(cfg: Any, folder: str | Path) -> dict[str, Any]:
         data_root=str(Path(folder).resolve()),
         ann_file=info.name,
         data_prefix=dict.fromkeys(('pts', 'sweeps', *CAMERAS), ''),
-        pipeline=[s for s in dataset['pipeline'] if s['type'] != 'LoadPointsFromMultiSweeps'],
+        pipeline=[
+            step
+            for step in dataset['pipeline']
+            if type_name(step['type']) != 'LoadPointsFromMultiSweeps'
+        ],
     )
     loader = dict(
         batch_size=1,
@@ -61,7 +91,7 @@ def frame_settings(cfg: Any, folder: str | Path) -> dict[str, Any]:
 
 
 def make_frame(folder: str | Path, seed: int = 0) -> Path:
-    """Writes a generated frame: textured images and a LiDAR scan of a plain with boxes.
+    """Writes a generated frame: textured images and a LiDAR scan of a plain with labelled boxes.
 
     Args:
         folder: Folder to create; a frame in it is replaced.
@@ -85,7 +115,8 @@ def make_frame(folder: str | Path, seed: int = 0) -> Path:
             sample_data_token=name,
             timestamp=0.0,
         )
-    _scan(rng).tofile(folder / 'LIDAR_TOP.bin')
+    points, instances = _scan(rng)
+    points.tofile(folder / 'LIDAR_TOP.bin')
     frame = dict(
         sample_idx=0,
         token='generated',
@@ -95,7 +126,7 @@ def make_frame(folder: str | Path, seed: int = 0) -> Path:
         lidar_points=dict(
             num_pts_feats=5, lidar_path='LIDAR_TOP.bin', lidar2ego=np.eye(4).tolist()
         ),
-        instances=[],
+        instances=instances,
         cam_instances={},
     )
     meta = dict(dataset='nuscenes', version='generated', info_version='1.1')
@@ -127,18 +158,30 @@ def _camera(yaw: float) -> tuple[np.ndarray, np.ndarray]:
     return lidar2cam, cam2img
 
 
-def _scan(rng: np.random.Generator) -> np.ndarray:
-    """x, y, z (metres), intensity (0-255) and ring of 32 beams; float32 (P, 5)."""
+def _scan(rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Points and the objects that they lie on.
+
+    Returns:
+        x, y, z (metres), intensity (0-255) and ring of 32 beams, float32 (P, 5); and an info
+        file's ``instances``.
+    """
     elevation = np.radians(np.linspace(-30.67, 10.67, 32))[:, None]
     azimuth = np.linspace(-math.pi, math.pi, 1080, endpoint=False)[None]
     with np.errstate(divide='ignore'):
-        ground = np.where(elevation < 0, -1.84 / np.sin(elevation), 80.0)
+        ground = np.where(elevation < 0, -_SENSOR / np.sin(elevation), 80.0)
     distance = np.broadcast_to(ground, (32, 1080)).copy()
-    for _ in range(40):  # upright boxes, as sectors in front of the ground
+    owner = np.full(distance.shape, -1)
+    instances = []
+    for number in range(40):  # upright boxes, as sectors in front of the ground
         at, far = rng.uniform(-math.pi, math.pi), rng.uniform(5, 45)
-        top = math.atan2(rng.uniform(1.0, 3.0) - 1.84, far)
-        hit = (np.abs(azimuth - at) < rng.uniform(0.5, 2.5) / far) & (elevation < top)
-        distance = np.where(hit & (far < distance), far, distance)
+        height = rng.uniform(1.0, 3.0)
+        half = rng.uniform(0.5, 2.5)
+        hit = np.abs(azimuth - at) < half / far
+        hit = hit & (elevation < math.atan2(height - _SENSOR, far)) & (far < distance)
+        distance[hit], owner[hit] = far, number
+        instances.append(_instance(at, far, 2 * half, height))
+    for number, instance in enumerate(instances):
+        instance['num_lidar_pts'] = int((owner == number).sum())
     distance = distance + rng.normal(0, 0.02, distance.shape)
     flat = distance * np.cos(elevation)
     ring = np.broadcast_to(np.arange(32)[:, None], distance.shape)
@@ -148,4 +191,19 @@ def _scan(rng: np.random.Generator) -> np.ndarray:
         + [intensity, ring],
         axis=-1,
     )
-    return points[distance < 70].astype(np.float32)
+    return points[distance < 70].astype(np.float32), instances
+
+
+def _instance(at: float, far: float, width: float, height: float) -> dict[str, Any]:
+    """A car or, if wide, a truck that turns its back to the sensor, as info files have it."""
+    centre = far + _DEPTH / 2
+    label = int(width > 2.5)
+    x, y, z = centre * math.cos(at), centre * math.sin(at), height / 2 - _SENSOR
+    return dict(
+        bbox_3d=[x, y, z, _DEPTH, width, height, at],
+        bbox_3d_isvalid=True,
+        bbox_label=label,
+        bbox_label_3d=label,
+        num_radar_pts=0,
+        velocity=[0.0, 0.0],
+    )

@@ -95,7 +95,7 @@ def _declared(model: nn.Module) -> Iterable[list[str]]:
             target = modules.get(target_name)
             if target is None or not hasattr(target, 'input_readers'):
                 continue
-            pairs = zip(module.output_readers(), target.input_readers(), strict=False)
+            pairs = zip(module.output_readers(), target.input_readers())
             for behind, ahead in pairs:
                 yield _full(name, behind) + _full(target_name, ahead)
 

@@ -1,21 +1,23 @@
-"""A real nuScenes key frame, read in place from the folder shared beside the checkout."""
+"""A real nuScenes key frame, where the environment names one, and a generated one elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mmdet3d_quant.samples import frame_settings
+import pytest
+
+from mmdet3d_quant.samples import FRAME, frame_settings, real_frame
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT_CONFIG = ROOT / 'configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_nus-3d.py'
 
 
-def frame_dir() -> Path | None:
-    """Folder with six images, one point cloud and a v2 info file, or None if it is not there."""
-    path = ROOT.parent / 'shared' / 'data' / 'nuscenes_frame'
-    return path if path.is_dir() else None
+def on_real_frame(test):
+    """Marks a test of the real frame: ``make test-frame`` runs it, others pass it over."""
+    absent = pytest.mark.skipif(real_frame() is None, reason=f'{FRAME} names no nuScenes frame')
+    return pytest.mark.frame(absent(test))
 
 
 def frame_dataset_cfg(cfg: dict) -> dict:
-    """Settings with which the data set of a config reads the frame."""
-    return frame_settings(cfg, frame_dir())['test_dataloader']['dataset']
+    """Settings with which the data set of a config reads the real frame."""
+    return frame_settings(cfg, real_frame())['test_dataloader']['dataset']

@@ -6,6 +6,7 @@ import torch
 from mmengine.config import Config
 
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import removeprefix
 from mmdet3d_quant.modes import float_state_dict
 from mmdet3d_quant.samples import frame_settings
 
@@ -70,7 +71,7 @@ def small_float_config(frame: Path, path: Path) -> Path:
     cfg = Config.fromfile(small_config(frame, path))
     for part in cfg.model.values():
         if isinstance(part, dict) and part.get('type', '').startswith('Quant'):
-            name = part['type'].removeprefix('Quant')
+            name = removeprefix(part['type'], 'Quant')
             part['type'] = f'mmdet.{name}' if name == 'ResNet' else name
     cfg.dump(path)
     return path

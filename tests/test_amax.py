@@ -7,6 +7,7 @@ from pytorch_quantization.calib import histogram as library
 
 from mmdet3d_quant import amax
 from mmdet3d_quant.amax import search_amax, search_many
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.histogram import Histogram
 from mmdet3d_quant.spec import Method, QuantSpec
 
@@ -90,7 +91,7 @@ def theirs(monkeypatch):
 def compare(cases, method, theirs):
     cases = list(cases)
     found = search_many([c[:2] for c in cases], method, [c[2] for c in cases])
-    for (counts, edges, spec), ours in zip(cases, found, strict=True):
+    for (counts, edges, spec), ours in strict_zip(cases, found):
         assert ours == pytest.approx(theirs(counts, edges, method, spec), rel=1e-6)
         if method == 'entropy':  # the only exceptions, exactly
             assert any(theirs.undefined) == (not counts[1:128].any())
@@ -135,7 +136,7 @@ def test_mse_is_the_least_of_all_candidates(num_bits):
     spec = QuantSpec(num_bits)
     cases = [case for case in histograms(70, 129, 700, seed=num_bits) if case[0].any()]
     found = search_many([c[:2] for c in cases], 'mse', spec)
-    for (counts, edges, _), ours in zip(cases, found, strict=True):
+    for (counts, edges, _), ours in strict_zip(cases, found):
         assert_least(counts, edges, ours, spec)
 
 
@@ -172,12 +173,12 @@ def test_many_equal_one_at_a_time_on_any_device_in_any_memory(method, monkeypatc
     pairs, specs = [c[:2] for c in cases], [c[2] for c in cases]
     before = [counts.copy() for counts, _ in pairs]
     found = search_many(pairs, method, specs)
-    assert found == [search_amax(*pair, method, s) for pair, s in zip(pairs, specs, strict=True)]
+    assert found == [search_amax(*pair, method, s) for pair, s in strict_zip(pairs, specs)]
     for device in DEVICES:
         assert found == search_many(pairs, method, specs, device)
     monkeypatch.setattr(amax, '_ELEMENTS', 1)
     assert found == search_many(pairs, method, specs)
-    assert all(np.array_equal(x, c) for x, (c, _) in zip(before, pairs, strict=True))
+    assert all(np.array_equal(x, c) for x, (c, _) in strict_zip(before, pairs))
     assert search_many(pairs, method) == search_many(pairs, method, INT8)
     assert search_many([], method) == []
 

@@ -14,13 +14,15 @@ from mmengine.config import Config
 
 from mmdet3d_quant import CalibrationError
 from mmdet3d_quant.calibration import ResumeError, observe
-from mmdet3d_quant.files import read_checkpoint
+from mmdet3d_quant.checkpoint import read_checkpoint
 from mmdet3d_quant.from_config import ConfigError
 from mmdet3d_quant.samples import make_frame
 from tests.small import ROOT, save_float, small_config
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402
+
+from mmdet3d_quant.compat import strict_zip
 
 COUNT = 6
 KILLED = """
@@ -52,7 +54,7 @@ def work(tmp_path_factory):
     for i, frame in enumerate(frames):  # the same images from other cameras are other data
         frame['sample_idx'] = i
         paths = [image['img_path'] for image in frame['images'].values()]
-        for image, file in zip(frame['images'].values(), paths[i:] + paths[:i], strict=True):
+        for image, file in strict_zip(frame['images'].values(), paths[i:] + paths[:i]):
             image['img_path'] = file
     path.write_bytes(pickle.dumps(dict(info, data_list=frames)))
     calibrate.main(arguments(folder, folder / 'whole.pth'))

@@ -7,8 +7,9 @@ import torch
 from mmdet3d.apis import init_model
 
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.conversion import ConversionError
-from mmdet3d_quant.files import CheckpointError, read_checkpoint, sha256
+from mmdet3d_quant.files import sha256
 from mmdet3d_quant.modes import float_state_dict
 from mmdet3d_quant.samples import make_frame
 from tests.small import ROOT, save_float, small_config
@@ -89,7 +90,7 @@ def test_ranges_that_the_model_does_not_have_are_left_out(work, tmp_path, capsys
     fuser, lidar = (
         f'{n}._input_quantizer._amax' for n in ('fuser.0', 'encoders.lidar.backbone.conv_input.0')
     )
-    state |= {fuser: torch.tensor(2.0), lidar: torch.tensor(1.0)}
+    state.update({fuser: torch.tensor(2.0), lidar: torch.tensor(1.0)})
     torch.save(dict(state_dict=state), tmp_path / 'ptq.pth')
     run(tmp_path / 'ptq.pth', '--out', tmp_path / 'out.pth', '--config', work / 'int8.py')
     told = capsys.readouterr().out
@@ -124,11 +125,11 @@ def test_bad_input_is_a_clear_error_and_writes_nothing(work, tmp_path):
         return lambda state: {n: v for n, v in state.items() if n != name}
 
     refused(ConversionError, r'no place in mmdet3d:\n  odd.weight \(2,\)',
-            lambda state: state | {'odd.weight': torch.zeros(2)})  # fmt: skip
+            lambda state: {**state, 'odd.weight': torch.zeros(2)})  # fmt: skip
     refused(ConversionError, r'fusion_layer.0.weight \(32, 48, 3, 3\) is missing',
             without('fuser.0.weight'))  # fmt: skip
     refused(ConversionError, r'\(5,\), expected \(32,\)',
-            lambda state: state | {'fuser.1.bias': torch.zeros(5)})  # fmt: skip
+            lambda state: {**state, 'fuser.1.bias': torch.zeros(5)})  # fmt: skip
     refused(ConversionError, 'names of mmdet3d already', path=work / 'float.pth')
     refused(ConversionError, 'names of mit already', None, '--to', 'mit', path=work / 'mit.pth')
     refused(CheckpointError, 'does not exist', path=tmp_path / 'no.pth')

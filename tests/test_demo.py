@@ -11,13 +11,16 @@ from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 from rich.console import Console
 
-from mmdet3d_quant.files import CheckpointError, whole
+from mmdet3d_quant.checkpoint import CheckpointError
+from mmdet3d_quant.files import whole
 from tests.small import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import demo  # noqa: E402
 from measure import load_boxes, save_boxes  # noqa: E402
 from steps import Steps, digest  # noqa: E402
+
+from mmdet3d_quant.compat import strict_zip
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ def test_boxes_come_back_as_they_were(tmp_path):
         )
         results.append(dict(sample_idx=index, pred_instances_3d=found))
     save_boxes(results, tmp_path / 'boxes.pth')
-    for before, after in zip(results, load_boxes(tmp_path / 'boxes.pth'), strict=True):
+    for before, after in strict_zip(results, load_boxes(tmp_path / 'boxes.pth')):
         assert before['sample_idx'] == after['sample_idx']
         one, other = before['pred_instances_3d'], after['pred_instances_3d']
         assert torch.equal(one.bboxes_3d.tensor, other.bboxes_3d.tensor)

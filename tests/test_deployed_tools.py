@@ -12,10 +12,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from mmdet3d_quant.checkpoint import CheckpointError
 from mmdet3d_quant.export import ExportError
 from mmdet3d_quant.export.detector import manifest_problems, read_manifest
 from mmdet3d_quant.export.points import module_name
-from mmdet3d_quant.files import CheckpointError
 from tests.small import ROOT
 from tests.test_train_tools import write_config
 

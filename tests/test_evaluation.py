@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.evaluation import Matches, Scorer, bootstrap
 from tests.small import ROOT
 
@@ -77,7 +78,7 @@ def test_scores_are_those_of_mmdet3ds_metric(val, noise):
     assert scores.NDS == pytest.approx(wanted['NDS'], abs=1e-9)
     assert scores.errors['vel_err'] == pytest.approx(wanted['mAVE'], abs=1e-4, nan_ok=True)
     for name, matches in scores.matches.items():
-        for threshold, match in zip(('0.5', '1.0', '2.0', '4.0'), matches, strict=True):
+        for threshold, match in strict_zip(('0.5', '1.0', '2.0', '4.0'), matches):
             ap = wanted[f'{name}_AP_dist_{threshold}']
             assert match.average_precision() == pytest.approx(ap, abs=1e-4)
     # The two frames show the same objects: they stand or fall together.

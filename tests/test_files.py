@@ -10,7 +10,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from mmdet3d_quant.files import CheckpointError, read_checkpoint, whole, whole_folder
+from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
+from mmdet3d_quant.files import whole, whole_folder
 
 
 def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path):
@@ -38,11 +39,9 @@ def test_a_failure_leaves_the_old_folder(tmp_path):
 
 def test_an_unwritable_place_is_named(tmp_path):
     (tmp_path / 'file').write_text('')
-    with (
-        pytest.raises(OSError, match='cannot write .*file/out.pth'),
-        whole(tmp_path / 'file/out.pth'),
-    ):
-        pass
+    with pytest.raises(OSError, match='cannot write .*file/out.pth'):
+        with whole(tmp_path / 'file/out.pth'):
+            pass
     with pytest.raises(OSError, match='is a folder'), whole(tmp_path):
         pass
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant import calibrate, fold_bn, set_mode
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fold import without_bn
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantMMCVSubMConv3d
 from mmdet3d_quant.models import QuantSparseBasicBlock
@@ -74,7 +75,7 @@ def test_folding_a_resnet_is_exact():
     calibrate(backbone, [x])
     backbone.double()
     folded = fold_bn(copy.deepcopy(backbone))
-    for a, b in zip(backbone(x.double()), folded(x.double()), strict=True):
+    for a, b in strict_zip(backbone(x.double()), folded(x.double())):
         assert relative(a, b) < 1e-4
 
 
@@ -108,8 +109,8 @@ def test_without_bn_for_a_while():
             assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
             assert relative(expected, model(x)[0]) < 1e-5
     after = dict(model.named_modules()), list(model.parameters())
-    assert all(a is b for a, b in zip(after[0].values(), before[0].values(), strict=True))
-    assert all(a is b for a, b in zip(after[1], before[1], strict=True))
+    assert all(a is b for a, b in strict_zip(after[0].values(), before[0].values()))
+    assert all(a is b for a, b in strict_zip(after[1], before[1]))
     assert torch.equal(model(x)[0], expected)
 
 
@@ -133,7 +134,7 @@ class OnVoxels(nn.Module):
         coords = few_voxels()[1]
         x = self.kind(features, coords, SHAPE, BATCH)
         for part in [self.module] if self.kind is SparseConvTensor else self.module:
-            if isinstance(part, nn.BatchNorm1d | nn.Identity):  # mmcv's tensor has no spconv 2's
+            if isinstance(part, (nn.BatchNorm1d, nn.Identity)):  # mmcv's tensor has no spconv 2's
                 x.features = part(x.features)
             else:
                 x = part(x)
@@ -167,7 +168,7 @@ def test_sparse_convolutions_fold_exactly(kind):
     for m in (model, folded):
         set_mode(m, 'float')
     assert relative(model(x), folded(x)) < 1e-14
-    pairs = zip(model.modules(), folded.modules(), strict=True)
+    pairs = strict_zip(model.modules(), folded.modules())
     for a, b in pairs:
         if hasattr(a, '_weight_quantizer'):
             whole = [m._weight_quantizer.amax * 0 + m.weight_amax() for m in (a, b)]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mmdet3d_quant import calibrate, quantizers, set_mode
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.models import QuantResNet
 from mmdet3d_quant.qat.ranges import LearnedRanges, WeightRanges
@@ -52,7 +53,7 @@ def test_calibration_finds_the_cpu_s_ranges():
     images = [torch.randn(2, 3, 64, 64) for _ in range(2)]
     calibrate(here, images)
     calibrate(there, [image.to(GPU) for image in images])
-    for (name, a), b in zip(quantizers(here).items(), quantizers(there).values(), strict=True):
+    for (name, a), b in strict_zip(quantizers(here).items(), quantizers(there).values()):
         torch.testing.assert_close(b.amax.cpu(), a.amax, rtol=0.02, atol=1e-6, msg=name)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet3d_quant.files import CheckpointError, sha256
+from mmdet3d_quant.checkpoint import CheckpointError
+from mmdet3d_quant.files import sha256
 from tests.small import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools'))

@@ -14,8 +14,8 @@ from mmengine.config import Config
 
 from mmdet3d_quant import UncalibratedError, quantizers, ties
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.export.openvino_graph import overflows
-from mmdet3d_quant.files import CheckpointError, read_checkpoint
 from mmdet3d_quant.histogram import NonFiniteError
 from mmdet3d_quant.samples import make_frame
 from tests.small import ROOT, save_float, small_config

@@ -11,7 +11,7 @@ from mmengine.config import Config
 
 from mmdet3d_quant import UncalibratedError
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.files import CheckpointError, read_checkpoint
+from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.from_config import ConfigError
 from mmdet3d_quant.synthetic.check import DatasetError
 from tests.small import ROOT

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from terminal import open_console, run_tool
 
+from mmdet3d_quant.compat import removesuffix, strict_zip
 from mmdet3d_quant.export.compare import Variant, compare, first_of, generate_samples
 from mmdet3d_quant.export.deploy import engine_files
 from mmdet3d_quant.export.engines import ENGINES, Arrays, EngineError, make_engine
@@ -130,13 +131,12 @@ def find_graphs(paths: list[Path]) -> dict[str, dict[str, Path]]:
         raise EngineError('name files only, or folders only')
     names = labels(paths)
     if not paths[0].is_dir():
-        return {paths[0].name: dict(zip(names, paths, strict=True))}
+        return {paths[0].name: dict(strict_zip(names, paths))}
     shared = set.intersection(*({file.name for file in graph_files(path)} for path in paths))
     if not shared:
         raise EngineError(f'{", ".join(map(str, paths))} share no ONNX file of one name')
     return {
-        name: {n: path / name for n, path in zip(names, paths, strict=True)}
-        for name in sorted(shared)
+        name: {n: path / name for n, path in strict_zip(names, paths)} for name in sorted(shared)
     }
 
 
@@ -152,7 +152,7 @@ def labels(paths: list[Path]) -> list[str]:
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ['/'.join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
-            return [name.removesuffix('.onnx') for name in names]
+            return [removesuffix(name, '.onnx') for name in names]
     raise EngineError(f'{paths[0]} is named twice')
 
 
@@ -236,13 +236,13 @@ def sum_up(results: dict[str, list[Variant]]) -> list[Variant]:
     return [
         Variant(
             name=variants[0].name,
-            seconds=[sum(seconds) for seconds in zip(*(v.seconds for v in variants), strict=True)],
+            seconds=[sum(seconds) for seconds in strict_zip(*(v.seconds for v in variants))],
             sqnr={},
             megabytes=sum(v.megabytes for v in variants),
             int8=_added([v.int8 for v in variants]),
             memory=None,
         )
-        for variants in zip(*results.values(), strict=True)
+        for variants in strict_zip(*results.values())
     ]
 
 
@@ -321,7 +321,7 @@ def draw(results: dict[str, list[Variant]]) -> Figure:
     """Times of every graph, a box per variant."""
     figure = Figure(figsize=(4 * len(results), 3.5), layout='constrained')
     axes = figure.subplots(1, len(results), squeeze=False)[0]
-    for ax, (name, variants) in zip(axes, results.items(), strict=True):
+    for ax, (name, variants) in strict_zip(axes, results.items()):
         ax.boxplot([np.array(v.seconds) * 1e3 for v in variants], showfliers=False)
         ax.set_xticks(range(1, len(variants) + 1), [v.name for v in variants], rotation=20)
         ax.set_title(name, fontsize='medium')

@@ -33,6 +33,7 @@ from mmdet3d_quant.calibration import (
 )
 from mmdet3d_quant.calibration import Progress as Saved
 from mmdet3d_quant.calibration.stability import TOLERANCE
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.files import check_writable, sha256, whole
 from mmdet3d_quant.provenance import provenance
 from mmdet3d_quant.report.ranges import write_ranges
@@ -113,14 +114,14 @@ class Run:
             check_writable(path)
         self.cfg = fc.read_config(args.config, args.cfg_options)
         self.plan = read_plan(self.cfg, args)
-        self.loader_name, self.loader = fc.build_calibration_loader(self.cfg)
-        batches = dict(enumerate(fc.batch_indices(self.loader)[: args.num_batches]))
         processes.join(args.launcher)
         self.rank, self.world = get_dist_info()
         console.quiet = self.rank > 0
         self.device = fc.pick_device(processes.own_device(args.device))
         model = fc.build_model(self.cfg)
         self.meta = fc.load_weights(model, args.checkpoint, calibrated=False)
+        self.loader_name, self.loader = fc.build_calibration_loader(self.cfg)
+        batches = dict(enumerate(fc.batch_indices(self.loader)[: args.num_batches]))
         tolerance = args.until_stable or TOLERANCE
         self.calibrator = Calibrator(model.to(self.device), self.plan, tolerance=tolerance)
         held_out = max(1, len(batches) // HELD_OUT) if self.calibrator.needs_held_out else 0
@@ -249,7 +250,7 @@ def sensor_of(cfg: Config) -> tuple[float, float]:
     if not found:
         return 0.5, 0.5
     low, high = found[0][:2], found[0][3:5]
-    x, y = (-a / (b - a) for a, b in zip(low, high, strict=True))
+    x, y = (-a / (b - a) for a, b in strict_zip(low, high))
     return x, y
 
 

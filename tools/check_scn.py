@@ -14,6 +14,7 @@ from rich.table import Table
 from terminal import open_console, run_tool
 from torch import Tensor
 
+from mmdet3d_quant.compat import removeprefix
 from mmdet3d_quant.export.scn import Program, ScnError, read_program
 from mmdet3d_quant.export.scn.program import Add, SparseConv, conflicts
 from mmdet3d_quant.export.scn.run import ScnNetwork
@@ -96,7 +97,9 @@ def layers(program: Program) -> list[SparseConv | Add]:
 def vars_of(op: SparseConv | Add) -> dict:
     """Fields of a layer that are not weights."""
     plain = {n: v for n, v in vars(op).items() if not isinstance(v, Tensor)}
-    return plain | (dict(kernel=op.kernel) if isinstance(op, SparseConv) else {})
+    if isinstance(op, SparseConv):
+        plain['kernel'] = op.kernel
+    return plain
 
 
 def layer_table(program: Program) -> Table:
@@ -119,7 +122,7 @@ def layer_table(program: Program) -> Table:
             shape = [''] * 4
         precision = f'{op.precision} -> {op.output_precision}'
         found = '' if limit is None else f'{limit:.4g}'
-        table.add_row(op.name, op.layer.removeprefix('encoder_layers.'), *shape, precision, found)
+        table.add_row(op.name, removeprefix(op.layer, 'encoder_layers.'), *shape, precision, found)
     return table
 
 

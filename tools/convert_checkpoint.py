@@ -11,8 +11,9 @@ from rich.table import Table
 from terminal import open_console, run_tool
 
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.conversion import TARGETS, Part, convert, fit, rename
-from mmdet3d_quant.files import CheckpointError, check_writable, read_checkpoint, whole
+from mmdet3d_quant.files import check_writable, whole
 from mmdet3d_quant.provenance import provenance
 
 EXAMPLE = """
@@ -72,7 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         for name in left_out:
             del state[name if args.to == 'mmdet3d' else str(rename(name, 'mit'))]
 
-    meta = checkpoint['meta'] | provenance(cfg, args.checkpoint) | dict(conversion=dict(to=args.to))
+    meta = {
+        **checkpoint['meta'],
+        **provenance(cfg, args.checkpoint),
+        'conversion': dict(to=args.to),
+    }
     with whole(args.out) as path:
         torch.save(dict(state_dict=state, meta=meta), path)
     report(parts, left_out, console)

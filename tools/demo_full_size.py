@@ -16,7 +16,7 @@ import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
-from terminal import open_console
+from terminal import open_console, run_tool
 from torch import nn
 
 import mmdet3d_quant as mq
@@ -26,11 +26,10 @@ from mmdet3d_quant.export.deploy import engine_files
 from mmdet3d_quant.export.engines import OpenVINO, latency
 from mmdet3d_quant.files import whole
 from mmdet3d_quant.modes import float_state_dict
-from mmdet3d_quant.samples import frame_settings, make_frame
+from mmdet3d_quant.samples import FRAME, frame_settings, make_frame, real_frame
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py'
-REAL_FRAME = ROOT.parent / 'shared/data/nuscenes_frame'
 EXAMPLE = """
 examples:
   python tools/demo_full_size.py
@@ -45,7 +44,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--work-dir', default='work_dirs/demo_full_size', help='default: %(default)s'
     )
-    parser.add_argument('--frame', help='folder with a frame; default: a real one where there is')
+    parser.add_argument(
+        '--frame',
+        help=f'folder with a frame; default: that of {FRAME}, or a generated one',
+    )
     parser.add_argument('--method', default='mse', help='calibration method')
     return parser.parse_args(argv)
 
@@ -77,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def frame_config(frame: str | None, work_dir: Path, console: Console) -> Path:
     """Writes the config for the frame; makes a frame if there is none."""
-    folder = Path(frame) if frame else REAL_FRAME
-    if not folder.is_dir():
+    folder = Path(frame) if frame else real_frame()
+    if folder is None:
         folder = make_frame(work_dir / 'frame')
     console.print(f'Frame: {folder}')
     cfg = fc.read_config(CONFIG)
@@ -134,4 +136,4 @@ def latency_table(config: Path, folders: dict[str, Path], console: Console) -> T
 
 
 if __name__ == '__main__':
-    main()
+    run_tool(main)

@@ -21,6 +21,7 @@ from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
 from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.export.verify import Agreement, verify
 from mmdet3d_quant.provenance import provenance
+from mmdet3d_quant.synthetic.check import DatasetError
 
 EXAMPLE = r"""
 examples:
@@ -151,7 +152,7 @@ def example_inputs(
             name, loader = fc.build_calibration_loader(cfg)
             first = fc.batch_indices(loader)[0][0]
             batch = loader.collate_fn([loader.dataset[first]])  # of one, whatever the config has
-        except (fc.ConfigError, OSError) as err:
+        except (fc.ConfigError, DatasetError, OSError) as err:
             if args.inputs == 'data':
                 raise
             console.print(f'No data ({err}): verifying on generated inputs')

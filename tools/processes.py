@@ -8,6 +8,8 @@ from unittest.mock import patch
 import torch
 from mmengine.dist import init_dist
 
+from mmdet3d_quant.from_config import ConfigError
+
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
@@ -18,7 +20,7 @@ def join(launcher: str) -> None:
         launcher: One of :data:`LAUNCHERS`.
 
     Raises:
-        ValueError: If the launcher did not start this process.
+        ConfigError: If the launcher did not start this process.
     """
     if launcher == 'none':
         return
@@ -29,7 +31,7 @@ def join(launcher: str) -> None:
         try:
             init_dist(launcher, backend='nccl' if gpu else 'gloo')
         except KeyError as err:
-            raise ValueError(
+            raise ConfigError(
                 f'--launcher {launcher}: {err} is not in the environment; was this started by it?'
             ) from None
 

@@ -2,8 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Callable, NoReturn
 
 from mmengine.logging import MMLogger
 from rich.console import Console
@@ -23,17 +22,23 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
-def run_tool(main: Callable[[], Any], failure: int = 1, interrupted: str = '') -> NoReturn:
+def run_tool(
+    main: Callable[[], Any],
+    failure: int = 1,
+    interrupted: str = '',
+    errors: tuple = (QuantError, OSError, ValueError),
+) -> NoReturn:
     """Runs a tool; the errors of what it was given become one line, with the remedy in it.
 
     Args:
         main: The tool; an int that it returns is the exit code.
         failure: Exit code for such an error.
         interrupted: What Ctrl-C leaves behind, where a user would ask.
+        errors: What becomes one line; of others the traceback is of use.
     """
     try:
         code = main()
-    except (QuantError, OSError, ValueError) as err:
+    except errors as err:
         print(f'error: {err}', file=sys.stderr)
         sys.exit(failure)
     except KeyboardInterrupt:

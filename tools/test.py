@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError(f'--show and --show-dir need --task, one of {", ".join(TASKS)}')
     cfg = runner_config(args, needs=('test_dataloader', 'test_evaluator'))
     # A checkpoint that does not fit, or a quantized model without ranges, is an error now, not
-    # after the data set is loaded or never.
+    # after the data set is read or never.
     fc.load_weights(fc.build_model(cfg), args.checkpoint, calibrated=not args.float)
+    fc.check_data(cfg, ['test_dataloader'])
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         hook = cfg.get('default_hooks', {}).get('visualization')

@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     cfg.load_from = None  # loaded below, strictly
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=int8)
+    fc.check_data(cfg, ['test_dataloader'])
     with mq.set_mode(model, 'quant' if int8 else 'float'):
         engines = engine_detector(
             model,

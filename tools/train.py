@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+from typing import Any, Iterator
 
 import torch
 from launch import add_common, runner_config
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner import Runner
+from terminal import run_tool
 
-from mmdet3d_quant import UncalibratedError
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.files import CheckpointError
+from mmdet3d_quant.checkpoint import latest, read_checkpoint, read_training
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.from_config import ConfigError
+from mmdet3d_quant.naming import type_name
 
 EXAMPLE = """
 examples:
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = runner_config(args, needs=('train_dataloader', 'train_cfg', 'optim_wrapper'))
     if args.amp:
-        kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+        kind = type_name(cfg.optim_wrapper.get('type', 'OptimWrapper'))
         if kind not in ('OptimWrapper', 'AmpOptimWrapper', 'BFloat16OptimWrapper'):
             raise ConfigError(f'--amp works with OptimWrapper, not with the {kind} of the config')
         if torch.cuda.is_available():
@@ -83,34 +85,68 @@ def main(argv: list[str] | None = None) -> None:
                 'the config'
             )
         cfg.auto_scale_lr.enable = True
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-        if cfg.load_from and not os.path.isfile(cfg.load_from):
-            raise CheckpointError(f'checkpoint {cfg.load_from} does not exist')
-    else:
+    if not find_resume(cfg, args.resume):
         check_start(cfg)
+    for path in pretrained(cfg.model):
+        read_checkpoint(path)
+    fc.check_data(cfg, ['train_dataloader', 'val_dataloader'])
     Runner.from_cfg(cfg).train()
 
 
-def check_start(cfg: Config) -> None:
-    """Looks at what a QAT run starts from before data are loaded.
+def find_resume(cfg: Config, asked: str | None) -> bool:
+    """Sets what a training goes on from, and looks into it before data are loaded.
+
+    Args:
+        cfg: The config; its ``resume`` and ``load_from`` are set.
+        asked: ``--resume``: a checkpoint, ``'auto'`` for the last of the work dir, or None.
+
+    Returns:
+        Whether there is a checkpoint to go on from.
 
     Raises:
-        CheckpointError: If ``load_from`` cannot be read or does not fit.
-        ConfigError: If there is none.
-        UncalibratedError: If the model has a quantizer without a range.
+        CheckpointError: If it is missing, no checkpoint of a training, or unsafe to read.
+    """
+    if asked is None and not cfg.get('resume'):
+        return False
+    path = cfg.get('load_from') if asked is None else None if asked == 'auto' else asked
+    path = path or latest(cfg.work_dir)
+    if path is None:
+        print_log(f'Nothing to resume in {cfg.work_dir}: starting anew', logger='current')
+        cfg.resume = False
+        return False
+    if '://' not in path:
+        read_training(path)
+    cfg.resume, cfg.load_from = True, path
+    return True
+
+
+def check_start(cfg: Config) -> None:
+    """Looks at what a run starts from before data are loaded.
+
+    Raises:
+        CheckpointError: If ``load_from`` cannot be read; in a QAT run also if it does not fit.
+        ConfigError: If a QAT run has no ``load_from``.
+        UncalibratedError: If the model of a QAT run has a quantizer without a range.
     """
     hooks = [hook.get('type') for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict)]
-    if 'QATHook' not in hooks:
-        return
-    if not cfg.get('load_from'):
-        raise ConfigError('a config with QATHook needs load_from, a checkpoint of calibrate.py')
-    fc.load_weights(fc.build_model(cfg), cfg.load_from, calibrated=True)
+    start = cfg.get('load_from')
+    if 'QATHook' in map(type_name, hooks):
+        if not start:
+            raise ConfigError('a config with QATHook needs load_from, a checkpoint of calibrate.py')
+        fc.load_weights(fc.build_model(cfg), start, calibrated=True)
+    elif start and '://' not in start:
+        read_checkpoint(start)
+
+
+def pretrained(cfg: Any) -> Iterator[str]:
+    """Checkpoints on this disk that parts of a model are initialised from."""
+    if isinstance(cfg, dict):
+        if type_name(cfg.get('type')) == 'Pretrained' and '://' not in cfg.get('checkpoint', ''):
+            yield cfg['checkpoint']
+        cfg = list(cfg.values())
+    for part in cfg if isinstance(cfg, (list, tuple)) else ():
+        yield from pretrained(part)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (CheckpointError, ConfigError, UncalibratedError, OSError) as err:
-        sys.exit(f'error: {err}')
+    run_tool(main, errors=(QuantError, OSError))

@@ -11,6 +11,8 @@ from mmcv.transforms import BaseTransform
 from mmdet3d.datasets import GlobalRotScaleTrans
 from PIL import Image
 
+from mmdet3d_quant.compat import strict_zip
+
 
 class BEVFusionGlobalRotScaleTrans(GlobalRotScaleTrans):
     """``GlobalRotScaleTrans`` in the order rotate, translate, scale; takes its arguments."""
@@ -59,7 +61,7 @@ class BEVFusionRandomFlip3D(BaseTransform):
         # Name of the flip, the axis whose sign it changes, the axis of a mask.
         flips = (('horizontal', 1, 2), ('vertical', 0, 1))
         move = np.eye(4)
-        for flip, (direction, axis, mask_axis) in zip(drawn, flips, strict=True):
+        for flip, (direction, axis, mask_axis) in strict_zip(drawn, flips):
             if not flip:
                 continue
             move[axis, axis] = -1

@@ -8,6 +8,8 @@ import torch
 from mmdet.models.task_modules import BaseBBoxCoder
 from torch import Tensor
 
+from mmdet3d_quant.compat import strict_zip
+
 
 class TransFusionBBoxCoder(BaseBBoxCoder):
     """Codes a box as cell position, gravity centre height, log size, sine and cosine of yaw.
@@ -105,5 +107,5 @@ class TransFusionBBoxCoder(BaseBBoxCoder):
             keep &= scores > self.score_threshold
         return [
             dict(bboxes=b[k], scores=s[k], labels=c[k])
-            for b, s, c, k in zip(boxes, scores, labels, keep, strict=True)
+            for b, s, c, k in strict_zip(boxes, scores, labels, keep)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet3d_quant.bevfusion.targets import make_targets
+from mmdet3d_quant.compat import strict_zip
 
 _CONV = dict(type='Conv1d')
 _NORM = dict(type='BN1d')
@@ -29,7 +30,7 @@ _RADIUS = {'nuScenes': {8: 0.175, 9: 0.175}, 'Waymo': {0: 0.7, 1: 0.7, 2: 0.7}}
 #: Outputs that exist once, not once per decoder layer.
 _SHARED = ('query_heatmap_score', 'query_labels', 'dense_heatmap')
 
-Outputs = tuple[list[dict[str, Tensor]]]
+Outputs = Tuple[List[Dict[str, Tensor]]]
 
 
 class TransFusionHead(nn.Module):
@@ -160,7 +161,7 @@ class TransFusionHead(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.momentum = self.bn_momentum
 
     def _peaks(self, dense_heatmap: Tensor) -> Tensor:
@@ -209,7 +210,7 @@ class TransFusionHead(nn.Module):
         query_pos = at_cells(positions.transpose(1, 2)).transpose(1, 2)
 
         layers = []
-        for decoder, head in zip(self.decoder, self.prediction_heads, strict=True):
+        for decoder, head in strict_zip(self.decoder, self.prediction_heads):
             query = decoder(query, key=flat, query_pos=query_pos, key_pos=positions)
             outputs = head(query)
             outputs['center'] = outputs['center'] + query_pos.transpose(1, 2)
@@ -220,7 +221,7 @@ class TransFusionHead(nn.Module):
         if not self.auxiliary:
             layers = layers[-1:]
         merged = {key: torch.cat([layer[key] for layer in layers], dim=-1) for key in layers[0]}
-        return [merged | dict(zip(_SHARED, shared, strict=True))]
+        return [{**merged, **dict(strict_zip(_SHARED, shared))}]
 
     def forward(self, feats: Tensor | Sequence[Tensor], metas: Any = None) -> Outputs:
         """Predicts from the neck's output.
@@ -359,7 +360,9 @@ class TransFusionHead(nn.Module):
         found = dict(score=last['heatmap'].sigmoid() * last['query_heatmap_score'] * one_hot)
         for name, key in dict(rot='rot', dim='dim', reg='center', height='height').items():
             found[name] = last[key]
-        return found | ({'vel': last['vel']} if 'vel' in last else {})
+        if 'vel' in last:
+            found['vel'] = last['vel']
+        return found
 
     def boxes(self, found: dict[str, Tensor], metas: list[dict]) -> list[InstanceData]:
         """Boxes of what :meth:`scored` returns; as :meth:`predict_by_feat`."""
@@ -373,7 +376,7 @@ class TransFusionHead(nn.Module):
             filter=True,
         )
         results = []
-        for sample, meta in zip(decoded, metas, strict=True):
+        for sample, meta in strict_zip(decoded, metas):
             keep = self._nms(**sample)
             boxes = sample['bboxes'][keep]
             results.append(

@@ -9,6 +9,8 @@ import numpy as np
 from mmdet3d.datasets.transforms import LoadMultiViewImageFromFiles
 from mmengine.fileio import get
 
+from mmdet3d_quant.compat import strict_zip
+
 
 class BEVLoadMultiViewImageFromFiles(LoadMultiViewImageFromFiles):
     """Loads RGB images (decoded by Pillow) and the matrices that view transforms need.
@@ -56,7 +58,7 @@ class BEVLoadMultiViewImageFromFiles(LoadMultiViewImageFromFiles):
             ori_cam2img=np.stack(intrinsics),
             lidar2cam=np.stack([camera['lidar2cam'] for camera in cameras]),
             cam2lidar=np.stack([_inverse(matrix) for matrix in extrinsics]),
-            lidar2img=np.stack([k @ e for k, e in zip(intrinsics, extrinsics, strict=True)]),
+            lidar2img=np.stack([k @ e for k, e in strict_zip(intrinsics, extrinsics)]),
             img_norm_cfg=dict(
                 mean=np.zeros(channels, dtype=np.float32),
                 std=np.ones(channels, dtype=np.float32),
@@ -80,7 +82,7 @@ class BEVLoadMultiViewImageFromFiles(LoadMultiViewImageFromFiles):
             )
             for path in paths
         ]
-        shape = tuple(max(sides) for sides in zip(*(i.shape[:2] for i in images), strict=True))
+        shape = tuple(max(sides) for sides in strict_zip(*(i.shape[:2] for i in images)))
         images = [i if i.shape[:2] == shape else mmcv.impad(i, shape=shape) for i in images]
         return [i.astype(np.float32) for i in images] if self.to_float32 else images
 

@@ -13,6 +13,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet3d_quant.bevfusion.assigner import HeuristicAssigner3D
+from mmdet3d_quant.compat import strict_zip
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def heatmap_targets(
     heatmap = boxes.tensor.new_zeros(num_classes, *size)
     centres = ((boxes.gravity_center[:, :2] - low) / cell).int()
     extents = boxes.tensor[:, 3:5] / cell
-    for centre, extent, label in zip(centres, extents, labels, strict=True):
+    for centre, extent, label in strict_zip(centres, extents, labels):
         if (extent > 0).all():
             radius = gaussian_radius(extent.flip(0), min_overlap=train_cfg['gaussian_overlap'])
             radius = max(train_cfg['min_radius'], int(radius))

@@ -9,6 +9,8 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from PIL import Image
 
+from mmdet3d_quant.compat import strict_zip
+
 
 @dataclass(frozen=True)
 class _Augmentation:
@@ -110,7 +112,7 @@ class ImageAug3D(BaseTransform):
             ``img_aug_matrix``, N (4, 4) float32 arrays that map old pixels to new ones.
         """
         drawn = [self._draw(results['ori_shape']) for _ in results['img']]
-        pairs = zip(drawn, results['img'], strict=True)
+        pairs = strict_zip(drawn, results['img'])
         results['img'] = [augmentation.apply(image) for augmentation, image in pairs]
         results['img_aug_matrix'] = [augmentation.matrix() for augmentation in drawn]
         return results

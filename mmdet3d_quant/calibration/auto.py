@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, List, Tuple
 
 import torch
 from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.observe import Forward, evaluating, run
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values, with_values
@@ -19,7 +20,7 @@ from mmdet3d_quant.modes import quantizers, set_mode
 from mmdet3d_quant.quantizer import Quantizer
 
 #: Names of the quantizers of a unit, and its candidate ranges.
-Candidates = list[tuple[tuple[str, ...], list[float]]]
+Candidates = List[Tuple[Tuple[str, ...], List[float]]]
 
 
 def least_output_error(
@@ -67,9 +68,9 @@ def _best(names: tuple[str, ...], count: int, by_batch: dict[int, dict[str, list
     totals = [0.0] * count
     for name in names:
         rows = [by_batch[number][name] for number in sorted(by_batch) if name in by_batch[number]]
-        *errors, power = map(math.fsum, zip(*rows, strict=True)) if rows else [0.0] * (count + 1)
+        *errors, power = map(math.fsum, strict_zip(*rows)) if rows else [0.0] * (count + 1)
         if power > 0:
-            totals = [t + e / power for t, e in zip(totals, errors, strict=True)]
+            totals = [t + e / power for t, e in strict_zip(totals, errors)]
     return min(range(count), key=totals.__getitem__)
 
 

@@ -23,6 +23,7 @@ from mmdet3d_quant.calibration.observe import (
 from mmdet3d_quant.calibration.plan import Plan, PlanLike
 from mmdet3d_quant.calibration.ranges import CANDIDATES, Unit, search, units
 from mmdet3d_quant.calibration.stability import TOLERANCE, Look, Stability
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.histogram import NonFiniteError
 from mmdet3d_quant.modes import quantizers, set_mode
@@ -168,7 +169,7 @@ class Calibrator:
             for name, layer in self._weights.items():
                 quantizers(self.model)[name].amax = layer.weight_amax(self.plan.weights)
             texts = self._choose(found, ranges, held_out)
-            for unit, amax in zip(found, ranges, strict=True):
+            for unit, amax in strict_zip(found, ranges):
                 for name in unit.names:
                     self._active[name].amax = amax
             set_mode(self.model, 'quant')
@@ -206,17 +207,17 @@ class Calibrator:
         if not open_:
             return texts
         left = [found[i] for i in open_]
-        tried = list(zip(*(search(left, method) for method in CANDIDATES), strict=True))
-        candidates = [(u.names, list(t)) for u, t in zip(left, tried, strict=True)]
+        tried = list(strict_zip(*(search(left, method) for method in CANDIDATES)))
+        candidates = [(u.names, list(t)) for u, t in strict_zip(left, tried)]
         chosen = least_output_error(self.model, candidates, held_out, self.forward)
-        for i, best, values in zip(open_, chosen, tried, strict=True):
+        for i, best, values in strict_zip(open_, chosen, tried):
             ranges[i], texts[i] = values[best], f'auto: {CANDIDATES[best]}'
         return texts
 
     def _result(self, found: list[Unit], ranges: list[float], texts: list[str]) -> Calibration:
         group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         by_name = {}
-        for unit, amax, text in zip(found, ranges, texts, strict=True):
+        for unit, amax, text in strict_zip(found, ranges, texts):
             for name in unit.names:
                 h = self.statistics.histograms[name]
                 by_name[name] = CalibratedRange(

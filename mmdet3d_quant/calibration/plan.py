@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Union
+from typing import Iterable, Mapping, Union
 
 from mmdet3d_quant.spec import WEIGHT_METHODS, Method, select
 

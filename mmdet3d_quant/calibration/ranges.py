@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mmdet3d_quant.amax import search_many
 from mmdet3d_quant.calibration.observe import Statistics
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.histogram import Histogram
 from mmdet3d_quant.spec import Method, QuantSpec
 
@@ -73,6 +74,6 @@ def search(units: list[Unit], method: Method | None = None) -> list[float]:
             batches.setdefault((wanted, unit.spec), []).append(i)
     for (wanted, spec), indices in batches.items():
         found = search_many([units[i].histogram.trimmed() for i in indices], wanted, spec)
-        for i, amax in zip(indices, found, strict=True):
+        for i, amax in strict_zip(indices, found):
             result[i] = amax
     return result

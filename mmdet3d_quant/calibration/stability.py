@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mmdet3d_quant.compat import strict_zip
+
 #: A range has settled when it moved less than this, relatively.
 TOLERANCE = 0.02
 #: So many of the ranges must have settled, and for so many looks in a row.
@@ -61,7 +63,7 @@ class Stability:
             return
         changes = [
             abs(new - old) / max(new, old) if new != old else 0.0
-            for new, old in zip(ranges, self.looks[-1].ranges, strict=True)
+            for new, old in strict_zip(ranges, self.looks[-1].ranges)
         ]
         ordered = sorted(changes)
         high = ordered[math.ceil(_SHARE * len(ordered)) - 1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.observe import Forward, evaluating, run
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values
@@ -88,7 +89,7 @@ def by_distance(
     found = []
     for name, (layer, _) in layers.items():
         if name in sums:
-            rows = zip(BANDS, sums[name].tolist(), strict=True)
+            rows = strict_zip(BANDS, sums[name].tolist())
             bands = tuple(_band(band, *row) for (band, _), row in rows)
             found.append(Strata(name, float(layer._input_quantizer._amax), bands))
     return found
@@ -153,7 +154,7 @@ def bands_of(x: Any, height_axis: int, sensor: Sequence[float] = (0.5, 0.5)) -> 
     """
     axes = (0, 1) if height_axis == 2 else (2, 1)  # of a grid x, y, z, or else z, y, x
     squares = []
-    for axis, origin in zip(axes, sensor, strict=True):
+    for axis, origin in strict_zip(axes, sensor):
         place = (x.indices[:, 1 + axis].double() + 0.5) / x.spatial_shape[axis]
         squares.append(((place - origin) / max(origin, 1 - origin)).square())
     distance = torch.stack(squares).sum(0).sqrt()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.engines import Arrays, Engine, OpenVINO, make_engine, race
 from mmdet3d_quant.export.verify import align, sqnr
 
@@ -97,7 +98,7 @@ def compare(
             _int8(made[name]),
             memory(name) if memory else None,
         )
-        for name, seconds in zip(files, zip(*times, strict=True), strict=True)
+        for name, seconds in strict_zip(files, strict_zip(*times))
     ]
 
 
@@ -114,7 +115,7 @@ def _outputs(engine: Engine, samples: Arrays) -> list[Arrays]:
 def _closeness(reference: list[Arrays], found: list[Arrays]) -> dict[str, float]:
     """SQNR by output over all samples."""
     if 'reg' in reference[0]:  # a head: its queries have no order of their own
-        found = [align(there, here) for there, here in zip(reference, found, strict=True)]
+        found = [align(there, here) for there, here in strict_zip(reference, found)]
     return {
         name: sqnr(np.stack([r[name] for r in reference]), np.stack([f[name] for f in found]))
         for name in reference[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.modes import set_mode
 
@@ -74,9 +75,7 @@ class Fuser(nn.Module):
         self.pts_neck = getattr(detector, 'pts_neck', None)
 
     def forward(self, *maps: Tensor) -> Tensor:
-        maps = tuple(
-            m.relu() if known else m for m, known in zip(maps, self.rectified, strict=True)
-        )
+        maps = tuple(m.relu() if known else m for m, known in strict_zip(maps, self.rectified))
         x = maps[0] if self.fusion_layer is None else self.fusion_layer(list(maps))
         x = self.pts_backbone(x)
         x = x if self.pts_neck is None else self.pts_neck(x)
@@ -208,7 +207,7 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
     if 'fused' in seen:
         maps = seen.pop('fused')
         maps = [maps] if isinstance(maps, Tensor) else maps
-        seen.update(zip(fused_sensors(detector), maps, strict=True))
+        seen.update(strict_zip(fused_sensors(detector), maps))
     for name in ('img', 'depth'):  # (B * N, ...) with B = 1
         if name in seen:
             seen[name] = seen[name].unsqueeze(0)

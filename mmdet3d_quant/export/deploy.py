@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmdet3d_quant.compat import removesuffix
+
 #: What a file is, by stem; files of other names have their tensors to tell.
 ROLES = {
     'camera.backbone': 'images and LiDAR depths to features and depth weights per camera; '
@@ -151,7 +153,7 @@ def build_script(manifest: Mapping[str, Any]) -> str:
         manifest: Of the folder, with ``files``.
     """
     files = {
-        name.removesuffix('.onnx'): entry
+        removesuffix(name, '.onnx'): entry
         for name, entry in manifest['files'].items()
         if is_built(entry)
     }
@@ -176,7 +178,7 @@ def readme(manifest: Mapping[str, Any]) -> str:
     rows = [f'| file | what it does | inputs | outputs |{" flags |" if tensorrt else ""}']
     rows.append('|---|---|---|---|' + ('---|' if tensorrt else ''))
     for name, entry in manifest['files'].items():
-        role = ROLES.get(name.removesuffix('.onnx'), '')
+        role = ROLES.get(removesuffix(name, '.onnx'), '')
         row = f'| `{name}` | {role} | {_tensors(entry["inputs"])} | {_tensors(entry["outputs"])} |'
         if tensorrt:
             flags = f'`{" ".join(precision_flags(entry))}`' if is_built(entry) else 'none'

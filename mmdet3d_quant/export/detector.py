@@ -12,13 +12,15 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.checkpoint import CheckpointError
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.cuts import bevfusion_cuts
 from mmdet3d_quant.export.engines import Engine, OpenVINO
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.scn.read import read_program
 from mmdet3d_quant.export.scn.run import ScnNetwork
 from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
-from mmdet3d_quant.files import CheckpointError, sha256
+from mmdet3d_quant.files import sha256
 
 
 def engine_detector(
@@ -233,7 +235,7 @@ class _Fuser(nn.Module):
         self.sensors = sensors
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return self.part(**dict(zip(self.sensors, features, strict=True)))['middle']
+        return self.part(**dict(strict_zip(self.sensors, features)))['middle']
 
 
 class _Lidar(nn.Module):

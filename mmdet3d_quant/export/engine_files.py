@@ -69,7 +69,7 @@ def check_inputs(inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[An
     for name, shape in shapes.items():
         if name not in inputs:
             raise ValueError(f'input {name!r} is missing; the graph takes {", ".join(shapes)}')
-        fixed = zip(inputs[name].shape, shape, strict=False)
+        fixed = zip(inputs[name].shape, shape)
         if len(inputs[name].shape) != len(shape) or any(
             isinstance(there, int) and here != there for here, there in fixed
         ):

@@ -6,15 +6,16 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Dict, Protocol
 
 import numpy as np
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.engine_files import EngineError, check_inputs, reading
 from mmdet3d_quant.export.openvino_graph import prepare
 from mmdet3d_quant.export.trt import TensorRT
 
-Arrays = dict[str, np.ndarray]
+Arrays = Dict[str, np.ndarray]
 
 
 class Engine(Protocol):
@@ -155,7 +156,7 @@ class ONNXRuntime:
         """Runs the graph once."""
         check_inputs(inputs, self.input_shapes)
         names = [out.name for out in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, inputs), strict=True))
+        return dict(strict_zip(names, self._session.run(names, inputs)))
 
 
 #: Engines by the name that the tools take.

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.export.passes import (
     OPSETS,
@@ -120,7 +121,7 @@ def export_onnx(
         onnx.save(model, str(tmp))
         _check(model, tmp)
         if dynamic_batch:
-            _check_batch(tmp, dict(zip(input_names, inputs, strict=True)))
+            _check_batch(tmp, dict(strict_zip(input_names, inputs)))
     return model
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.openvino_nodes import (
     is_constant,
     is_rounder,
@@ -69,7 +70,7 @@ def split_convolutions(model: Any) -> None:
             continue
         groups = [_channels(found, len(layer.weights)) for found in slices]
         if None not in groups:
-            for found, channels in zip(slices, groups, strict=True):
+            for found, channels in strict_zip(slices, groups):
                 replace(found, layer.part(channels))
 
 

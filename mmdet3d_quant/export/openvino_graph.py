@@ -11,7 +11,7 @@ all values as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def _layers_after(node: Any) -> Iterator[Any]:
             yield from _layers_after(target.get_node())
 
 
-@cache
+@lru_cache(maxsize=None)
 def overflows() -> bool:
     """Whether this CPU cuts off sums of signed products: tried out on one convolution."""
     import openvino as ov

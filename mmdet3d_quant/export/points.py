@@ -109,7 +109,7 @@ def module_name(node: str) -> str:
     parts = node.strip('/').split('/')[:-1]
     kept = [
         part
-        for part, after in zip(parts, [*parts[1:], ''], strict=False)
+        for part, after in zip(parts, [*parts[1:], ''])
         if not re.fullmatch(re.escape(part) + r'(\.\d+)+', after)
     ]
     return '.'.join(kept)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fake_quant import scale_of
 from mmdet3d_quant.fold import fold_bn
 from mmdet3d_quant.modes import quantizers, set_mode
@@ -68,7 +69,8 @@ def trace(
         for name, layer in list(module.named_modules()):
             if isinstance(layer, nn.LayerNorm):
                 _replace(module, name, _CustomLayerNorm(layer))
-    axes = {n: {0: 'batch'} for n in input_names} | {n: {0: f'batch_{n}'} for n in output_names}
+    axes = {n: {0: 'batch'} for n in input_names}
+    axes.update({n: {0: f'batch_{n}'} for n in output_names})
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)  # shapes are fixed
         warnings.filterwarnings('ignore', 'Constant folding')  # which it leaves out, says it
@@ -110,8 +112,8 @@ def _fix_output_shapes(
         return
     outputs = module(*inputs)
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    for shape, output in zip(shapes, outputs, strict=True):
-        for dim, size in zip(shape, output.shape[skip:], strict=True):
+    for shape, output in strict_zip(shapes, outputs):
+        for dim, size in strict_zip(shape, output.shape[skip:]):
             dim.dim_value = size
 
 

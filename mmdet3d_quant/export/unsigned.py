@@ -58,11 +58,9 @@ def to_unsigned(model: onnx.ModelProto, names: Mapping[str, str], ranges: Mappin
         for node in group:
             for pair in (node, *readers[node.output[0]]):
                 pair.input[1:] = [step.name, zero.name]
-    onnx.helper.set_model_props(
-        model,
-        {p.key: p.value for p in model.metadata_props}
-        | {UNSIGNED_KEY: json.dumps(list(dict.fromkeys(chosen)))},
-    )
+    props = {p.key: p.value for p in model.metadata_props}
+    props[UNSIGNED_KEY] = json.dumps(list(dict.fromkeys(chosen)))
+    onnx.helper.set_model_props(model, props)
 
 
 def unsigned_scale(amax: float) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.engines import Arrays, ONNXRuntime, OpenVINO
 from mmdet3d_quant.modes import set_mode
@@ -63,7 +64,7 @@ def run_torch(cut: Cut, mode: str) -> Arrays:
     with set_mode(cut.module, mode):
         outputs = cut.module(*cut.inputs.values())
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    return {n: o.cpu().numpy() for n, o in zip(cut.output_names, outputs, strict=True)}
+    return {n: o.cpu().numpy() for n, o in strict_zip(cut.output_names, outputs)}
 
 
 def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement]:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, Union
 
+from mmengine.registry import MODELS
 from torch import nn
 
 from mmdet3d_quant.layers.sparse import QUANT_SPARSE
 from mmdet3d_quant.modes import keep_float, name_quantizers, quantizers
 from mmdet3d_quant.parents import PortableSparseEncoder
 
-Skip = str | Iterable[str] | Mapping[str, str]
+Skip = Union[str, Iterable[str], Mapping[str, str]]
 
 #: Layer types of a float config, and what each becomes. None is the default of its place.
 CONVS = dict.fromkeys((None, 'Conv', 'Conv2d', 'QuantConv2d'), 'QuantConv2d')
 UPSAMPLES = dict.fromkeys(('deconv', 'deconv2d', 'QuantConvTranspose2d'), 'QuantConvTranspose2d')
 #: The same of sparse blocks, whose float encoders name types, and have them as types, too.
-SPARSE_CONVS = {None: QUANT_SPARSE['SubMConv3d']} | {
+SPARSE_CONVS = {
     known: quantized
     for name, quantized in QUANT_SPARSE.items()
     for known in (name, f'Quant{name}', PortableSparseEncoder.convs[name], quantized)
 }
+SPARSE_CONVS[None] = QUANT_SPARSE['SubMConv3d']
 
 
 def arguments(parent: type, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -68,6 +70,9 @@ def quant_sparse_conv_cfg(cfg: dict | None) -> dict:
 def _swapped(cfg: Mapping | None, types: Mapping, what: str) -> dict:
     new = dict(cfg or {})
     kind = new.get('type')
+    if kind not in types and kind is not None:  # a class or its path, as in Python configs
+        cls = MODELS.get(kind) if isinstance(kind, str) else kind
+        kind = next((t for t in types if isinstance(t, str) and MODELS.get(t) is cls), kind)
     if kind not in types:
         known = ', '.join(repr(t) for t in types if not isinstance(t, type))
         raise ValueError(f'{what} type {kind!r} cannot be quantized; expected one of {known}')

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from spconv.pytorch import SparseConv3d, SparseConvTensor, SubMConv3d, ops
 from torch import Tensor
 
+from mmdet3d_quant.compat import strict_zip
+
 
 @dataclass(frozen=True)
 class Rulebook:
@@ -64,7 +66,7 @@ def rulebook(conv: SparseConv3d | SubMConv3d, x: SparseConvTensor) -> Rulebook:
         middle = len(sizes) // 2
         sizes = [*sizes[:middle], len(x.indices), *sizes[:middle][::-1]]
         rows[middle] = torch.arange(len(x.indices)).expand(2, -1)
-    joint = torch.cat([row[:, :size] for row, size in zip(rows, sizes, strict=True)], dim=1)
+    joint = torch.cat([row[:, :size] for row, size in strict_zip(rows, sizes)], dim=1)
     source, target = joint.contiguous()
     return Rulebook(
         inputs=x.indices,
@@ -89,7 +91,7 @@ def _grouped(rows: Tensor, counts: list[int], count: int) -> tuple[Tensor, Tenso
     begins = sizes.cumsum(0) - sizes
     order = torch.empty_like(rows)
     free, numbers = begins.clone(), torch.arange(len(rows))
-    for part, number in zip(rows.split(counts), numbers.split(counts), strict=True):
+    for part, number in strict_zip(rows.split(counts), numbers.split(counts)):
         place = free.index_select(0, part)
         order[place] = number
         free[part] = place + 1
@@ -114,9 +116,7 @@ class _Convolve(torch.autograd.Function):
             products = _products(grad, rules.target, weight.mT, rules.counts)
             to_features = _sum(products, rules.by_source)
         if ctx.needs_input_grad[1]:
-            pairs = zip(
-                rules.source.split(rules.counts), rules.target.split(rules.counts), strict=True
-            )
+            pairs = strict_zip(rules.source.split(rules.counts), rules.target.split(rules.counts))
             to_weight = torch.stack(
                 [features.index_select(0, s).T @ grad.index_select(0, t) for s, t in pairs]
             )
@@ -126,7 +126,7 @@ class _Convolve(torch.autograd.Function):
 def _products(rows: Tensor, pick: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     """The picked rows, each times the weight of its pair: (p, columns of a weight)."""
     out = rows.new_empty(len(pick), weight.shape[2])
-    for picked, matrix, place in zip(pick.split(counts), weight, out.split(counts), strict=True):
+    for picked, matrix, place in strict_zip(pick.split(counts), weight, out.split(counts)):
         torch.mm(rows.index_select(0, picked), matrix, out=place)
     return out
 

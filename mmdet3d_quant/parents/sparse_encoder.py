@@ -11,6 +11,7 @@ from mmdet3d.models.layers.spconv import IS_SPCONV2_AVAILABLE
 from mmdet3d.models.middle_encoders import SparseEncoder
 from torch import Tensor
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.parents.sparse_layout import accept_any_layout
 
 if IS_SPCONV2_AVAILABLE:
@@ -144,13 +145,12 @@ class PortableSparseEncoder(SparseEncoder):
             if isinstance(conv, SparseConv3d):
                 shape = [
                     (n + 2 * p - d * (k - 1) - 1) // s + 1
-                    for n, p, d, k, s in zip(
+                    for n, p, d, k, s in strict_zip(
                         shape,
                         conv.padding,
                         conv.dilation,
                         conv.kernel_size,
                         conv.stride,
-                        strict=True,
                     )
                 ]
         return torch.zeros((batch_size, self.output_channels, *shape), device=like.device)

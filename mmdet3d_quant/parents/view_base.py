@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.parents.bev_pool import bev_pool
+from mmdet3d_quant.parents.derived import take_derived_from_config
 
 Bound = Sequence[float]
 
@@ -72,6 +73,7 @@ class ViewTransform(nn.Module):
                 f'{type(self).__name__}: downsample=2 works on maps of one height; zbound '
                 f'{list(zbound)} gives {int(self.nx[2])}'
             )
+        take_derived_from_config(self)
         self._build()
         self.downsample = self._downsample(out_channels) if downsample == 2 else nn.Identity()
 
@@ -140,14 +142,14 @@ class ViewTransform(nn.Module):
         def spread(vector: Tensor) -> list[Tensor]:
             return list(vector[..., None, None, None].unbind(-4))
 
-        u, v, d = (f - t for f, t in zip(self.frustum.unbind(-1), spread(post_trans), strict=True))
+        u, v, d = (f - t for f, t in strict_zip(self.frustum.unbind(-1), spread(post_trans)))
         u, v, d = rotate(torch.inverse(post_rots), (u, v, d))
         xyz = rotate(camera2lidar_rots @ torch.inverse(intrins), (u * d, v * d, d))
-        xyz = [p + t for p, t in zip(xyz, spread(camera2lidar_trans), strict=True)]
+        xyz = [p + t for p, t in strict_zip(xyz, spread(camera2lidar_trans))]
         if extra_rots is not None:
             xyz = rotate(extra_rots[:, None], xyz)
         if extra_trans is not None:
-            xyz = [p + t for p, t in zip(xyz, spread(extra_trans[:, None]), strict=True)]
+            xyz = [p + t for p, t in strict_zip(xyz, spread(extra_trans[:, None]))]
         return torch.stack(xyz, dim=-1)
 
     def splat(self, geom: Tensor, context: Tensor, depth: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.parents.view_base import ViewTransform
 
 
@@ -108,7 +109,7 @@ class DepthLSSTransform(ViewTransform):
             (B, N, 1, H, W), float32, metres; 0 where no point falls.
         """
         matrices = (lidar2image, img_aug_matrix, lidar_aug_matrix)
-        maps = [self._sample_depth(p, *m) for p, *m in zip(points, *matrices, strict=True)]
+        maps = [self._sample_depth(p, *m) for p, *m in strict_zip(points, *matrices)]
         return torch.stack(maps).view(len(maps), num_cams, 1, *self.image_size)
 
     def _sample_depth(

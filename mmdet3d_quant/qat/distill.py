@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.modes import set_mode
 
 
@@ -106,7 +107,7 @@ def distance(student: Any, teacher: Any) -> Tensor:
     Raises:
         ValueError: If there are no floating tensors, or shapes differ.
     """
-    pairs = list(zip(_tensors(student), _tensors(teacher), strict=True))
+    pairs = list(strict_zip(_tensors(student), _tensors(teacher)))
     if not pairs or any(s.shape != t.shape for s, t in pairs):
         shapes = [(tuple(s.shape), tuple(t.shape)) for s, t in pairs]
         raise ValueError(f'distillation compares floating tensors of equal shapes, got {shapes}')

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.modes import quantizers
 from mmdet3d_quant.ties import ties
@@ -102,7 +103,7 @@ class LearnedRanges:
         """
         if self._called:
             return
-        if any(not group[0].equal(s) for group, s in zip(self._groups, self._start, strict=True)):
+        if any(not group[0].equal(s) for group, s in strict_zip(self._groups, self._start)):
             raise RuntimeError(
                 "the optimizer's step hooks are not called, without which learned ranges go wrong: "
                 'torch.compile takes them off in torch 2.1. Leave out `compile` in the config, or '
@@ -113,7 +114,7 @@ class LearnedRanges:
     def _prepare(self, *_: Any) -> None:
         self._called = True
         self._before = [group[0].detach().clone() for group in self._groups]
-        for group, amax in zip(self._groups, self._before, strict=True):
+        for group, amax in strict_zip(self._groups, self._before):
             grads = [member.grad for member in group if member.grad is not None]
             if grads:
                 total = torch.stack(grads).sum(0) * amax
@@ -122,7 +123,7 @@ class LearnedRanges:
 
     @torch.no_grad()
     def _apply(self, *_: Any) -> None:
-        for group, before in zip(self._groups, self._before, strict=True):
+        for group, before in strict_zip(self._groups, self._before):
             after = before * (group[0] - before).exp()
             for member in group:
                 member.copy_(after)

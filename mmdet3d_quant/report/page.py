@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.files import whole_folder
 from mmdet3d_quant.report.pictures import draw_ap, save
 
@@ -48,7 +49,7 @@ def write_report(
     """
     folder = Path(folder)
     drawn = {f'frame_{i}': figure for i, figure in enumerate((pictures or {}).values(), 1)}
-    captions = dict(zip(drawn, pictures or {}, strict=True))
+    captions = dict(strict_zip(drawn, pictures or {}))
     if facts.get('scores'):
         drawn['ap'] = draw_ap({name: s['ap'] for name, s in facts['scores'].items()})
     with whole_folder(folder) as part:

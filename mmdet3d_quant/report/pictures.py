@@ -17,6 +17,8 @@ from matplotlib.lines import Line2D
 from mmengine.structures import InstanceData
 from torch.utils.data import Dataset
 
+from mmdet3d_quant.compat import removeprefix
+
 TRUTH = 'ground truth'
 #: Name -> colour, width and dashes; of Okabe and Ito, told apart by the colour-blind too.
 _LINES = ('#56B4E9', 1.4, 'solid'), ('#E69F00', 1.4, (0, (3, 2))), ('#F0E442', 1.0, (0, (1, 1)))
@@ -151,7 +153,7 @@ def _draw_camera(axes: Axes, frame: Frame, name: str) -> None:
         )
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.text(
-        8, 8, name.removeprefix('CAM_').replace('_', ' ').lower(), color='white', fontsize=10,
+        8, 8, removeprefix(name, 'CAM_').replace('_', ' ').lower(), color='white', fontsize=10,
         va='top', bbox=dict(facecolor='black', alpha=0.5, linewidth=0, pad=2),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ import math
 import cv2
 import numpy as np
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.synthetic.ground import GROUND_PIXELS, GROUND_SIZE, lit_ground, paint_ground
 from mmdet3d_quant.synthetic.light import Light
 from mmdet3d_quant.synthetic.order import paint_order, parts_before, things_before
@@ -33,7 +34,7 @@ class Scene:
         sizes = [len(s.low) for s in solids]
         offsets = np.cumsum([0, *sizes[:-1]])
         self.thing = np.repeat(np.arange(len(solids)), [len(s.part) for s in solids])
-        self.part = np.concatenate([s.part + o for s, o in zip(solids, offsets, strict=True)])
+        self.part = np.concatenate([s.part + o for s, o in strict_zip(solids, offsets)])
         self.quads = np.concatenate([s.quads for s in solids])
         self.normals = np.concatenate([s.normals for s in solids])
         self.albedo = np.concatenate([s.albedo for s in solids])
@@ -60,7 +61,7 @@ class Scene:
         ground = lit_ground(self.ground, self.light, things, poses, lamps, ego)
         return [
             self._picture(camera, gain, width, ego, poses, quads, normals, colour, ground)
-            for camera, gain in zip(CAMERAS, self.light.exposure, strict=True)
+            for camera, gain in strict_zip(CAMERAS, self.light.exposure)
         ]
 
     def _shade(self, spot, normals, lamps, ego: Pose) -> np.ndarray:
@@ -178,7 +179,7 @@ def project(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 def _clip(points: np.ndarray) -> np.ndarray:
     """Cuts a polygon (N, 3) off in front of the camera."""
     kept = []
-    for a, b in zip(points, np.roll(points, -1, axis=0), strict=True):
+    for a, b in strict_zip(points, np.roll(points, -1, axis=0)):
         if a[2] > NEAR:
             kept.append(a)
         if (a[2] > NEAR) != (b[2] > NEAR):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Collection, Dict, Iterator, Sequence
 
+from mmdet3d_quant.checkpoint import load_plain
+from mmdet3d_quant.errors import QuantError
 from mmdet3d_quant.synthetic.tables import CHANNELS, TABLES
 
 #: Fields that tables use to point at rows of others.
@@ -44,10 +45,10 @@ _AGAIN = 'unpack or make the data set again'
 _CONVERT = (
     "run mmdet3d's tools/create_data.py nuscenes, or make_infos of mmdet3d_quant.synthetic.infos"
 )
-Tables = dict[str, dict[str, dict[str, Any]]]
+Tables = Dict[str, Dict[str, Dict[str, Any]]]
 
 
-class DatasetError(ValueError):
+class DatasetError(QuantError, ValueError):
     """A data set is incomplete or damaged; says which file or table, and the remedy."""
 
 
@@ -57,6 +58,7 @@ def check(
     infos: Sequence[str] = ('nuscenes_infos_train.pkl', 'nuscenes_infos_val.pkl'),
     max_files: int = 300,
     tables: bool = True,
+    training: Collection[str] = (),
 ) -> str:
     """Makes sure that a nuScenes folder can be trained and scored on.
 
@@ -67,6 +69,7 @@ def check(
         max_files: How many key frames of each info file have their files looked for, spread
             evenly.
         tables: Whether to read the tables through; else only to see that they are there.
+        training: Those of ``infos`` that a model is trained on, which must have objects.
 
     Returns:
         The version.
@@ -87,7 +90,9 @@ def check(
         if not (folder / f'{name}.json').is_file():
             raise DatasetError(f'table {folder / name}.json is missing; {_AGAIN}')
     for name in infos:
-        _check_infos(root, name, version, samples, max_files)
+        frames = _check_infos(root, name, version, samples, max_files)
+        if name in training:
+            check_objects(root / name, frames)
     return version
 
 
@@ -182,23 +187,48 @@ def _check_scenes(tables: Tables, folder: Path) -> None:
             )
 
 
-def _check_infos(root: Path, name: str, version: str, samples: dict | None, max_files: int) -> None:
-    path = root / name
+def read_infos(path: Path) -> dict[str, Any]:
+    """An info file of mmdet3d: ``metainfo`` and ``data_list``, read without running code.
+
+    Raises:
+        DatasetError: If it is missing, damaged, of another kind or empty.
+    """
     if not path.is_file():
         raise DatasetError(f'info file {path} is missing; {_CONVERT}')
     try:
-        with open(path, 'rb') as file:
-            infos = pickle.load(file)
+        infos = load_plain(path)
     except Exception as err:  # pickle raises almost anything
         raise DatasetError(f'info file {path} is damaged ({err}); {_CONVERT}') from None
     if not isinstance(infos, dict) or not {'metainfo', 'data_list'} <= infos.keys():
         raise DatasetError(f"info file {path} is not of mmdet3d's version 2; {_CONVERT}")
+    if not infos['data_list']:
+        raise DatasetError(f'info file {path} has no frames; {_AGAIN}')
+    return infos
+
+
+def check_objects(path: Path, frames: Sequence[dict[str, Any]]) -> None:
+    """Makes sure that there is something to train on: the loader draws until it finds an object.
+
+    Raises:
+        DatasetError: If no frame has an object.
+    """
+    if not any(frame.get('instances') for frame in frames):
+        raise DatasetError(
+            f'info file {path} has no objects in {len(frames)} frame(s): a detector cannot be '
+            'trained on it. Convert labelled data, or make some with '
+            'tools/make_synthetic_nuscenes.py'
+        )
+
+
+def _check_infos(
+    root: Path, name: str, version: str, samples: dict | None, max_files: int
+) -> list[dict[str, Any]]:
+    path = root / name
+    infos = read_infos(path)
     found = infos['metainfo'].get('version')
     if found != version:
         raise DatasetError(f'info file {path} is of {found}, the tables of {version}; {_CONVERT}')
     frames = infos['data_list']
-    if not frames:
-        raise DatasetError(f'info file {path} has no frames; {_AGAIN}')
     strange = [] if samples is None else [f['token'] for f in frames if f['token'] not in samples]
     if strange:
         raise DatasetError(f'info file {path}: {strange[0]} is not in sample.json; {_CONVERT}')
@@ -207,6 +237,7 @@ def _check_infos(root: Path, name: str, version: str, samples: dict | None, max_
         for needed in _files(root, frame):
             if not needed.is_file() or not needed.stat().st_size:
                 raise DatasetError(f'{needed}, named in {path}, is missing or empty; {_AGAIN}')
+    return frames
 
 
 def _files(root: Path, frame: dict[str, Any]) -> Iterator[Path]:

@@ -7,6 +7,7 @@ from typing import Sequence
 import cv2
 import numpy as np
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.synthetic.light import Light
 from mmdet3d_quant.synthetic.sensors import Pose
 from mmdet3d_quant.synthetic.world import Thing
@@ -62,7 +63,7 @@ def lit_ground(
     scale = GROUND_PIXELS / GROUND_SIZE
     shade = np.zeros((GROUND_PIXELS, GROUND_PIXELS), np.uint8)
     slope = light.sun[:2] / max(light.sun[2], 0.25) if light.direct.any() else np.zeros(2)
-    for thing, pose in zip(things, poses, strict=True):
+    for thing, pose in strict_zip(things, poses):
         width, length, height = thing.size
         x, y = length / 2, width / 2
         corners = np.array([[x, y, 0], [x, -y, 0], [-x, -y, 0], [-x, y, 0]])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.synthetic.camera import Scene
 from mmdet3d_quant.synthetic.kinds import KINDS
 from mmdet3d_quant.synthetic.layout import make_block
@@ -85,7 +86,7 @@ def record_block(
             result.points.tofile(root / name)
         rows.add_annotations(key, index, time, result)
         pictures = view.frame(time, settings.width)
-        for camera, picture in zip(CAMERAS, pictures, strict=True):
+        for camera, picture in strict_zip(CAMERAS, pictures):
             picture = expose(picture, camera, block.ego(time), light, camera_rng)
             name = rows.add_data(camera.name, key, first, time, True)
             if not cv2.imwrite(str(root / name), picture, [cv2.IMWRITE_JPEG_QUALITY, 90]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
+from typing import Tuple
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _CORNERS = np.array(
     dtype=bool,
 )
 #: Red, green, blue, 0 to 1.
-Colour = tuple[float, ...]
+Colour = Tuple[float, ...]
 _GLOWS = ('none', 'head lamp', 'tail lamp', 'window', 'lamp', 'beacon')
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mmdet3d_quant.bevfusion import DepthSupervisedLSSTransform, LSSTransform
+from mmdet3d_quant.compat import strict_zip
 
 CFG = dict(
     in_channels=6,
@@ -84,7 +85,7 @@ def test_loss_is_the_mean_cross_entropy_of_cells_with_points():
     logits = view.depthnet(features.flatten(0, 1))[:, : view.D].double()
     terms = [
         -logits[i].log_softmax(0)[bins[i, r, c], r, c]
-        for i, r, c in zip(*np.nonzero(bins >= 0), strict=True)
+        for i, r, c in strict_zip(*np.nonzero(bins >= 0))
     ]
     assert loss.item() == pytest.approx(0.5 * torch.stack(terms).mean().item(), rel=1e-5)
     loss.backward()

@@ -16,8 +16,9 @@ from mmengine.structures import InstanceData
 
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.bevfusion.targets import heatmap_targets, make_targets
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.samples import make_frame
-from tests.frame import FLOAT_CONFIG, frame_dataset_cfg, frame_dir
+from tests.frame import FLOAT_CONFIG, frame_dataset_cfg, on_real_frame
 from tests.small import small_float_config
 
 CFG = dict(
@@ -147,7 +148,7 @@ def outputs_at(truth, count):
     codes[0, : len(truth)] = coder.encode(truth.bboxes_3d.tensor)
     codes = codes + 0.01
     names = dict(center=2, height=1, dim=3, rot=2, vel=2)
-    outputs = dict(zip(names, codes.transpose(1, 2).split(list(names.values()), 1), strict=True))
+    outputs = dict(strict_zip(names, codes.transpose(1, 2).split(list(names.values()), 1)))
     outputs.update(heatmap=torch.zeros(1, 3, count), dense_heatmap=torch.zeros(1, 3, 40, 20))
     return coder, outputs
 
@@ -175,14 +176,12 @@ def test_targets_of_proposals():
 def trainable(tmp_path_factory):
     """A small float model and a batch of its training data."""
     folder = tmp_path_factory.mktemp('train')
-    frame = frame_dir() or make_frame(folder / 'frame')
-    cfg = fc.read_config(small_float_config(frame, folder / 'small.py'))
+    cfg = fc.read_config(small_float_config(make_frame(folder / 'frame'), folder / 'small.py'))
     init_default_scope('mmdet3d')
     loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
     return cfg, next(iter(loader))
 
 
-@pytest.mark.skipif(frame_dir() is None, reason='no nuScenes frame beside the checkout')
 def test_a_few_steps_lower_the_loss(trainable):
     cfg, batch = trainable
     torch.manual_seed(0)
@@ -205,7 +204,7 @@ def test_a_few_steps_lower_the_loss(trainable):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(frame_dir() is None, reason='no nuScenes frame beside the checkout')
+@on_real_frame
 def test_a_step_of_the_full_model_on_the_real_frame():
     """The ResNet-50 model of configs/bevfusion, 256 x 704 pixels, voxels of 0.075 m."""
     cfg = fc.read_config(FLOAT_CONFIG)

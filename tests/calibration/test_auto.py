@@ -5,6 +5,7 @@ import torch
 
 from mmdet3d_quant import calibrate, quantizers, set_mode
 from mmdet3d_quant.calibration.ranges import CANDIDATES
+from mmdet3d_quant.compat import removeprefix
 from mmdet3d_quant.layers import QuantConv2d
 from tests.calibration.nets import Branched, batches
 
@@ -26,7 +27,7 @@ def test_a_single_layer_gets_the_range_that_is_best_for_its_output(outlier):
     layer = QuantConv2d(3, 4, 3, padding=1)
     errors = {str(m): error_of(layer, data[:-1], data[-1], m) for m in CANDIDATES}
     result = calibrate(layer, data, 'auto')
-    chosen = result.ranges[0].method.removeprefix('auto: ')
+    chosen = removeprefix(result.ranges[0].method, 'auto: ')
     assert errors[chosen] == pytest.approx(min(errors.values()), rel=1e-6)
     assert result.num_batches == len(data) - 1
     if outlier == 1000.0:

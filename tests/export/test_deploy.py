@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from mmdet3d_quant.compat import removeprefix, removesuffix
 from mmdet3d_quant.export.deploy import build_script, readme
 
 FAKE = """#!/usr/bin/env bash
@@ -78,7 +79,7 @@ def run(folder, *args, fail='none', path=True, **env):
 def test_every_file_is_built_with_its_flags_and_nothing_twice(folder):
     result, calls = run(folder)
     assert result.returncode == 0, result.stderr
-    by_name = {c[0].removeprefix('--onnx=').removesuffix('.onnx'): c for c in calls}
+    by_name = {removesuffix(removeprefix(c[0], '--onnx='), '.onnx'): c for c in calls}
     assert list(by_name) == ['camera.backbone', 'fuser', 'head.bbox']  # libspconv builds nothing
     assert by_name['camera.backbone'][1:5] == [
         '--fp16',

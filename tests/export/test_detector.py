@@ -9,6 +9,7 @@ from mmengine.dataset import pseudo_collate
 
 from mmdet3d_quant import calibrate, set_mode
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.evaluation import predict
 from mmdet3d_quant.export import Cut, ExportError, capture_inputs, export_onnx, export_suite
 from mmdet3d_quant.export.cuts import Head
@@ -79,7 +80,7 @@ def test_float_files_give_the_boxes_of_the_float_model(work, engine):
         expected = found(model, batch)
     result = found(made, batch)
     assert len(expected) == 2 and not np.array_equal(*expected)
-    for there, here in zip(expected, result, strict=True):
+    for there, here in strict_zip(expected, result):
         assert len(there) > 0
         np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-3)
 
@@ -114,7 +115,7 @@ def test_the_layers_in_the_files_are_gone_and_the_detector_is_unchanged(work):
     gone = {'img_backbone', 'img_neck', 'fusion_layer', 'pts_backbone', 'pts_neck'}
     assert not names & gone and isinstance(made.bbox_head.part, EnginePart)
     assert type(made) is type(model) and model.img_neck is not None
-    assert all(np.array_equal(a, b) for a, b in zip(before, found(model, batch), strict=True))
+    assert all(np.array_equal(a, b) for a, b in strict_zip(before, found(model, batch)))
 
 
 @pytest.mark.parametrize('engine', [OpenVINO, ONNXRuntime])
@@ -132,7 +133,7 @@ def test_a_trained_head_in_an_engine_finds_the_same_boxes(engine, tmp_path):
     metas = [dict(box_type_3d=LiDARInstance3DBoxes)] * 2
     with torch.no_grad():
         expected = model.bbox_head.predict([maps], metas)
-    for there, here in zip(expected, head.predict([maps], metas), strict=True):
+    for there, here in strict_zip(expected, head.predict([maps], metas)):
         assert len(there) == len(here) > 50
         assert torch.allclose(there.scores_3d, here.scores_3d, rtol=1e-3, atol=1e-5)
         assert torch.equal(there.labels_3d, here.labels_3d)

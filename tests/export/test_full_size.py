@@ -8,6 +8,7 @@ import torch
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import removesuffix, strict_zip
 from mmdet3d_quant.export import export_suite, generate_inputs
 from mmdet3d_quant.export.lint import layers, lint, read_graph
 from mmdet3d_quant.export.lint.layers import coverage
@@ -65,7 +66,7 @@ def test_names_shapes_types_and_opset(folder):
     for name, expected in CONTRACT.items():
         model = onnx.load(folder / name)
         assert [(o.domain, o.version) for o in model.opset_import] == [('', 17)]
-        for values, wanted in zip((model.graph.input, model.graph.output), expected, strict=True):
+        for values, wanted in strict_zip((model.graph.input, model.graph.output), expected):
             assert [v.name for v in values] == list(wanted)
             for value in values:
                 tensor = value.type.tensor_type
@@ -95,5 +96,5 @@ def test_the_script_builds_what_is_there(folder):
     script = (folder / 'build_engines.sh').read_text()
     for name in CONTRACT:
         flags = '--fp16 --int8 ' if name in ('camera.backbone.onnx', 'fuser.onnx') else '--fp16 '
-        assert f'build {name.removesuffix(".onnx")} {flags}--inputIOFormats=fp16:chw' in script
+        assert f'build {removesuffix(name, ".onnx")} {flags}--inputIOFormats=fp16:chw' in script
     assert 'build lidar' not in script

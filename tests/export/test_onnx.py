@@ -10,6 +10,7 @@ from mmdet3d.registry import MODELS
 from torch import nn
 
 from mmdet3d_quant import UncalibratedError, calibrate, fold_bn, quantizers, set_mode
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export import ExportError, export_onnx
 from mmdet3d_quant.export.engines import ONNXRuntime, OpenVINO
 from mmdet3d_quant.export.openvino_graph import overflows
@@ -97,7 +98,7 @@ def test_engines_agree_with_torch(backbone, exported):
     _, path, names = exported
     for engine in (ONNXRuntime(path), OpenVINO(path)):
         result = engine({'img': x.numpy()})
-        for name, fake, real in zip(names, expected, floating, strict=True):
+        for name, fake, real in strict_zip(names, expected, floating):
             assert sqnr(fake, result[name]) > sqnr(real, fake) + 3
     int8, all_convs = OpenVINO(path).int8_convolutions()
     assert (int8, all_convs) == (52, 53)  # the stem is kept float
@@ -131,7 +132,7 @@ def test_openvino_runs_every_pattern_as_torch_does(form, tmp_path):
         inputs = [t.relu() for t in inputs]
     calibrate(model, [inputs])
     export_onnx(model, inputs, tmp_path / 'm.onnx', ['x', 'y'], ['out'])
-    arrays = dict(zip('xy', (t.numpy() for t in inputs), strict=True))
+    arrays = dict(strict_zip('xy', (t.numpy() for t in inputs)))
     expected = model(*inputs).detach()
     engine = OpenVINO(tmp_path / 'm.onnx')
     # Nothing says that these inputs are never negative, and not every CPU adds signed products.
@@ -149,7 +150,7 @@ def test_float_variant_has_no_qdq_and_equals_the_model(backbone, tmp_path):
     with set_mode(model, 'float'), torch.no_grad():
         expected = model(x)
     result = ONNXRuntime(path)({'img': x.numpy()})
-    assert all(sqnr(e, result[n]) > 90 for n, e in zip(names, expected, strict=True))
+    assert all(sqnr(e, result[n]) > 90 for n, e in strict_zip(names, expected))
     assert {q.mode for q in quantizers(model).values()} == {'quant', 'float'}  # as before
 
 

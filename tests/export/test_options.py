@@ -11,6 +11,7 @@ from torch import nn
 
 from mmdet3d_quant import calibrate
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export import ExportError, export_onnx
 from mmdet3d_quant.export.cuts import Head
 from mmdet3d_quant.export.engines import ONNXRuntime
@@ -142,7 +143,7 @@ def test_half_weights(net, tmp_path):
     half = export(net, tmp_path / 'half.onnx', quantized=False, fp16=True)
     weights = [i for i in half.graph.initializer if len(i.dims) == 4]
     assert len(weights) == 3 and all(i.data_type == onnx.TensorProto.FLOAT16 for i in weights)
-    for a, b in zip(single.graph.input, half.graph.input, strict=True):
+    for a, b in strict_zip(single.graph.input, half.graph.input):
         assert a.type.tensor_type.elem_type == b.type.tensor_type.elem_type
     found = result(tmp_path / 'half.onnx', net[1])
     assert 50 < sqnr(result(tmp_path / 'single.onnx', net[1]), found) < 90  # FP16's 11 bits
@@ -230,7 +231,7 @@ def test_the_head_takes_several_samples(head, tmp_path):
     engine = ONNXRuntime(tmp_path / 'm.onnx')
     found = engine(dict(middle=maps.numpy()))
     with torch.no_grad():
-        expected = dict(zip(OUTPUTS, module(maps), strict=True))
+        expected = dict(strict_zip(OUTPUTS, module(maps)))
     for name, value in expected.items():
         assert sqnr(value, found[name]) > 60, name
 

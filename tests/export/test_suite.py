@@ -11,6 +11,7 @@ from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode, ties
 from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.compat import removesuffix
 from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
 from mmdet3d_quant.export.detector import engine_detector
 from mmdet3d_quant.export.engines import ONNXRuntime
@@ -63,7 +64,7 @@ def exported(model_cfg, batch, folder):
 
 
 def files(manifest):
-    return {name.removesuffix('.onnx'): list(f['inputs']) for name, f in manifest['files'].items()}
+    return {removesuffix(name, '.onnx'): list(f['inputs']) for name, f in manifest['files'].items()}
 
 
 def without(cfg, *parts, channels):

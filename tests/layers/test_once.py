@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdet3d_quant import calibrate, quantizers, set_mode
 from mmdet3d_quant import quantizer as quantizer_module
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, once
 from mmdet3d_quant.models.resnet import QuantBasicBlock, QuantBottleneck, QuantResLayer
 from mmdet3d_quant.quantizer import Quantizer
@@ -102,7 +103,7 @@ def test_values_and_gradients_are_those_of_rounding_apart(
         assert found == count
     assert len(roundings) - found == saved and with_relu == rectified and not any(roundings)
     assert joined[0].equal(expected[0])
-    for a, b in zip(joined, expected, strict=True):
+    for a, b in strict_zip(joined, expected):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -170,7 +171,7 @@ def test_who_listens_hears_the_same_in_training_and_evaluation():
     with torch.no_grad():
         assert net(x).equal(trained)
     half = len(heard) // 2
-    for (a,), (b,) in zip(heard[:half], heard[half:], strict=True):
+    for (a,), (b,) in strict_zip(heard[:half], heard[half:]):
         assert a.equal(b)
     assert half == 2
 
@@ -188,7 +189,7 @@ def test_reentrant_checkpoints_change_nothing(part, learned):
         plain = results(net, x)
         names = [name for name, module in net.named_modules() if isinstance(module, part)]
         turn_on_activation_checkpointing(net, names)
-        for a, b in zip(results(net, x), plain, strict=True):
+        for a, b in strict_zip(results(net, x), plain):
             assert a.equal(b)
 
 
@@ -263,5 +264,5 @@ def test_compiled_blocks_are_one_graph_with_the_same_gradients():
     net, x = blocks(QuantBottleneck)
     expected = results(net, x)
     compiled = torch.compile(net, backend='aot_eager', fullgraph=True)
-    for a, b in zip(results(compiled, x), expected, strict=True):
+    for a, b in strict_zip(results(compiled, x), expected):
         torch.testing.assert_close(a, b)

@@ -15,6 +15,7 @@ from spconv.pytorch import SparseConvTensor
 from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.layers import (
     QuantMMCVSparseConv3d,
@@ -92,7 +93,7 @@ def test_gradients_are_those_of_the_dense_convolution(name):
             out = dense(plain, rounded, coords, where)
         params = [p for p in (x, conv.weight, conv.bias) if p is not None]
         results.append(torch.autograd.grad(out, params, upstream))
-    for ours, wanted in zip(*results, strict=True):
+    for ours, wanted in strict_zip(*results):
         torch.testing.assert_close(ours, wanted, atol=1e-11, rtol=1e-11)
 
 
@@ -127,7 +128,7 @@ def test_float_mode_equals_the_parent_in_training_too(name):
         out = layer(sparse(x, coords)).features
         out.square().sum().backward()
         results.append([out, x.grad, layer.weight.grad])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) for a, b in strict_zip(*results))
 
 
 def _copy(source, target):

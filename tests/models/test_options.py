@@ -7,6 +7,7 @@ from mmdet3d.registry import MODELS
 from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
 
 PLUGIN = dict(cfg=dict(type='ContextBlock', ratio=1.0 / 4), position='after_conv2')
@@ -46,7 +47,7 @@ def test_resnet_options(options):
         floating.train(training)
         quantized.train(training)
         a, b = (m(x.clone().requires_grad_()) for m in (floating, quantized))
-        assert all(torch.equal(i, j) for i, j in zip(a, b, strict=True))
+        assert all(torch.equal(i, j) for i, j in strict_zip(a, b))
     sum(o.square().mean() for o in a).backward()
     sum(o.square().mean() for o in b).backward()
     grads = dict(quantized.named_parameters())

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant import UncalibratedError, calibrate, quantizers, set_mode
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS
 from mmdet3d_quant.parents import (
@@ -169,12 +170,12 @@ CASES = {
     ),
     'QuantBEVFusionSparseEncoder': (
         BEVFusionSparseEncoder,
-        dict(sparse_shape=[24, 20, 13], encoder_paddings=((0, 1), (0, (1, 1, 0)), (0,))) | ENCODER,
+        dict(ENCODER, sparse_shape=[24, 20, 13], encoder_paddings=((0, 1), (0, (1, 1, 0)), (0,))),
         [*voxels([24, 20, 13], 900, 5), 2],
     ),
     'QuantSparseEncoder': (
         PortableSparseEncoder,
-        dict(sparse_shape=[13, 20, 24], encoder_paddings=((0, 1), (0, (0, 1, 1)), (0,))) | ENCODER,
+        dict(ENCODER, sparse_shape=[13, 20, 24], encoder_paddings=((0, 1), (0, (0, 1, 1)), (0,))),
         [*voxels([13, 20, 24], 900, 5), 2],
     ),
 }
@@ -234,7 +235,7 @@ def test_every_registered_type_is_tested():
 def test_float_mode_equals_the_parent_bit_for_bit(name):
     floating, quantized, inputs, _ = build(name)
     with set_mode(quantized, 'float'), torch.no_grad():
-        pairs = zip(flat(floating(*inputs)), flat(quantized(*inputs)), strict=True)
+        pairs = strict_zip(flat(floating(*inputs)), flat(quantized(*inputs)))
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -266,7 +267,7 @@ def test_quantized_output_is_near_the_float_one_and_not_it(name):
         with pytest.raises(UncalibratedError):
             quantized(*inputs)
         calibrate(quantized, [inputs], 'max')
-        for a, b in zip(flat(floating(*inputs)), flat(quantized(*inputs)), strict=True):
+        for a, b in strict_zip(flat(floating(*inputs)), flat(quantized(*inputs))):
             error = float((a - b).norm() / a.norm())
             if WRAPPERS.get(name) is Lift and error == 0:
                 continue  # the part that stays float
@@ -304,7 +305,7 @@ def test_every_model_can_learn_its_activation_ranges(name):
     calibrate(fixed, [inputs], 'max')
     learning.load_state_dict(fixed.state_dict())
     a, b = flat(fixed(*inputs)), flat(learning(*inputs))
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(torch.equal(x, y) for x, y in strict_zip(a, b))
     sum(y.square().mean() for y in b).backward()
     for full, quantizer in quantizers(learning).items():
         active = quantizer.float_reason is None

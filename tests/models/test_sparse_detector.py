@@ -1,7 +1,6 @@
 """The quantized LiDAR branch inside the detector: configs, trained weights, odd clouds, a frame."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import mmdet3d_quant as mq
 from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.layers.base import QuantLayer
-from mmdet3d_quant.samples import frame_settings, make_frame
-from tests.frame import frame_dir
+from mmdet3d_quant.samples import frame_settings, make_frame, real_frame
+from tests.frame import on_real_frame
 from tests.small import ROOT
 
 TINY = ROOT / 'configs/bevfusion_tiny/bevfusion_tiny_lidar-cam'
@@ -137,11 +136,11 @@ def test_odd_clouds(name, lidar):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(frame_dir() is None, reason='shared/data/nuscenes_frame is not there')
+@on_real_frame
 def test_both_branches_of_the_full_model_on_a_real_frame(capsys):
     """Random weights, norms that have seen the frame: what rounding costs, branch by branch."""
     cfg = fc.read_config(f'{FULL}_int8-all_nus-3d.py')
-    cfg.merge_from_dict(frame_settings(cfg, Path(frame_dir())))
+    cfg.merge_from_dict(frame_settings(cfg, real_frame()))
     torch.manual_seed(0)
     model = fc.build_model(cfg)
     (batch,) = fc.build_calibration_loader(cfg)[1]

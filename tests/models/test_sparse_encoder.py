@@ -43,7 +43,7 @@ BLOCKS = ('basicblock', 'conv_module')
 
 
 def kwargs_of(kind, block):
-    kwargs = CFG | KINDS[kind][2] | dict(block_type=block)
+    kwargs = {**CFG, **KINDS[kind][2], 'block_type': block}
     if block == 'conv_module':
         kwargs.update(encoder_paddings=((1, 1), (1, 1), (1, 1)))
     return kwargs

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.parents import bev_pool
 
 MAPS, CHANNELS, BINS, HEIGHT, WIDTH, CELLS = 3, 5, 7, 4, 6, 20
@@ -42,7 +43,7 @@ def test_gradients_of_both_inputs():
     wanted = torch.autograd.grad(
         (reference(context, depth, cells, CELLS) * weight).sum(), (context, depth)
     )
-    for a, b in zip(ours, wanted, strict=True):
+    for a, b in strict_zip(ours, wanted):
         assert b.abs().sum() > 0
         torch.testing.assert_close(a, b)
 

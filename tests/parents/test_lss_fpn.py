@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.parents import GeneralizedLSSFPN
 
 CHANNELS = [4, 6, 8]
@@ -12,13 +13,13 @@ SIZES = [(8, 12), (4, 6), (2, 3)]
 
 def neck(**kwargs):
     torch.manual_seed(0)
-    cfg = dict(in_channels=CHANNELS, out_channels=5, num_outs=3) | kwargs
+    cfg = {**dict(in_channels=CHANNELS, out_channels=5, num_outs=3), **kwargs}
     return GeneralizedLSSFPN(**cfg).eval()
 
 
 def features():
     torch.manual_seed(1)
-    return [torch.randn(2, c, *s) for c, s in zip(CHANNELS, SIZES, strict=True)]
+    return [torch.randn(2, c, *s) for c, s in strict_zip(CHANNELS, SIZES)]
 
 
 def test_forward_is_upsample_concat_1x1_3x3():

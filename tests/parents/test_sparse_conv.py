@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from spconv.pytorch import SparseConv3d, SparseConvTensor, SubMConv3d
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.parents.sparse_conv import PortableSparseConv3d, PortableSubMConv3d, _Convolve
 
 SHAPE, BATCH = [9, 8, 7], 2
@@ -59,7 +60,7 @@ def test_values_and_gradients_are_those_of_a_dense_convolution(name):
         params = [p for p in (x, conv.weight, conv.bias) if p is not None]
         results.append([out, *torch.autograd.grad(out, params, upstream)])
     assert len(where) > 20
-    for ours, wanted in zip(*results, strict=True):
+    for ours, wanted in strict_zip(*results):
         torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=1e-12)
 
 
@@ -97,7 +98,7 @@ def test_threads_change_nothing():
         wanted = gradients()
         torch.set_num_threads(4)
         for _ in range(5):
-            for ours, one in zip(gradients(), wanted, strict=True):
+            for ours, one in strict_zip(gradients(), wanted):
                 torch.testing.assert_close(ours, one, atol=1e-5, rtol=1e-5)
     finally:
         torch.set_num_threads(before)

@@ -21,7 +21,7 @@ CFG = dict(
 
 def build(**kwargs):
     torch.manual_seed(0)
-    model = BEVFusionSparseEncoder(**(CFG | kwargs)).eval()
+    model = BEVFusionSparseEncoder(**({**CFG, **kwargs})).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             nn.init.uniform_(module.bias, -0.3, 0.3)

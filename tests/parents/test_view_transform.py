@@ -23,7 +23,7 @@ CAMS = 2
 
 def build(kind=DepthLSSTransform, **kwargs):
     torch.manual_seed(0)
-    return kind(**(CFG | kwargs)).eval()
+    return kind(**({**CFG, **kwargs})).eval()
 
 
 def rigid(yaw, shift):
@@ -178,7 +178,7 @@ def test_every_convolution_comes_through_the_seam():
             return conv
 
     made = []
-    model = Spy(**(CFG | dict(zbound=[-4.0, 4.0, 8.0], downsample=2)))
+    model = Spy(**(dict(CFG, zbound=[-4.0, 4.0, 8.0], downsample=2)))
     inside = {m for m in model.modules() if isinstance(m, torch.nn.Conv2d)}
     assert inside == {conv for _, conv in made}
     assert [part for part, _ in made] == ['dtransform'] * 3 + ['depthnet'] * 3 + ['downsample'] * 3

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mmdet3d_quant as mq
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.qat.distill import distance
 from tests.qat.toy import QAT, Points, Toy, calibrated, runner
 
@@ -20,7 +21,7 @@ def hook(start, **modules):
 def test_distance_is_the_mean_share_of_the_error():
     torch.manual_seed(0)
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
-    wanted = sum(((x - y) ** 2).sum() / (y**2).sum() for x, y in zip(a, b, strict=True)) / 3
+    wanted = sum(((x - y) ** 2).sum() / (y**2).sum() for x, y in strict_zip(a, b)) / 3
     assert distance(a, b).item() == pytest.approx(wanted.item())
     nested = distance([a, dict(x=(b, torch.arange(3)))], [b, dict(x=(b, torch.arange(3)))])
     assert nested.item() == pytest.approx(wanted.item() / 2)

@@ -8,6 +8,7 @@ import torch
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import fake_quant
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fake_quant import fake_quantize
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 from tests.qat.toy import Points, Toy
@@ -138,7 +139,7 @@ def test_a_step_of_adam_changes_every_range_by_the_same_share():
     before = [q.amax.clone() for q in ranges]
     model(Points().images).square().sum().backward()
     optimizer.step()
-    shares = [abs(math.log(q.amax / was)) for q, was in zip(ranges, before, strict=True)]
+    shares = [abs(math.log(q.amax / was)) for q, was in strict_zip(ranges, before)]
     assert shares == pytest.approx([0.1] * len(ranges), rel=1e-3)
 
 

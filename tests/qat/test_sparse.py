@@ -3,6 +3,7 @@
 import torch
 
 import mmdet3d_quant as mq
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 from mmdet3d_quant.qat.distill import distance
@@ -22,7 +23,7 @@ def test_an_encoder_with_ranges_that_are_too_wide_finds_back_to_its_float_self()
         wanted = [floating(*batch) for batch in batches]
 
     def error():
-        return sum(distance(model(*b), w) for b, w in zip(batches, wanted, strict=True))
+        return sum(distance(model(*b), w) for b, w in strict_zip(batches, wanted))
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
     weights = {n: (m.weight, m.weight.detach().clone()) for n, m in layers.items()}

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 import mmdet3d_quant as mq
 import mmdet3d_quant.optim  # noqa: F401
 import mmdet3d_quant.qat  # noqa: F401
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d
 from mmdet3d_quant.models.base import finish
 
@@ -61,7 +62,7 @@ class Error(BaseMetric):
     """Mean squared error."""
 
     def process(self, data_batch, data_samples):
-        for got, wanted in zip(data_samples, data_batch['data_samples'], strict=True):
+        for got, wanted in strict_zip(data_samples, data_batch['data_samples']):
             self.results.append(float((got - wanted).square().mean()))
 
     def compute_metrics(self, results):

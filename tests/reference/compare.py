@@ -99,7 +99,7 @@ def flatten(name: str, value: object) -> dict[str, Tensor]:
         items = enumerate(value) if len(value) > 1 else [(None, value[0])]
     out: dict[str, Tensor] = {}
     for key, item in items:
-        out |= flatten(name if key is None else f'{name}.{key}', item)
+        out.update(flatten(name if key is None else f'{name}.{key}', item))
     return out
 
 

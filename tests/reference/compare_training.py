@@ -35,7 +35,8 @@ from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-from tests.frame import frame_dir  # noqa: E402
+from mmdet3d_quant.compat import strict_zip  # noqa: E402
+from mmdet3d_quant.samples import real_frame  # noqa: E402
 from tests.reference.compare import difference, import_public  # noqa: E402
 from tests.small import GRID, small_float_config  # noqa: E402
 
@@ -152,7 +153,7 @@ def targets_of(model_cfg: dict, batch: dict) -> dict[str, Tensor]:
         labels[i, : len(chosen)] = objects.labels_3d[chosen]
     codes = codes + 0.1 * torch.randn_like(codes)
     parts = dict(center=2, height=1, dim=3, rot=2, vel=2)
-    outputs = dict(zip(parts, codes.transpose(1, 2).split(list(parts.values()), 1), strict=True))
+    outputs = dict(strict_zip(parts, codes.transpose(1, 2).split(list(parts.values()), 1)))
     outputs['heatmap'] = torch.randn(len(truth), head.num_classes, head.num_proposals)
     side = [n // model_cfg['bbox_head']['test_cfg']['out_size_factor'] for n in GRID[:2]]
     outputs['dense_heatmap'] = torch.randn(len(truth), head.num_classes, *side)
@@ -162,7 +163,7 @@ def targets_of(model_cfg: dict, batch: dict) -> dict[str, Tensor]:
     losses = head.loss_by_feat(([outputs],), truth)
     sum(value for name, value in losses.items() if 'loss' in name).backward()
     found = {f'loss.{n}': v.detach()[None] for n, v in losses.items()}
-    return found | {f'grad.{n}': v.grad for n, v in leaves.items()}
+    return {**found, **{f'grad.{n}': v.grad for n, v in leaves.items()}}
 
 
 def inputs_of(batch: dict) -> dict[str, Tensor]:
@@ -195,7 +196,7 @@ def main() -> None:
     init_default_scope('mmdet3d')
     MMLogger.get_instance('compare', log_level='ERROR')
     with tempfile.TemporaryDirectory() as folder:
-        cfg = Config.fromfile(small_float_config(frame_dir(), Path(folder) / 'small.py'))
+        cfg = Config.fromfile(small_float_config(real_frame(), Path(folder) / 'small.py'))
     model = ConfigDict(without_dropout(cfg.model.to_dict()))
     dataset = cfg.train_dataloader.dataset.to_dict()
     dataset['pipeline'].insert(-1, GRID_MASK)

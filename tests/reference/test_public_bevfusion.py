@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frame import frame_dir
+from mmdet3d_quant.samples import FRAME, real_frame
 
 PUBLIC = os.environ.get('MMDET3D_BEVFUSION_PROJECT')
 EXACT = ('in.', 'geometry', 'img_backbone')
@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.skipif(
         PUBLIC is None, reason='MMDET3D_BEVFUSION_PROJECT (an mmdetection3d repository) not set'
     ),
-    pytest.mark.skipif(frame_dir() is None, reason='no nuScenes frame beside the checkout'),
+    pytest.mark.frame,
+    pytest.mark.skipif(real_frame() is None, reason=f'{FRAME} names no nuScenes frame'),
 ]
 
 

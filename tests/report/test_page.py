@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.figure import Figure
 
+from mmdet3d_quant.compat import removeprefix
 from mmdet3d_quant.report import render, write_report
 from mmdet3d_quant.report.page import verdict
 
@@ -175,7 +176,7 @@ def test_the_page_needs_nothing_else(facts):
     html = render(facts, {'ap': PNG, 'frame_1': PNG + b'1'}, {'frame_1': 'a caption'})
     page = Page(html)
     assert len(page.images) == 2 and 'a caption' in page.text
-    kept = [base64.b64decode(i['src'].removeprefix('data:image/png;base64,')) for i in page.images]
+    kept = [base64.b64decode(removeprefix(i['src'], 'data:image/png;base64,')) for i in page.images]
     assert kept == [PNG, PNG + b'1']
     for tag, name, value in page.attributes:
         assert name not in ('href', 'action', 'srcset') and tag not in ('link', 'script', 'iframe')

@@ -13,6 +13,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from nuscenes.utils.geometry_utils import BoxVisibility, view_points
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.report.pictures import (
     TRUTH,
     Frame,
@@ -69,7 +70,7 @@ def test_edges_are_those_of_a_cuboid_projected_as_mmdet3d_does():
     in_camera = made.reshape(-1, 3) @ AHEAD[:3, :3].T + AHEAD[:3, 3]
     pixels = points_cam2img(in_camera, CAM2IMG).reshape(2, 8, 2)
     wanted = set()
-    for points, solid in zip(pixels, made, strict=True):
+    for points, solid in strict_zip(pixels, made):
         for i, j in itertools.combinations(range(8), 2):
             # No diagonal is as long as a side.
             if np.isclose(np.linalg.norm(solid[i] - solid[j]), (4.0, 2.0, 1.5), rtol=1e-3).any():

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.synthetic.kinds import CLASSES, KINDS
 from mmdet3d_quant.synthetic.layout import LEAD
 from mmdet3d_quant.synthetic.light import HOURS, make_light
@@ -23,7 +24,7 @@ def test_counts(layouts):
     total = np.sum(counts, axis=1)
     assert 20 <= total.mean() <= 35 and total.min() >= 12
     present = (np.array(counts) > 0).mean(axis=0)
-    assert present.min() > 0.5, dict(zip(CLASSES, present, strict=True))
+    assert present.min() > 0.5, dict(strict_zip(CLASSES, present))
 
 
 def test_things_are_apart_and_within_reach(layouts):

@@ -6,8 +6,8 @@ Q/DQ placement, Q/DQ limitations) and what its layers can fuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Callable, Iterable, Iterator, Tuple
 
 import numpy as np
 from onnx import NodeProto
@@ -16,7 +16,7 @@ from mmdet3d_quant.export.lint.graph import LAYERS, Graph, Pair, axis_of
 from mmdet3d_quant.spec import MIN_AMAX
 
 #: Where, and what exactly.
-Found = Iterator[tuple[NodeProto, str]]
+Found = Iterator[Tuple[NodeProto, str]]
 #: Ops that only pass or rearrange values; before a convolution they keep its DQ from it.
 PASSING = (
     'Cast', 'Clip', 'Flatten', 'Identity', 'LeakyRelu', 'Mul', 'Pad', 'Relu', 'Reshape', 'Sigmoid',
@@ -179,7 +179,7 @@ def _island(graph: Graph) -> Found:
 )
 def _blocked(graph: Graph) -> Found:
     for node in graph.of(*LAYERS):
-        for tensor, what in zip(node.input[:2], ('input', 'weight'), strict=False):
+        for tensor, what in zip(node.input[:2], ('input', 'weight')):
             between = _behind_passing(graph, tensor)
             if between is not None:
                 yield node, f'{graph.name(between)} ({between.op_type}) on its {what}'

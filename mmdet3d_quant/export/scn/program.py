@@ -7,10 +7,13 @@ fields are what its parser reads (`libraries/3DSparseConvolution/src/onnx-parser
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Tuple, Union
 
 from torch import Tensor
 
-Axes = tuple[int, ...]
+from mmdet3d_quant.compat import strict_zip
+
+Axes = Tuple[int, ...]
 
 #: Order of the axes -> dims of the only transposition that libspconv fuses into the scattering;
 #: without one, only 'zyx' can be scattered.
@@ -126,7 +129,7 @@ class Reshape:
     dims: Axes
 
 
-Op = SparseConv | Add | Relu | ScatterDense | Transpose | Reshape
+Op = Union[SparseConv, Add, Relu, ScatterDense, Transpose, Reshape]
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class Program:
             elif isinstance(op, Add) and op.precision == 'int8':
                 read = [
                     r
-                    for r, name in zip(op.ranges, op.inputs, strict=True)
+                    for r, name in strict_zip(op.ranges, op.inputs)
                     if name == tensor or name in self._rectified(tensor)
                 ]
                 found.update(read)
@@ -199,5 +202,5 @@ def conv_grid(grid: Axes, kernel: Axes, stride: Axes, padding: Axes, dilation: A
     """Number of cells along each axis after a strided convolution."""
     return tuple(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(grid, kernel, stride, padding, dilation, strict=True)
+        for n, k, s, p, d in strict_zip(grid, kernel, stride, padding, dilation)
     )

@@ -11,6 +11,7 @@ from mmcv.ops import SparseSequential as MMCVSequential
 from mmdet3d.models.layers import SparseBasicBlock
 from torch import Tensor, nn
 
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.scn.check import check
 from mmdet3d_quant.export.scn.precision import with_precisions
@@ -207,7 +208,7 @@ def _conv(tracer: _Tracer, name: str, conv: nn.Module, x: str) -> str:
     kernel, dilation = tracer.axes(conv.kernel_size), tracer.axes(conv.dilation)
     stride, padding = tracer.axes(conv.stride), tracer.axes(conv.padding)
     if conv.subm:  # the outputs are the inputs, whatever the module's padding says
-        padding = tuple(d * (k // 2) for d, k in zip(dilation, kernel, strict=True))
+        padding = tuple(d * (k // 2) for d, k in strict_zip(dilation, kernel))
     grid, level = tracer.grids[x], tracer.levels[x]
     after = grid if conv.subm else conv_grid(grid, kernel, stride, padding, dilation)
     input_range, weight_ranges = _ranges(tracer, name, conv)

@@ -59,7 +59,7 @@ def enliven(model, seed=0):
 def build(kind, quantized=False, seed=0, **kwargs):
     torch.manual_seed(seed)
     *types, cfg = KINDS[kind]
-    return enliven(types[quantized](**(cfg | kwargs)), seed)
+    return enliven(types[quantized](**({**cfg, **kwargs})), seed)
 
 
 def cloud(model, count=2500, seed=1):

@@ -15,6 +15,8 @@ from tests.frame import ROOT
 sys.path.insert(0, str(ROOT / 'tools'))
 import check_scn  # noqa: E402
 
+from mmdet3d_quant.compat import strict_zip
+
 GRID = ('--range', -6, -5, -3, 6, 5, 2.25, '--voxel-size', 0.25, 0.25, 0.25)
 
 
@@ -59,7 +61,7 @@ def test_points_give_the_map_of_the_encoder(file, points, tmp_path):
     cells = {}
     for point in raw:
         cell = tuple(np.floor((point[:3] - [-6, -5, -3]) / 0.25).astype(int))
-        if all(0 <= c < n for c, n in zip(cell, (48, 40, 21), strict=True)):
+        if all(0 <= c < n for c, n in strict_zip(cell, (48, 40, 21))):
             cells.setdefault(cell, []).append(point)
     assert len(cells[28, 24, 16]) >= 2
     feats = torch.tensor(np.stack([np.mean(found, 0) for found in cells.values()]))

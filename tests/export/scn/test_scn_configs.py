@@ -8,15 +8,16 @@ import torch
 from mmengine.config import Config
 
 from mmdet3d_quant import calibrate, fold_bn
+from mmdet3d_quant.checkpoint import read_checkpoint
 from mmdet3d_quant.export.scn import export_lidar, read_program
 from mmdet3d_quant.export.scn.run import ScnNetwork
 from mmdet3d_quant.export.verify import sqnr
-from mmdet3d_quant.files import read_checkpoint
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS
 from mmdet3d_quant.models import QuantBEVFusionSparseEncoder
 from mmdet3d_quant.parents import BEVFusionSparseEncoder
+from mmdet3d_quant.samples import real_frame
 from tests.export.scn.encoders import enliven, turned
-from tests.frame import FLOAT_CONFIG, ROOT, frame_dir
+from tests.frame import FLOAT_CONFIG, ROOT, on_real_frame
 
 TINY = ROOT / 'configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_synthetic.py'
 TINY_WEIGHTS = ROOT / 'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth'
@@ -104,10 +105,10 @@ def test_full_size(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(frame_dir() is None, reason='shared/data/nuscenes_frame is not there')
+@on_real_frame
 def test_full_size_on_a_real_frame(tmp_path):
     model, cfg = encoder(FLOAT_CONFIG)
-    file = next(frame_dir().glob('*LIDAR_TOP*.bin'))
+    file = next(real_frame().glob('*LIDAR_TOP*.bin'))
     points = np.fromfile(file, 'f4').reshape(-1, 5)
     points[:, 4] = 0  # seconds; in the file it is the ring
     feats, coors = voxels(cfg, points)

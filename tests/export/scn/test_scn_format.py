@@ -9,6 +9,7 @@ import torch
 from onnx import AttributeProto, TensorProto
 
 from mmdet3d_quant import fold_bn, quantizers
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.scn import export_lidar, read_program, trace
 from mmdet3d_quant.export.scn.precision import with_precisions
 from mmdet3d_quant.export.scn.program import Add, Program, Relu
@@ -74,7 +75,7 @@ def made(order, quantized):
 @precisions
 def test_attributes(order, quantized):
     for node in made(order, quantized).graph.node:
-        types = READ[node.op_type] | WRITTEN.get(node.op_type, {})
+        types = {**READ[node.op_type], **WRITTEN.get(node.op_type, {})}
         found = {a.name: a.type for a in node.attribute}
         optional = set() if quantized and node.name != 'conv0' else RANGES
         missing = set(types) - set(found) - optional
@@ -146,7 +147,7 @@ def test_weights_and_axes_of_both_orders():
     xyz, zyx = trace(model, 'xyz'), trace(model, 'zyx')
     assert (xyz.order, zyx.order) == ('xyz', 'zyx')
     assert xyz.grid == (48, 40, 21) and zyx.grid == (21, 40, 48)
-    for a, b in zip(xyz.convs, zyx.convs, strict=True):
+    for a, b in strict_zip(xyz.convs, zyx.convs):
         conv = model.get_submodule(a.layer)
         assert torch.equal(a.weight, conv.weight.half())
         assert torch.equal(b.weight, conv.weight.permute(0, 3, 2, 1, 4).half())
@@ -244,7 +245,7 @@ def test_file_comes_back_as_the_program_that_was_written(tmp_path):
     model = calibrated('bevfusion')
     export_lidar(model, tmp_path / 'lidar.onnx', 'zyx')
     wanted, found = trace(model, 'zyx'), read_program(tmp_path / 'lidar.onnx')
-    for a, b in zip(wanted.ops, found.ops, strict=True):
+    for a, b in strict_zip(wanted.ops, found.ops):
         assert type(a) is type(b)
         for name, value in vars(a).items():
             other = getattr(b, name)

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from mmdet3d_quant import UncalibratedError, quantizers
+from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export import ExportError
 from mmdet3d_quant.export.scn import ScnError, export_lidar, read_program, trace, write_program
 from mmdet3d_quant.export.scn.read import from_onnx
@@ -34,7 +35,7 @@ def test_exporting_keeps_no_state(model, tmp_path):
     other = build('second')
     before = copy.deepcopy(model.state_dict())
     paths = [tmp_path / f'{i}.onnx' for i in range(4)]
-    for path, what in zip(paths, (model, other, model, other), strict=True):
+    for path, what in strict_zip(paths, (model, other, model, other)):
         export_lidar(what, path)
     first, second, third, fourth = (path.read_bytes() for path in paths)
     assert first == third and second == fourth and first != second
