@@ -36,8 +36,8 @@ class Points(Dataset):
 class Toy(BaseModel):
     """Two convolutions that read one tensor, a concat, batch norm, dropout and a head."""
 
-    def __init__(self, learn_amax=False, dropout=0.0):
-        super().__init__()
+    def __init__(self, learn_amax=False, dropout=0.0, init_cfg=None):
+        super().__init__(init_cfg=init_cfg)
         self.a = QuantConv2d(3, 4, 3, padding=1)
         self.b = QuantConv2d(3, 4, 1)
         self.join = QuantConcat()
