@@ -18,6 +18,7 @@ from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.export.openvino_graph import overflows
 from mmdet3d_quant.histogram import NonFiniteError
 from mmdet3d_quant.samples import make_frame
+from mmdet3d_quant.synthetic.check import DatasetError
 from tests.small import ROOT, save_float, small_config
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -239,8 +240,8 @@ def test_bad_input_is_a_clear_error_and_writes_nothing(work, tmp_path):
     refused(fc.ConfigError, 'QuantResNot', *options, 'model.img_backbone.type=QuantResNot')
     refused(fc.ConfigError, "'conv9' matches no", *options, 'model.img_backbone.skip=conv9')
     refused(
-        fc.ConfigError,
-        'cannot be built.*no_such.pkl',
+        DatasetError,
+        'info file .*no_such.pkl is missing; set its data_root and ann_file',
         *options,
         'calib_dataloader.dataset.ann_file=no_such.pkl',
     )

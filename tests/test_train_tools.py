@@ -1,6 +1,7 @@
 """tools/train.py and tools/test.py on a tiny data set: training, resuming, scores, bad input."""
 
 import importlib.util
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from mmengine.config import Config
 
 from mmdet3d_quant import UncalibratedError
 from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
+from mmdet3d_quant.checkpoint import CheckpointError, load_plain, read_checkpoint
 from mmdet3d_quant.from_config import ConfigError
 from mmdet3d_quant.synthetic.check import DatasetError
 from tests.small import ROOT
@@ -242,6 +243,60 @@ def test_bad_input_is_told_before_training(work, args, error, message):
     with pytest.raises(error, match=message):
         TRAIN.main([str(work / 'lidar.py'), '--work-dir', str(work / 'bad'), *args])
     assert not (work / 'bad').exists()
+
+
+def test_missing_data_are_told_alike(work, tmp_path):
+    """Each tool names the folder and what makes one, in one line."""
+    gone = str(tmp_path / 'gone')
+    names = ('train_dataloader', 'test_dataloader', 'calib_dataloader')
+    options = ['--cfg-options', *(f'{name}.dataset.data_root={gone}' for name in names)]
+    config, weights = str(work / 'lidar.py'), str(work / 'run/epoch_2.pth')
+    run = ['--work-dir', str(tmp_path / 'run')]
+    calls = {
+        TRAIN: [config, *run],
+        TEST: [config, weights, *run],
+        calibrate: [config, weights, '--out', str(tmp_path / 'out.pth')],
+    }
+    for tool, args in calls.items():
+        with pytest.raises(DatasetError, match=f'{gone} does not exist.*make_synthetic_nuscenes'):
+            tool.main([*args, *options])
+    assert list(tmp_path.iterdir()) == []
+    script = [sys.executable, str(ROOT / 'tools/train.py')]
+    result = subprocess.run([*script, *calls[TRAIN], *options], capture_output=True, text=True)
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(f'error: {gone} does not exist')
+
+
+def test_a_checkpoint_is_looked_at_before_the_data(work, tmp_path):
+    """Whichever is wrong with both."""
+    (tmp_path / 'bad.pth').write_text('<html>')
+    bad = str(tmp_path / 'bad.pth')
+    names = ('train_dataloader', 'test_dataloader', 'calib_dataloader')
+    options = ['--cfg-options', *(f'{name}.dataset.data_root=nowhere' for name in names)]
+    config, run = str(work / 'lidar.py'), ['--work-dir', str(tmp_path / 'run')]
+    for tool, args in (
+        (TRAIN, [config, *run, *options, f'load_from={bad}']),
+        (TRAIN, [config, *run, '--resume', bad, *options]),
+        (TEST, [config, bad, *run, *options]),
+        (calibrate, [config, bad, '--out', str(tmp_path / 'out.pth'), *options]),
+    ):
+        with pytest.raises(CheckpointError, match='bad.pth'):
+            tool.main(args)
+
+
+def test_data_without_objects_are_refused_at_once(work, tmp_path):
+    """The loader would draw frames a thousand times."""
+    root = Config.fromfile(work / 'lidar.py').train_dataloader.dataset.data_root
+    infos = load_plain(f'{root}/nuscenes_infos_train.pkl')
+    for frame in infos['data_list']:
+        frame['instances'] = []
+    bare = f'{root}/bare.pkl'
+    with open(bare, 'wb') as file:
+        pickle.dump(infos, file)
+    option = 'train_dataloader.dataset.ann_file=bare.pkl'
+    args = [str(work / 'lidar.py'), '--work-dir', str(tmp_path / 'run'), '--cfg-options', option]
+    with pytest.raises(DatasetError, match=r'bare.pkl has no objects in \d+ frame'):
+        TRAIN.main(args)
 
 
 def test_the_rest_of_bad_input(work):

@@ -72,12 +72,18 @@ def _swapped(cfg: Mapping | None, types: Mapping, what: str) -> dict:
     kind = new.get('type')
     if kind not in types and kind is not None:  # a class or its path, as in Python configs
         cls = MODELS.get(kind) if isinstance(kind, str) else kind
-        kind = next((t for t in types if isinstance(t, str) and MODELS.get(t) is cls), kind)
+        kind = next((t for t in types if isinstance(t, str) and _is(MODELS.get(t), cls)), kind)
     if kind not in types:
         known = ', '.join(repr(t) for t in types if not isinstance(t, type))
         raise ValueError(f'{what} type {kind!r} cannot be quantized; expected one of {known}')
     new['type'] = types[kind]
     return new
+
+
+def _is(registered: Any, cls: Any) -> bool:
+    """Whether a class is the registered one, or torch's that mmcv wraps under that name."""
+    wraps = getattr(registered, '__module__', '').startswith('mmcv.')
+    return cls is not None and (registered is cls or (wraps and cls in registered.__bases__))
 
 
 def finish(model: nn.Module, skip: Skip, learn_amax: bool = False) -> None:
