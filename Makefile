@@ -1,12 +1,13 @@
 # `make demo` and `make test` set everything up in .venv first; a second run reuses it.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help setup demo test test-slow lint format bench bench-engines clean
+.PHONY: help setup demo test test-slow test-frame test-matrix lint format wheel bench
+.PHONY: bench-engines clean
 
 # NNCF, the peer in INT8, wants a newer torch: an environment of its own.
 NNCF ?= .venv-nncf
@@ -15,6 +16,9 @@ help:
 	@echo 'make demo       a small BEVFusion from float to INT8: scores, speed, report'
 	@echo 'make test       lint, type check and tests'
 	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make test-frame the tests of a real nuScenes frame, in $$MMDET3D_QUANT_FRAME'
+	@echo 'make test-matrix  the oldest and newest Python and torch, in environments of their own'
+	@echo 'make wheel      the package with tools and configs, in dist/'
 	@echo 'make bench      the measurements in benchmarks/'
 	@echo 'make bench-engines  speed of the INT8 files against float and NNCF'
 	@echo 'make format     rewrite the code in the project style'
@@ -44,6 +48,16 @@ test: $(READY) lint
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+test-frame: $(READY)
+	$(BIN)/python -m pytest -m frame
+
+test-matrix: $(READY)
+	$(BIN)/python tests/matrix.py
+
+wheel: $(READY)
+	rm -rf build
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 lint: $(READY)
 	@echo '== lint, format and types'
 	$(BIN)/ruff check .
@@ -71,4 +85,4 @@ bench-engines: $(READY) $(NNCF)/bin/nncf-ready
 	$(BIN)/python benchmarks/engine_speed.py --nncf-python $(NNCF)/bin/python
 
 clean:
-	rm -rf $(VENV) $(NNCF) work_dirs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(NNCF) .venv-matrix work_dirs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

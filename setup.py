@@ -47,7 +47,7 @@ setup(
         'mmdet>=3.2,<3.4',
         'mmdet3d>=1.4,<1.5',
         'pytorch-quantization>=2.1.3,<2.2',
-        'numpy',
+        'numpy<2',  # as nuscenes-devkit, which mmdet3d brings
         'rich>=12',
         'jinja2>=3',
         'matplotlib',

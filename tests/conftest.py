@@ -1,5 +1,7 @@
 """What several tests want: a tiny data set, made once, and optimizers as they were."""
 
+import sys
+
 import pytest
 import torch
 
@@ -34,3 +36,15 @@ def same_optimizers():
         kind.step = step
         if not hooked and hasattr(step, 'hooked'):
             del step.hooked
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Passes over what runs an operator of mmcv where those are left out (tests/matrix.py)."""
+    outcome = yield
+    reason = getattr(sys.modules.get('mmcv._ext'), 'LEFT_OUT', None)
+    if reason is not None and call.excinfo is not None:
+        report = outcome.get_result()
+        if reason in str(report.longrepr):
+            report.outcome = 'skipped'
+            report.longrepr = (str(item.path), item.location[1] or 0, reason)

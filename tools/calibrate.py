@@ -114,14 +114,15 @@ class Run:
             check_writable(path)
         self.cfg = fc.read_config(args.config, args.cfg_options)
         self.plan = read_plan(self.cfg, args)
+        model = fc.build_model(self.cfg)
+        self.meta = fc.load_weights(model, args.checkpoint, calibrated=False)
+        # Before processes join, or samplers would split the batches, which are shared out below.
+        self.loader_name, self.loader = fc.build_calibration_loader(self.cfg)
+        batches = dict(enumerate(fc.batch_indices(self.loader)[: args.num_batches]))
         processes.join(args.launcher)
         self.rank, self.world = get_dist_info()
         console.quiet = self.rank > 0
         self.device = fc.pick_device(processes.own_device(args.device))
-        model = fc.build_model(self.cfg)
-        self.meta = fc.load_weights(model, args.checkpoint, calibrated=False)
-        self.loader_name, self.loader = fc.build_calibration_loader(self.cfg)
-        batches = dict(enumerate(fc.batch_indices(self.loader)[: args.num_batches]))
         tolerance = args.until_stable or TOLERANCE
         self.calibrator = Calibrator(model.to(self.device), self.plan, tolerance=tolerance)
         held_out = max(1, len(batches) // HELD_OUT) if self.calibrator.needs_held_out else 0
