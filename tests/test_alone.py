@@ -1,5 +1,7 @@
 """The project stands alone: nothing in it looks for a folder beside the checkout."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 
