@@ -7,6 +7,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch._dynamo  # torch 2.0 does not by itself
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import Function

@@ -16,6 +16,7 @@ from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.export.openvino_nodes import (
     is_constant,
     is_rounder,
+    operators,
     range_of,
     replace,
     source,
@@ -38,7 +39,7 @@ def fuse_adds(model: Any) -> None:
     Args:
         model: An ``openvino.Model``, changed in place.
     """
-    from openvino import opset13
+    opset13 = operators()
 
     for add in model.get_ordered_ops():
         if add.get_type_name() != 'Add':
@@ -117,7 +118,7 @@ class _Layer:
 
     def part(self, channels: slice) -> Any:
         """The layer for some of its output channels."""
-        from openvino import opset13
+        opset13 = operators()
 
         assert self.integers is not None and self.scale is not None
         integers = opset13.convert(opset13.constant(self.integers[channels]), np.float32)

@@ -21,6 +21,7 @@ from mmdet3d_quant.export.openvino_nodes import (
     is_constant,
     is_rounder,
     make_rounder,
+    operators,
     range_of,
     replace,
     rounders,
@@ -60,7 +61,7 @@ def _join_pairs(model: Any) -> None:
     rounds to steps of about 2.0 (seen in 2024.6 to 2026.4: 10 dB instead of 130 dB). One
     FakeQuantize from reals to reals does not lead it there.
     """
-    from openvino import opset13
+    opset13 = operators()
 
     for multiply in model.get_ops():
         if multiply.get_type_name() != 'Multiply':
@@ -115,7 +116,7 @@ def _round_once(model: Any) -> None:
 
 def _make_unsigned(model: Any) -> None:
     """Quantizes onto 0..127 of an unsigned grid what is never negative: the same steps."""
-    from openvino import opset13
+    opset13 = operators()
 
     for node in rounders(model):
         low, high = range_of(node)
@@ -131,7 +132,7 @@ def _make_unsigned(model: Any) -> None:
 
 def _keep_signed_float(model: Any) -> None:
     """Gives float weights, of the same values, to convolutions that read signed activations."""
-    from openvino import opset13
+    opset13 = operators()
 
     for node in rounders(model):
         if range_of(node)[0] >= 0:
@@ -155,7 +156,8 @@ def _layers_after(node: Any) -> Iterator[Any]:
 def overflows() -> bool:
     """Whether this CPU cuts off sums of signed products: tried out on one convolution."""
     import openvino as ov
-    from openvino import opset13
+
+    opset13 = operators()
 
     ends, ones = np.float32(-128), np.float32(127)
     x = opset13.parameter([1, 64, 8, 8], np.float32)

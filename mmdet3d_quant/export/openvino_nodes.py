@@ -8,14 +8,31 @@ from typing import Any
 import numpy as np
 
 
+def operators() -> Any:
+    """OpenVINO's operators by name; 2024 and before have them in another module."""
+    try:
+        from openvino import opset13
+    except ImportError:
+        from openvino.runtime import opset13
+    return opset13
+
+
 def source(node: Any) -> Any:
     """The node that makes the first input, or None where there is no input."""
     return node.input(0).get_source_output().get_node() if node.inputs() else None
 
 
+def _readers(node: Any) -> Any:
+    return node.output(0).get_target_inputs()
+
+
 def replace(node: Any, other: Any) -> None:
-    """Lets the readers of a node read another one."""
-    for reader in node.output(0).get_target_inputs():
+    """Lets the readers of a node read another one, results by the names that they had."""
+    names = node.output(0).get_names()
+    if any(reader.get_node().get_type_name() == 'Result' for reader in _readers(node)):
+        node.output(0).set_names(set())  # OpenVINO before 2025 does not carry them along
+        other.output(0).add_names(names)
+    for reader in _readers(node):
         reader.replace_source_output(other.output(0))
 
 
@@ -73,7 +90,7 @@ def single(node: Any, index: int) -> float | None:
 
 def make_rounder(data: Any, low: float, high: float, like: Any) -> Any:
     """A FakeQuantize of 256 steps, named like another."""
-    from openvino import opset13
+    opset13 = operators()
 
     ends = np.float32(low), np.float32(high)
     made = opset13.fake_quantize(data, *ends, *ends, 256)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
 from mmdet3d_quant.compat import strict_zip
 from mmdet3d_quant.fake_quant import scale_of
@@ -28,6 +30,8 @@ TORCH_OPSET = 17
 #: Attribute that carries a quantizer's name through torch's exporter; ONNX's checker lets names
 #: with two underscores pass.
 _NAME = '__quantizer'
+#: Asks newer torches for the exporter that traces; theirs, by default, drops quantizers.
+TRACED = {'dynamo': False} if 'dynamo' in signature(torch.onnx.export).parameters else {}
 
 
 def trace(
@@ -84,6 +88,7 @@ def trace(
             opset_version=opset_version,
             do_constant_folding=True,
             dynamic_axes=axes if dynamic_batch else None,
+            **TRACED,
         )
         model = onnx.load(str(path))
         _fix_output_shapes(model.graph, module, inputs, dynamic_batch)
@@ -179,6 +184,29 @@ class _CustomLayerNormFunction(torch.autograd.Function):
         # Attributes as its creator reads them: epsilon first, then axis.
         y = g.op('nv::CustomLayerNormalization', x, weight, bias, epsilon_f=eps, axis_i=-1)
         return y.setType(x.type())
+
+
+def _unflatten(g, x, dim, sizes, *names):  # torch 2.0 cannot read annotations here
+    """``Tensor.unflatten``, which torch 2.0's attention calls and its exporter does not know."""
+    dim = symbolic_helper._get_const(dim, 'i', 'dim')
+    sizes = symbolic_helper._maybe_get_const(sizes, 'is')
+    if symbolic_helper._is_packed_list(sizes):
+        sizes = symbolic_helper._unpack_list(sizes)
+        parts = [symbolic_helper._unsqueeze_helper(g, size, [0]) for size in sizes]
+    else:
+        parts = [g.op('Constant', value_t=torch.tensor(sizes))]
+    shape = g.op('Shape', x)
+    if dim != 0:
+        parts.insert(0, symbolic_helper._slice_helper(g, shape, axes=[0], starts=[0], ends=[dim]))
+    if dim != -1:
+        ends = [torch.iinfo(torch.int64).max]
+        rest = symbolic_helper._slice_helper(g, shape, axes=[0], starts=[dim + 1], ends=ends)
+        parts.append(rest)
+    return g.op('Reshape', x, g.op('Concat', *parts, axis_i=0))
+
+
+if torch.__version__.startswith('2.0.'):
+    register_custom_op_symbolic('aten::unflatten', _unflatten, 13)
 
 
 def _quantizers_to_qdq(module: nn.Module) -> None:

@@ -127,7 +127,7 @@ def draw_frame(frame: Frame, reach: float = 40.0, threshold: float | None = None
     title = frame.name if threshold is None else f'{frame.name}, boxes scored {threshold} or more'
     figure.text(0.005, 0.02, title, color='white', fontsize=12)
     figure.legend(
-        handles=handles, loc='lower right', ncols=len(handles), frameon=False, fontsize=12,
+        handles=handles, loc='lower right', ncol=len(handles), frameon=False, fontsize=12,
         labelcolor='white', handlelength=4, borderaxespad=0.2,
     )  # fmt: skip
     return figure
@@ -223,7 +223,7 @@ def draw_ap(ap: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.grid(axis='y', alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, ncols=len(ap), loc='upper center', bbox_to_anchor=(0.5, 1.16))
+    axes.legend(frameon=False, ncol=len(ap), loc='upper center', bbox_to_anchor=(0.5, 1.16))
     return figure
 
 

@@ -109,14 +109,16 @@ def _run(jobs: list[tuple], workers: int):
         return
     context = multiprocessing.get_context('spawn')  # forking a process with threads may hang
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_one_thread) as pool:
+        tasks = [pool.submit(_record, job) for job in jobs]
         try:
-            yield from pool.map(_record, jobs, chunksize=2)
+            yield from (task.result() for task in tasks)
         except BrokenProcessPool:
             raise OSError(
                 'a worker process died, maybe for lack of memory: ask for fewer'
             ) from None
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for task in tasks:
+                task.cancel()
 
 
 def _one_thread() -> None:

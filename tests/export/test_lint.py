@@ -22,6 +22,7 @@ from mmdet3d_quant.export import onnx as exporter
 from mmdet3d_quant.export.lint import RULES, Graph, LintError, layers, lint, read_graph, reformats
 from mmdet3d_quant.export.lint.layers import coverage
 from mmdet3d_quant.export.lint.picture import draw
+from mmdet3d_quant.export.tracing import TRACED
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
 from tests.small import ROOT
 
@@ -408,7 +409,8 @@ def test_a_graph_of_stock_pytorch_quantization(folded, tmp_path, monkeypatch):
     """Its export, with nothing of ours: 20 convolutions, 8 residual adds."""
     monkeypatch.setattr(stock.TensorQuantizer, 'use_fb_fake_quant', True)
     path = tmp_path / 'stock.onnx'
-    torch.onnx.export(stock_resnet(folded), torch.randn(1, 3, 64, 64), path, opset_version=13)
+    net, x = stock_resnet(folded), torch.randn(1, 3, 64, 64)
+    torch.onnx.export(net, x, path, opset_version=13, **TRACED)
     graph = read_graph(path)
     assert coverage(layers(graph)) == 1 and len(layers(graph)) == 20
     found = Counter(f.rule.id for f in lint(graph))
