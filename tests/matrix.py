@@ -152,6 +152,13 @@ def test(name: str, python: Path, tests: list[str]) -> Result:
     subprocess.run([str(python), *words], cwd=ROOT, env=env)
     if not report.is_file():
         sys.exit(f'error: {name}: the tests did not run; see above')
+    code = f'import importlib.metadata as m; print(*(m.version(n) for n in {SHOWN!r}))'
+    shown = subprocess.run([str(python), '-c', code], capture_output=True, text=True, check=True)
+    return Result(name, dict(zip(SHOWN, shown.stdout.split())), *read(report))
+
+
+def read(report: Path) -> tuple[int, list[str], Counter]:
+    """How many tests passed, those that failed, and how many were passed over for which reason."""
     passed, failed, skipped = 0, [], Counter()
     for case in ElementTree.parse(report).iter('testcase'):
         at = f'{case.get("classname")}::{case.get("name")}'
@@ -162,9 +169,7 @@ def test(name: str, python: Path, tests: list[str]) -> Result:
             skipped[kinds['skipped'].get('message', 'no reason').partition('\n')[0]] += 1
         else:
             passed += 1
-    code = f'import importlib.metadata as m; print(*(m.version(n) for n in {SHOWN!r}))'
-    shown = subprocess.run([str(python), '-c', code], capture_output=True, text=True, check=True)
-    return Result(name, dict(zip(SHOWN, shown.stdout.split())), passed, failed, skipped)
+    return passed, failed, skipped
 
 
 def table(results: list[Result]) -> str:
