@@ -31,10 +31,10 @@ from rich.table import Table
 from torch import nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.evaluation import Scorer, Scores, bootstrap, predict
-from mmdet3d_quant.files import sha256, whole
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.data.evaluation import Scorer, Scores, bootstrap, predict
+from mmdet3d_quant.files.outputs import sha256, whole
+from mmdet3d_quant.runs import from_config as fc
 
 Result = TypeVar('Result')
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,9 +29,9 @@ from rich.progress import track
 from torch import nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.evaluation import Scorer, Scores, predict
-from mmdet3d_quant.files import sha256, whole
+from mmdet3d_quant.data.evaluation import Scorer, Scores, predict
+from mmdet3d_quant.files.outputs import sha256, whole
+from mmdet3d_quant.runs import from_config as fc
 
 FOLDER = ROOT / 'configs/bevfusion_tiny'
 CONFIG = FOLDER / 'bevfusion_tiny_lidar-cam_int8-all_synthetic.py'

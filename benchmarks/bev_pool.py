@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmdet3d_quant.export.memory import peak_memory
+from mmdet3d_quant.engines.memory import peak_memory
 from mmdet3d_quant.parents.bev_pool import bev_pool
 from mmdet3d_quant.parents.view_transform import LSSTransform
 

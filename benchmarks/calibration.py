@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.calibration.observe import activation_quantizers
-from mmdet3d_quant.export.memory import peak_memory
+from mmdet3d_quant.engines.memory import peak_memory
 
 EXAMPLE = """
 examples:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mmdet3d_quant as mq
+from mmdet3d_quant.engines import OpenVINO, latency
 from mmdet3d_quant.export import export_onnx
-from mmdet3d_quant.export.engines import OpenVINO, latency
 
 EXAMPLE = """
 example:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.export import Cut, bevfusion_cuts, export_onnx, generate_inputs
+from mmdet3d_quant.runs import from_config as fc
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))

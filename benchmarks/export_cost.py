@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.runs import from_config as fc
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py'

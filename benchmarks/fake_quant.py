@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.fake_quant import fake_quantize, scale_of
-from mmdet3d_quant.spec import QuantSpec
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.fake_quant import fake_quantize, scale_of
+from mmdet3d_quant.core.spec import QuantSpec
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ from rich.progress import track
 from rich.table import Table
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.evaluation import Scorer, Scores, bootstrap, predict
-from mmdet3d_quant.files import sha256, whole
+from mmdet3d_quant.data.evaluation import Scorer, Scores, bootstrap, predict
+from mmdet3d_quant.files.outputs import sha256, whole
+from mmdet3d_quant.runs import from_config as fc
 
 QAT = ROOT / 'configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_qat_synthetic.py'
 #: Models of the config with quantizers.

@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.export.memory import peak_memory
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.engines.memory import peak_memory
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 
 KINDS = ('float', 'ours', 'learned', 'stock')

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmdet3d_quant.amax import search_many
-from mmdet3d_quant.histogram import Histogram
-from mmdet3d_quant.spec import Method
+from mmdet3d_quant.calibration.amax import search_many
+from mmdet3d_quant.calibration.histogram import Histogram
+from mmdet3d_quant.core.spec import Method
 
 EXAMPLE = """
 examples:

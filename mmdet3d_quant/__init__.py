@@ -14,10 +14,11 @@ from mmdet3d_quant.calibration import (
     Plan,
     calibrate,
 )
-from mmdet3d_quant.fold import fold_bn
-from mmdet3d_quant.modes import quantizers, set_mode
-from mmdet3d_quant.quantizer import UncalibratedError
-from mmdet3d_quant.ties import ties
+from mmdet3d_quant.core.modes import quantizers, set_mode
+from mmdet3d_quant.core.quantizer import UncalibratedError
+from mmdet3d_quant.core.ties import ties
+from mmdet3d_quant.layers.fold import fold_bn
+from mmdet3d_quant.moved import keep_old_paths
 from mmdet3d_quant.version import __version__
 
 __all__ = [
@@ -42,3 +43,6 @@ def __getattr__(name: str) -> ModuleType:
     if name == 'export':
         return import_module('mmdet3d_quant.export')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+keep_old_paths()

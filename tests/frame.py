@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdet3d_quant.samples import FRAME, frame_settings, real_frame
+from mmdet3d_quant.data.samples import FRAME, frame_settings, real_frame
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT_CONFIG = ROOT / 'configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_nus-3d.py'

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.compat import removeprefix
-from mmdet3d_quant.modes import float_state_dict
-from mmdet3d_quant.samples import frame_settings
+from mmdet3d_quant.core.compat import removeprefix
+from mmdet3d_quant.core.modes import float_state_dict
+from mmdet3d_quant.data.samples import frame_settings
+from mmdet3d_quant.runs import from_config as fc
 
 ROOT = Path(__file__).resolve().parents[1]
 INT8 = ROOT / 'configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py'

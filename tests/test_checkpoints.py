@@ -5,8 +5,8 @@ import torch
 from mmengine.runner import Runner
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.evaluation import Scorer, predict
+from mmdet3d_quant.data.evaluation import Scorer, predict
+from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT
 
 FOLDER = ROOT / 'checkpoints'

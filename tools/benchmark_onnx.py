@@ -19,12 +19,12 @@ from rich.progress import Progress
 from rich.table import Table
 from terminal import open_console, run_tool
 
-from mmdet3d_quant.compat import removesuffix, strict_zip
-from mmdet3d_quant.export.compare import Variant, compare, first_of, generate_samples
+from mmdet3d_quant.check.compare import Variant, compare, first_of, generate_samples
+from mmdet3d_quant.core.compat import removesuffix, strict_zip
+from mmdet3d_quant.engines import ENGINES, Arrays, EngineError, make_engine
+from mmdet3d_quant.engines.memory import added_memory
 from mmdet3d_quant.export.deploy import engine_files
-from mmdet3d_quant.export.engines import ENGINES, Arrays, EngineError, make_engine
-from mmdet3d_quant.export.memory import added_memory
-from mmdet3d_quant.files import check_writable, whole
+from mmdet3d_quant.files.outputs import check_writable, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = 'NNCF'

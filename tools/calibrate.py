@@ -21,7 +21,6 @@ from rich.table import Table
 from terminal import open_console, run_tool
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.calibration import (
     Calibration,
     Calibrator,
@@ -33,10 +32,11 @@ from mmdet3d_quant.calibration import (
 )
 from mmdet3d_quant.calibration import Progress as Saved
 from mmdet3d_quant.calibration.stability import TOLERANCE
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.files import check_writable, sha256, whole
-from mmdet3d_quant.provenance import provenance
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.files.outputs import check_writable, sha256, whole
 from mmdet3d_quant.report.ranges import write_ranges
+from mmdet3d_quant.runs import from_config as fc
+from mmdet3d_quant.runs.provenance import provenance
 
 #: Of the batches, one in so many is held out for the method auto.
 HELD_OUT = 8

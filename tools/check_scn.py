@@ -14,10 +14,10 @@ from rich.table import Table
 from terminal import open_console, run_tool
 from torch import Tensor
 
-from mmdet3d_quant.compat import removeprefix
-from mmdet3d_quant.export.scn import Program, ScnError, read_program
-from mmdet3d_quant.export.scn.program import Add, SparseConv, conflicts
-from mmdet3d_quant.export.scn.run import ScnNetwork
+from mmdet3d_quant.core.compat import removeprefix
+from mmdet3d_quant.export.sparse import Program, ScnError, read_program
+from mmdet3d_quant.export.sparse.program import Add, SparseConv, conflicts
+from mmdet3d_quant.export.sparse.run import ScnNetwork
 
 EXAMPLE = """
 examples:

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from terminal import open_console, run_tool
 
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
-from mmdet3d_quant.conversion import TARGETS, Part, convert, fit, rename
-from mmdet3d_quant.files import check_writable, whole
-from mmdet3d_quant.provenance import provenance
+from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
+from mmdet3d_quant.files.outputs import check_writable, whole
+from mmdet3d_quant.runs import from_config as fc
+from mmdet3d_quant.runs.conversion import TARGETS, Part, convert, fit, rename
+from mmdet3d_quant.runs.provenance import provenance
 
 EXAMPLE = """
 examples:

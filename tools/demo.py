@@ -34,17 +34,17 @@ from terminal import open_console, run_tool
 from torch import nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.checkpoint import CheckpointError
-from mmdet3d_quant.evaluation import Scorer, Scores, predict
+from mmdet3d_quant.check.detector import engine_detector
+from mmdet3d_quant.core.spec import Method
+from mmdet3d_quant.data.evaluation import Scorer, Scores, predict
 from mmdet3d_quant.export import capture_inputs
 from mmdet3d_quant.export.deploy import engine_files
-from mmdet3d_quant.export.detector import engine_detector
-from mmdet3d_quant.files import check_writable, sha256, whole
+from mmdet3d_quant.files.checkpoint import CheckpointError
+from mmdet3d_quant.files.outputs import check_writable, sha256, whole
 from mmdet3d_quant.report import facts, write_report
 from mmdet3d_quant.report.page import HEADLINES, verdict
 from mmdet3d_quant.report.pictures import draw_frame, load_frame
-from mmdet3d_quant.spec import Method
+from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.synthetic.generate import check_arguments
 from mmdet3d_quant.synthetic.record import Settings
 from mmdet3d_quant.synthetic.tables import TRAIN_SCENES, VAL_SCENES

@@ -20,13 +20,13 @@ from terminal import open_console, run_tool
 from torch import nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.core.modes import float_state_dict
+from mmdet3d_quant.data.samples import FRAME, frame_settings, make_frame, real_frame
+from mmdet3d_quant.engines import OpenVINO, latency
 from mmdet3d_quant.export import generate_inputs
 from mmdet3d_quant.export.deploy import engine_files
-from mmdet3d_quant.export.engines import OpenVINO, latency
-from mmdet3d_quant.files import whole
-from mmdet3d_quant.modes import float_state_dict
-from mmdet3d_quant.samples import FRAME, frame_settings, make_frame, real_frame
+from mmdet3d_quant.files.outputs import whole
+from mmdet3d_quant.runs import from_config as fc
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/bevfusion/bevfusion_lidar-cam_r50_voxel0075_second_secfpn_int8_nus-3d.py'

@@ -15,13 +15,13 @@ from terminal import open_console, run_tool
 from torch import Tensor, nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.check.verify import Agreement, verify
+from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.export import capture_inputs, export_suite, generate_inputs
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
 from mmdet3d_quant.export.targets import TARGETS
-from mmdet3d_quant.export.verify import Agreement, verify
-from mmdet3d_quant.provenance import provenance
-from mmdet3d_quant.synthetic.check import DatasetError
+from mmdet3d_quant.runs import from_config as fc
+from mmdet3d_quant.runs.provenance import provenance
 
 EXAMPLE = r"""
 examples:

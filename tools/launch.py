@@ -12,10 +12,10 @@ from mmengine.config import Config, DictAction
 from processes import join
 
 import mmdet3d_quant  # noqa: F401  registers the Quant* types, whatever the config imports
-import mmdet3d_quant.optim  # noqa: F401  for --amp without a GPU
 import mmdet3d_quant.qat  # noqa: F401  registers QATHook and DistillHook
-from mmdet3d_quant.checkpoint import use_one_door
-from mmdet3d_quant.from_config import ConfigError, read_config
+import mmdet3d_quant.qat.optim  # noqa: F401  for --amp without a GPU
+from mmdet3d_quant.files.checkpoint import use_one_door
+from mmdet3d_quant.runs.from_config import ConfigError, read_config
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

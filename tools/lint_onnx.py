@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from terminal import open_console, run_tool
 
-from mmdet3d_quant.export.lint import (
+from mmdet3d_quant.check.lint import (
     RULES,
     Finding,
     Layer,
@@ -24,12 +24,12 @@ from mmdet3d_quant.export.lint import (
     read_graph,
     reformats,
 )
-from mmdet3d_quant.export.lint.layers import coverage
-from mmdet3d_quant.export.lint.picture import draw
-from mmdet3d_quant.export.lint.reformat import TO_FLOAT, TO_INT8
-from mmdet3d_quant.export.lint.rules import is_quantized
+from mmdet3d_quant.check.lint.layers import coverage
+from mmdet3d_quant.check.lint.picture import draw
+from mmdet3d_quant.check.lint.reformat import TO_FLOAT, TO_INT8
+from mmdet3d_quant.check.lint.rules import is_quantized
 from mmdet3d_quant.export.targets import TARGETS
-from mmdet3d_quant.files import check_writable, whole
+from mmdet3d_quant.files.outputs import check_writable, whole
 
 #: Findings of one rule that are shown; the JSON has all.
 SHOWN = 8

@@ -9,9 +9,9 @@ import torch
 from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 
+from mmdet3d_quant.engines import OpenVINO, latency
 from mmdet3d_quant.export.deploy import engine_files
-from mmdet3d_quant.export.engines import OpenVINO, latency
-from mmdet3d_quant.files import whole
+from mmdet3d_quant.files.outputs import whole
 
 RUNS, THREADS = 30, 2
 

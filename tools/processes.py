@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from mmengine.dist import init_dist
 
-from mmdet3d_quant.from_config import ConfigError
+from mmdet3d_quant.runs.from_config import ConfigError
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 

@@ -10,8 +10,8 @@ import torch
 from terminal import open_console, run_tool
 from torch import Tensor
 
-from mmdet3d_quant.checkpoint import CheckpointError, read_checkpoint
-from mmdet3d_quant.files import check_writable, sha256, whole
+from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
+from mmdet3d_quant.files.outputs import check_writable, sha256, whole
 
 EXAMPLE = """
 examples:

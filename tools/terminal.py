@@ -7,7 +7,7 @@ from typing import Any, Callable, NoReturn
 from mmengine.logging import MMLogger
 from rich.console import Console
 
-from mmdet3d_quant.errors import QuantError
+from mmdet3d_quant.core.errors import QuantError
 
 #: Columns where the output is not a terminal (a log, a pipe): tables stay whole.
 LOG_WIDTH = 120

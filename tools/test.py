@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from terminal import run_tool
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.runs import from_config as fc
 
 TASKS = ('mono_det', 'multi-view_det', 'lidar_det', 'lidar_seg', 'multi-modality_det')
 EXAMPLE = """

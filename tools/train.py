@@ -13,11 +13,11 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from terminal import run_tool
 
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.checkpoint import latest, read_checkpoint, read_training
-from mmdet3d_quant.errors import QuantError
-from mmdet3d_quant.from_config import ConfigError
-from mmdet3d_quant.naming import type_name
+from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.naming import type_name
+from mmdet3d_quant.files.checkpoint import latest, read_checkpoint, read_training
+from mmdet3d_quant.runs import from_config as fc
+from mmdet3d_quant.runs.from_config import ConfigError
 
 EXAMPLE = """
 examples:

@@ -11,7 +11,7 @@ from mmcv.transforms import BaseTransform
 from mmdet3d.datasets import GlobalRotScaleTrans
 from PIL import Image
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 
 
 class BEVFusionGlobalRotScaleTrans(GlobalRotScaleTrans):

@@ -8,7 +8,7 @@ import torch
 from mmdet.models.task_modules import BaseBBoxCoder
 from torch import Tensor
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 
 
 class TransFusionBBoxCoder(BaseBBoxCoder):

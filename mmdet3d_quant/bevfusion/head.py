@@ -18,7 +18,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet3d_quant.bevfusion.targets import make_targets
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 
 _CONV = dict(type='Conv1d')
 _NORM = dict(type='BN1d')

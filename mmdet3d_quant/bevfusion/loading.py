@@ -9,7 +9,7 @@ import numpy as np
 from mmdet3d.datasets.transforms import LoadMultiViewImageFromFiles
 from mmengine.fileio import get
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 
 
 class BEVLoadMultiViewImageFromFiles(LoadMultiViewImageFromFiles):

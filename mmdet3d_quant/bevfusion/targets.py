@@ -13,7 +13,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet3d_quant.bevfusion.assigner import HeuristicAssigner3D
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from PIL import Image
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.auto import least_output_error
 from mmdet3d_quant.calibration.health import Health, examine, weak_weights
+from mmdet3d_quant.calibration.histogram import NonFiniteError
 from mmdet3d_quant.calibration.observe import (
     Forward,
     Statistics,
@@ -23,12 +24,11 @@ from mmdet3d_quant.calibration.observe import (
 from mmdet3d_quant.calibration.plan import Plan, PlanLike
 from mmdet3d_quant.calibration.ranges import CANDIDATES, Unit, search, units
 from mmdet3d_quant.calibration.stability import TOLERANCE, Look, Stability
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.errors import QuantError
-from mmdet3d_quant.histogram import NonFiniteError
-from mmdet3d_quant.modes import quantizers, set_mode
-from mmdet3d_quant.quantizer import Quantizer
-from mmdet3d_quant.ties import ties
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.modes import quantizers, set_mode
+from mmdet3d_quant.core.quantizer import Quantizer
+from mmdet3d_quant.core.ties import ties
 
 
 class CalibrationError(QuantError):

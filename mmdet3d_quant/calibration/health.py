@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmdet3d_quant.histogram import Histogram
-from mmdet3d_quant.modes import quantizers
-from mmdet3d_quant.spec import MIN_AMAX, QuantSpec
+from mmdet3d_quant.calibration.histogram import Histogram
+from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec
 
 #: A bin is looked at in so many places: where few bins make a step, its middle tells too little.
 _PLACES = 8

@@ -11,11 +11,11 @@ import torch
 from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
-from mmdet3d_quant.fold import without_bn
-from mmdet3d_quant.histogram import TENSORS, Histogram
+from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
+from mmdet3d_quant.core.modes import quantizers, set_mode
+from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import QuantLayer
-from mmdet3d_quant.modes import quantizers, set_mode
-from mmdet3d_quant.quantizer import Quantizer
+from mmdet3d_quant.layers.fold import without_bn
 
 Forward = Callable[[nn.Module, Any], Any]
 

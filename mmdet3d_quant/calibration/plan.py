@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Iterable, Mapping, Union
 
-from mmdet3d_quant.spec import WEIGHT_METHODS, Method, select
+from mmdet3d_quant.core.spec import WEIGHT_METHODS, Method, select
 
 PlanLike = Union[str, Method, Iterable[str], Mapping[str, str], 'Plan']
 
@@ -16,7 +16,7 @@ class Plan:
 
     Attributes:
         default: Method of quantizers that no pattern names.
-        overrides: Pattern (see :func:`mmdet3d_quant.spec.select`) and method; of several that
+        overrides: Pattern (see :func:`mmdet3d_quant.core.spec.select`) and method; of several that
             fit, the last counts.
         weights: ``'max'`` or ``'mse'``, per output channel.
     """

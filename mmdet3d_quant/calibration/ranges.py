@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mmdet3d_quant.amax import search_many
+from mmdet3d_quant.calibration.amax import search_many
+from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.calibration.observe import Statistics
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.histogram import Histogram
-from mmdet3d_quant.spec import Method, QuantSpec
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.spec import Method, QuantSpec
 
 #: What ``auto`` chooses from.
 CANDIDATES = tuple(

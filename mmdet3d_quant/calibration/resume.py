@@ -11,7 +11,7 @@ import torch
 
 from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.calibration.stability import Stability
-from mmdet3d_quant.files import whole
+from mmdet3d_quant.files.outputs import whole
 
 #: Seconds between two writes: what a power cut may cost.
 INTERVAL = 2.0

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.observe import Forward, evaluating, run
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.fake_quant import fake_quantize
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.fake_quant import fake_quantize
+from mmdet3d_quant.core.modes import set_mode
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values
-from mmdet3d_quant.modes import set_mode
 
 #: Bands of the distance from the sensor, and where each ends as a share of the half grid.
 BANDS = (('near', 1 / 3), ('middle', 2 / 3), ('far', math.inf))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.errors import QuantError
-from mmdet3d_quant.modes import set_mode
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.modes import set_mode
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdet3d_quant.compat import removesuffix
+from mmdet3d_quant.core.compat import removesuffix
 
 #: What a file is, by stem; files of other names have their tensors to tell.
 ROLES = {

@@ -8,11 +8,11 @@ from typing import Any
 import onnx
 from torch import nn
 
+from mmdet3d_quant.core.fake_quant import scale_of
+from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.quantizer import Quantizer
+from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.export.unsigned import unsigned_scale
-from mmdet3d_quant.fake_quant import scale_of
-from mmdet3d_quant.modes import quantizers
-from mmdet3d_quant.quantizer import Quantizer
-from mmdet3d_quant.ties import ties
 
 _DTYPES = onnx.TensorProto.DataType
 

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.errors import QuantError
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.modes import quantizers, require_calibrated
+from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.export.passes import (
     OPSETS,
     drop_identities,
@@ -24,9 +26,7 @@ from mmdet3d_quant.export.passes import (
 from mmdet3d_quant.export.targets import TARGET_KEY, target_of
 from mmdet3d_quant.export.tracing import TORCH_OPSET, trace
 from mmdet3d_quant.export.unsigned import to_unsigned
-from mmdet3d_quant.files import whole
-from mmdet3d_quant.modes import quantizers, require_calibrated
-from mmdet3d_quant.ties import unequal_ties
+from mmdet3d_quant.files.outputs import whole
 
 #: A protobuf message, and so a file, ends here.
 LARGEST = 2**31
@@ -182,7 +182,7 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
 
 def _check_batch(path: Path, inputs: dict[str, Tensor]) -> None:
     """Runs a file on one sample and on the same twice."""
-    from mmdet3d_quant.export.engines import EngineError, ONNXRuntime
+    from mmdet3d_quant.engines import EngineError, ONNXRuntime
 
     one = {n: t.cpu().numpy() for n, t in inputs.items()}
     two = {n: np.concatenate([a, a]) for n, a in one.items()}

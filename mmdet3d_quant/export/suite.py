@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
 from mmdet3d_quant.export.manifest import describe_graph, describe_scales
 from mmdet3d_quant.export.onnx import ExportError, export_onnx
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
-from mmdet3d_quant.files import sha256, whole_folder
-from mmdet3d_quant.modes import quantizers
+from mmdet3d_quant.files.outputs import sha256, whole_folder
 
 #: Stem of the LiDAR encoder's file, which ends in the order of its axes.
 LIDAR = 'lidar.backbone'
@@ -127,7 +127,9 @@ def export_suite(
 def _export_lidar(
     encoder: nn.Module, folder: Path, quantized: bool, tell: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]]:
-    from mmdet3d_quant.export.scn import export_lidar  # which needs spconv, and imports from here
+    from mmdet3d_quant.export.sparse import (
+        export_lidar,  # which needs spconv, and imports from here
+    )
 
     tell(f'{LIDAR}.onnx')
     draft = folder / f'{LIDAR}.onnx'

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.fake_quant import scale_of
-from mmdet3d_quant.fold import fold_bn
-from mmdet3d_quant.modes import quantizers, set_mode
-from mmdet3d_quant.quantizer import Quantizer
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.fake_quant import scale_of
+from mmdet3d_quant.core.modes import quantizers, set_mode
+from mmdet3d_quant.core.quantizer import Quantizer
+from mmdet3d_quant.layers.fold import fold_bn
 
 #: Newest opset that torch writes itself.
 TORCH_OPSET = 17

@@ -14,10 +14,10 @@ import torch
 from onnx import NodeProto, numpy_helper
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.quantizer import Quantizer
+from mmdet3d_quant.core.spec import MIN_AMAX
 from mmdet3d_quant.export.nonnegative import nonnegative_tensors
-from mmdet3d_quant.modes import quantizers
-from mmdet3d_quant.quantizer import Quantizer
-from mmdet3d_quant.spec import MIN_AMAX
 
 #: Largest integer of the unsigned grid.
 UMAX = 255

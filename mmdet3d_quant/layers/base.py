@@ -6,9 +6,9 @@ import torch
 from pytorch_quantization.nn.modules._utils import QuantMixin
 from torch import Tensor
 
-from mmdet3d_quant.fake_quant import largest, scale_of
-from mmdet3d_quant.quantizer import Quantizer
-from mmdet3d_quant.spec import WEIGHT_METHODS, QuantSpec
+from mmdet3d_quant.core.fake_quant import largest, scale_of
+from mmdet3d_quant.core.quantizer import Quantizer
+from mmdet3d_quant.core.spec import WEIGHT_METHODS, QuantSpec
 
 #: The smallest range of a weight that is tried, in percent of its largest value.
 _LEAST_PERCENT = 20

@@ -8,7 +8,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmdet3d_quant.quantizer import Quantizer
+from mmdet3d_quant.core.quantizer import Quantizer
 
 
 @MODELS.register_module()

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.fake_quant import compiling
+from mmdet3d_quant.core.fake_quant import compiling
+from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import QuantLayer
-from mmdet3d_quant.quantizer import Quantizer
 
 
 def rounded_once(x: Tensor, readers: Sequence[nn.Module]) -> Tensor:

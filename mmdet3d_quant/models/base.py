@@ -8,8 +8,8 @@ from typing import Any, Iterable, Mapping, Union
 from mmengine.registry import MODELS
 from torch import nn
 
+from mmdet3d_quant.core.modes import keep_float, name_quantizers, quantizers
 from mmdet3d_quant.layers.sparse import QUANT_SPARSE
-from mmdet3d_quant.modes import keep_float, name_quantizers, quantizers
 from mmdet3d_quant.parents import PortableSparseEncoder
 
 Skip = Union[str, Iterable[str], Mapping[str, str]]
@@ -91,7 +91,7 @@ def finish(model: nn.Module, skip: Skip, learn_amax: bool = False) -> None:
 
     Args:
         model: The model, built.
-        skip: Layers to keep float; see :func:`mmdet3d_quant.modes.keep_float`.
+        skip: Layers to keep float; see :func:`mmdet3d_quant.core.modes.keep_float`.
         learn_amax: Make the ranges of activations parameters; see :mod:`mmdet3d_quant.qat`.
     """
     keep_float(model, skip)

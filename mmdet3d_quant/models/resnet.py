@@ -11,10 +11,10 @@ from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.layers.once import input_quantizer, rectified, rounded_once, untouched
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
-from mmdet3d_quant.quantizer import Quantizer
 
 
 class _QuantBlock:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from spconv.pytorch import SparseConv3d, SparseConvTensor, SubMConv3d, ops
 from torch import Tensor
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 
 
 @dataclass(frozen=True)

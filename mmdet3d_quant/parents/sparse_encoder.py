@@ -11,7 +11,7 @@ from mmdet3d.models.layers.spconv import IS_SPCONV2_AVAILABLE
 from mmdet3d.models.middle_encoders import SparseEncoder
 from torch import Tensor
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.parents.sparse_layout import accept_any_layout
 
 if IS_SPCONV2_AVAILABLE:

@@ -12,9 +12,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.modes import set_mode
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.runs import from_config as fc
 
 
 @HOOKS.register_module()

@@ -16,10 +16,10 @@ from mmengine.runner import IterBasedTrainLoop, Runner, autocast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet3d_quant.modes import quantizers, require_calibrated, set_mode
+from mmdet3d_quant.core.modes import quantizers, require_calibrated, set_mode
+from mmdet3d_quant.core.spec import select
+from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.qat.ranges import LearnedRanges, WeightRanges
-from mmdet3d_quant.spec import select
-from mmdet3d_quant.ties import unequal_ties
 
 #: Where a checkpoint keeps what the hook needs to go on.
 KEY = 'qat'

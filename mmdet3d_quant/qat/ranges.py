@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.layers.base import QuantLayer
-from mmdet3d_quant.modes import quantizers
-from mmdet3d_quant.ties import ties
 
 
 class WeightRanges:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mmdet3d_quant.evaluation import Scores, bootstrap
+from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.ties import ties
+from mmdet3d_quant.data.evaluation import Scores, bootstrap
 from mmdet3d_quant.layers.base import QuantLayer
-from mmdet3d_quant.modes import quantizers
-from mmdet3d_quant.provenance import provenance
-from mmdet3d_quant.ties import ties
+from mmdet3d_quant.runs.provenance import provenance
 
 #: Names that people know -> those of the devkit.
 ERRORS = {

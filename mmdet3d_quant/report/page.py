@@ -12,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.files import whole_folder
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.files.outputs import whole_folder
 from mmdet3d_quant.report.pictures import draw_ap, save
 
 _TEMPLATE = Path(__file__).with_name('page.html')

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from mmengine.structures import InstanceData
 from torch.utils.data import Dataset
 
-from mmdet3d_quant.compat import removeprefix
+from mmdet3d_quant.core.compat import removeprefix
 
 TRUTH = 'ground truth'
 #: Name -> colour, width and dashes; of Okabe and Ito, told apart by the colour-blind too.

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from mmdet3d_quant.calibration import Band, CalibratedRange, Calibration, Strata
 from mmdet3d_quant.calibration.health import LEAST_SQNR, MOST_CLIPPED, MOST_UNSTEADY
-from mmdet3d_quant.files import whole
-from mmdet3d_quant.histogram import Histogram
+from mmdet3d_quant.calibration.histogram import Histogram
+from mmdet3d_quant.files.outputs import whole
 
 _TEMPLATE = Path(__file__).with_name('ranges.html')
 #: Bars of a drawn histogram.

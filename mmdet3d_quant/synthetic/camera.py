@@ -7,7 +7,7 @@ import math
 import cv2
 import numpy as np
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.synthetic.ground import GROUND_PIXELS, GROUND_SIZE, lit_ground, paint_ground
 from mmdet3d_quant.synthetic.light import Light
 from mmdet3d_quant.synthetic.order import paint_order, parts_before, things_before

@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 
 import cv2
 
-from mmdet3d_quant.files import whole_folder
+from mmdet3d_quant.files.outputs import whole_folder
 from mmdet3d_quant.synthetic.infos import make_infos
 from mmdet3d_quant.synthetic.record import Settings, record_block
 from mmdet3d_quant.synthetic.sensors import LIDAR

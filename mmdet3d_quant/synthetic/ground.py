@@ -7,7 +7,7 @@ from typing import Sequence
 import cv2
 import numpy as np
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.synthetic.light import Light
 from mmdet3d_quant.synthetic.sensors import Pose
 from mmdet3d_quant.synthetic.world import Thing

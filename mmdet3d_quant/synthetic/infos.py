@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mmdet3d_quant.errors import QuantError
+from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.synthetic.tables import VERSION
 
 INFO_FILES = ('nuscenes_infos_train.pkl', 'nuscenes_infos_val.pkl')

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.synthetic.camera import Scene
 from mmdet3d_quant.synthetic.kinds import KINDS
 from mmdet3d_quant.synthetic.layout import make_block

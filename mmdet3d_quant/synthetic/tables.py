@@ -10,6 +10,7 @@ from typing import Any, Sequence
 import cv2
 import numpy as np
 
+from mmdet3d_quant.data.nuscenes import TABLES
 from mmdet3d_quant.synthetic.sensors import CAMERAS, LIDAR, LIDAR_ROTATION, LIDAR_TRANSLATION
 
 VERSION = 'v1.0-mini'
@@ -25,21 +26,6 @@ TRAIN_SCENES = (
     'scene-1100',
 )
 VAL_SCENES = ('scene-0103', 'scene-0916')
-TABLES = (
-    'category',
-    'attribute',
-    'visibility',
-    'instance',
-    'sensor',
-    'calibrated_sensor',
-    'ego_pose',
-    'log',
-    'scene',
-    'sample',
-    'sample_data',
-    'sample_annotation',
-    'map',
-)
 CATEGORIES = (
     'human.pedestrian.adult',
     'human.pedestrian.child',

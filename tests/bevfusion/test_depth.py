@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmdet3d_quant.bevfusion import DepthSupervisedLSSTransform, LSSTransform
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 
 CFG = dict(
     in_channels=6,

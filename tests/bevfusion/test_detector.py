@@ -11,9 +11,9 @@ import torch
 from mmdet3d.registry import MODELS
 from mmengine.config import Config
 
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.compat import removeprefix
-from mmdet3d_quant.samples import make_frame
+from mmdet3d_quant.core.compat import removeprefix
+from mmdet3d_quant.data.samples import make_frame
+from mmdet3d_quant.runs import from_config as fc
 from tests.frame import FLOAT_CONFIG, ROOT
 from tests.small import small_config
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmdet3d_quant.bevfusion import BEVLoadMultiViewImageFromFiles, ImageAug3D, TransFusionBBoxCoder
-from mmdet3d_quant.samples import CAMERAS, make_frame
+from mmdet3d_quant.data.samples import CAMERAS, make_frame
 
 CODER = dict(pc_range=[-54.0, -54.0], out_size_factor=8, voxel_size=[0.075, 0.075], code_size=10)
 

@@ -14,10 +14,10 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
-from mmdet3d_quant import from_config as fc
 from mmdet3d_quant.bevfusion.targets import heatmap_targets, make_targets
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.samples import make_frame
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.data.samples import make_frame
+from mmdet3d_quant.runs import from_config as fc
 from tests.frame import FLOAT_CONFIG, frame_dataset_cfg, on_real_frame
 from tests.small import small_float_config
 

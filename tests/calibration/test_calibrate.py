@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmdet3d_quant import CalibrationError, calibrate, quantizers
-from mmdet3d_quant.histogram import NonFiniteError
+from mmdet3d_quant.calibration.histogram import NonFiniteError
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d, QuantLinear
 
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from mmdet3d_quant import CalibrationError, calibrate
 from mmdet3d_quant.calibration.health import LEAST_SQNR, MOST_CLIPPED, examine, fit
-from mmdet3d_quant.fake_quant import fake_quantize
-from mmdet3d_quant.histogram import Histogram, NonFiniteError
+from mmdet3d_quant.calibration.histogram import Histogram, NonFiniteError
+from mmdet3d_quant.core.fake_quant import fake_quantize
+from mmdet3d_quant.core.spec import QuantSpec
 from mmdet3d_quant.layers import QuantConv2d
-from mmdet3d_quant.spec import QuantSpec
 
 TENSORS = {
     'normal': lambda: torch.randn(100_000),

@@ -4,7 +4,7 @@ import pytest
 
 from mmdet3d_quant import Plan, calibrate
 from mmdet3d_quant.calibration.calibrator import Calibrator
-from mmdet3d_quant.spec import Method
+from mmdet3d_quant.core.spec import Method
 from tests.calibration.nets import Branched, batches
 
 NAMES = ['a._input_quantizer', 'b.0._input_quantizer', 'b.1._input_quantizer']

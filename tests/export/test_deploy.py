@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mmdet3d_quant.compat import removeprefix, removesuffix
+from mmdet3d_quant.core.compat import removeprefix, removesuffix
 from mmdet3d_quant.export.deploy import build_script, readme
 
 FAKE = """#!/usr/bin/env bash

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.compat import removesuffix, strict_zip
+from mmdet3d_quant.check.lint import layers, lint, read_graph
+from mmdet3d_quant.check.lint.layers import coverage
+from mmdet3d_quant.core.compat import removesuffix, strict_zip
 from mmdet3d_quant.export import export_suite, generate_inputs
-from mmdet3d_quant.export.lint import layers, lint, read_graph
-from mmdet3d_quant.export.lint.layers import coverage
+from mmdet3d_quant.runs import from_config as fc
 from tests.small import INT8
 
 #: File -> inputs and outputs with their shapes, in the order in which the runtime binds them.

@@ -10,11 +10,11 @@ from mmdet3d.registry import MODELS
 from torch import nn
 
 from mmdet3d_quant import UncalibratedError, calibrate, fold_bn, quantizers, set_mode
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.check.verify import sqnr
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
+from mmdet3d_quant.engines.openvino.graph import overflows
 from mmdet3d_quant.export import ExportError, export_onnx
-from mmdet3d_quant.export.engines import ONNXRuntime, OpenVINO
-from mmdet3d_quant.export.openvino_graph import overflows
-from mmdet3d_quant.export.verify import sqnr
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
 
 

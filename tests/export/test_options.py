@@ -10,16 +10,16 @@ from onnx import numpy_helper
 from torch import nn
 
 from mmdet3d_quant import calibrate
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.check.lint import layers, lint, read_graph
+from mmdet3d_quant.check.lint.layers import coverage
+from mmdet3d_quant.check.verify import sqnr
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import ExportError, export_onnx
 from mmdet3d_quant.export.cuts import Head
-from mmdet3d_quant.export.engines import ONNXRuntime
-from mmdet3d_quant.export.lint import layers, lint, read_graph
-from mmdet3d_quant.export.lint.layers import coverage
 from mmdet3d_quant.export.passes import sort_nodes
-from mmdet3d_quant.export.verify import sqnr
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
+from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT
 
 TINY = 'bevfusion_tiny_lidar-cam_synthetic'

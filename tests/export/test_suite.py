@@ -10,15 +10,15 @@ from mmengine.config import ConfigDict
 from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode, ties
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.compat import removesuffix
+from mmdet3d_quant.check.detector import engine_detector
+from mmdet3d_quant.check.lint import layers, lint, read_graph
+from mmdet3d_quant.check.lint.rules import is_quantized
+from mmdet3d_quant.check.verify import run_torch, sqnr, verify
+from mmdet3d_quant.core.compat import removesuffix
+from mmdet3d_quant.data.samples import make_frame
+from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
-from mmdet3d_quant.export.detector import engine_detector
-from mmdet3d_quant.export.engines import ONNXRuntime
-from mmdet3d_quant.export.lint import layers, lint, read_graph
-from mmdet3d_quant.export.lint.rules import is_quantized
-from mmdet3d_quant.export.verify import run_torch, sqnr, verify
-from mmdet3d_quant.samples import make_frame
+from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT, small_config
 
 SWIN = dict(

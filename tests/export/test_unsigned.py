@@ -9,14 +9,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from mmdet3d_quant import calibrate, quantizers, set_mode, ties
+from mmdet3d_quant.check.lint import Graph, lint, read_graph
+from mmdet3d_quant.check.verify import sqnr
+from mmdet3d_quant.core.spec import QuantSpec
+from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import export_onnx
-from mmdet3d_quant.export.engines import ONNXRuntime
-from mmdet3d_quant.export.lint import Graph, lint, read_graph
 from mmdet3d_quant.export.nonnegative import nonnegative_tensors
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
-from mmdet3d_quant.export.verify import sqnr
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d
-from mmdet3d_quant.spec import QuantSpec
 
 FLOAT = TensorProto.FLOAT
 CONSTANTS = dict(

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet3d_quant import calibrate, quantizers, set_mode
-from mmdet3d_quant import quantizer as quantizer_module
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core import quantizer as quantizer_module
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, once
 from mmdet3d_quant.models.resnet import QuantBasicBlock, QuantBottleneck, QuantResLayer
-from mmdet3d_quant.quantizer import Quantizer
 
 
 class Stage(QuantResLayer):

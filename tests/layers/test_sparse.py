@@ -15,8 +15,8 @@ from spconv.pytorch import SparseConvTensor
 from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.fake_quant import fake_quantize
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.layers import (
     QuantMMCVSparseConv3d,
     QuantMMCVSubMConv3d,

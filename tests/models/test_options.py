@@ -7,7 +7,7 @@ from mmdet3d.registry import MODELS
 from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
 
 PLUGIN = dict(cfg=dict(type='ContextBlock', ratio=1.0 / 4), position='after_conv2')

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant import UncalibratedError, calibrate, quantizers, set_mode
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS
 from mmdet3d_quant.parents import (

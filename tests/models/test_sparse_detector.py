@@ -8,9 +8,9 @@ from mmengine.config import Config
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import from_config as fc
+from mmdet3d_quant.data.samples import frame_settings, make_frame, real_frame
 from mmdet3d_quant.layers.base import QuantLayer
-from mmdet3d_quant.samples import frame_settings, make_frame, real_frame
+from mmdet3d_quant.runs import from_config as fc
 from tests.frame import on_real_frame
 from tests.small import ROOT
 

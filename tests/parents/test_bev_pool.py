@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.parents import bev_pool
 
 MAPS, CHANNELS, BINS, HEIGHT, WIDTH, CELLS = 3, 5, 7, 4, 6, 20

@@ -5,10 +5,10 @@ import torch
 from mmengine.runner.checkpoint import load_checkpoint
 from torch import nn
 
-from mmdet3d_quant import from_config as fc
-from mmdet3d_quant.conversion import fit
+from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.parents import LSSTransform, derived
-from mmdet3d_quant.samples import make_frame
+from mmdet3d_quant.runs import from_config as fc
+from mmdet3d_quant.runs.conversion import fit
 from tests.parents.test_view_transform import build
 from tests.small import save_float, small_config
 

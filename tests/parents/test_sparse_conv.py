@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from spconv.pytorch import SparseConv3d, SparseConvTensor, SubMConv3d
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.parents.sparse_conv import PortableSparseConv3d, PortableSubMConv3d, _Convolve
 
 SHAPE, BATCH = [9, 8, 7], 2

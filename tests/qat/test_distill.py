@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.qat.distill import distance
 from tests.qat.toy import QAT, Points, Toy, calibrated, runner
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mmdet3d_quant.checkpoint import read_checkpoint
+from mmdet3d_quant.files.checkpoint import read_checkpoint
 from tests.qat import ddp
 from tests.qat.toy import calibrated
 

@@ -6,9 +6,9 @@ from torch import nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import UncalibratedError
-from mmdet3d_quant.checkpoint import read_checkpoint
+from mmdet3d_quant.core.ties import unequal_ties
+from mmdet3d_quant.files.checkpoint import read_checkpoint
 from mmdet3d_quant.qat import QATHook
-from mmdet3d_quant.ties import unequal_ties
 from tests.qat.toy import QAT, Toy, calibrated, runner
 
 PARTS = dict(learn_amax=True, dropout=0.3)

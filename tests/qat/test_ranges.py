@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import mmdet3d_quant as mq
-from mmdet3d_quant import fake_quant
-from mmdet3d_quant.compat import strict_zip
-from mmdet3d_quant.fake_quant import fake_quantize
+from mmdet3d_quant.core import fake_quant
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 from tests.qat.toy import Points, Toy
 

@@ -3,11 +3,11 @@
 import torch
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 from mmdet3d_quant.qat.distill import distance
-from mmdet3d_quant.ties import unequal_ties
 from tests.models.test_sparse_encoder import build, cloud
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import mmdet3d_quant as mq
-import mmdet3d_quant.optim  # noqa: F401
 import mmdet3d_quant.qat  # noqa: F401
-from mmdet3d_quant.compat import strict_zip
+import mmdet3d_quant.qat.optim  # noqa: F401
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d
 from mmdet3d_quant.models.base import finish
 

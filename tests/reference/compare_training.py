@@ -35,8 +35,8 @@ from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-from mmdet3d_quant.compat import strict_zip  # noqa: E402
-from mmdet3d_quant.samples import real_frame  # noqa: E402
+from mmdet3d_quant.core.compat import strict_zip  # noqa: E402
+from mmdet3d_quant.data.samples import real_frame  # noqa: E402
 from tests.reference.compare import difference, import_public  # noqa: E402
 from tests.small import GRID, small_float_config  # noqa: E402
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdet3d_quant.samples import FRAME, real_frame
+from mmdet3d_quant.data.samples import FRAME, real_frame
 
 PUBLIC = os.environ.get('MMDET3D_BEVFUSION_PROJECT')
 EXACT = ('in.', 'geometry', 'img_backbone')

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from torch import nn
 
 from mmdet3d_quant import calibrate, quantizers
-from mmdet3d_quant.evaluation import Matches, Scores
+from mmdet3d_quant.data.evaluation import Matches, Scores
 from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.report import facts
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.figure import Figure
 
-from mmdet3d_quant.compat import removeprefix
+from mmdet3d_quant.core.compat import removeprefix
 from mmdet3d_quant.report import render, write_report
 from mmdet3d_quant.report.page import verdict
 

@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from nuscenes.utils.geometry_utils import BoxVisibility, view_points
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.report.pictures import (
     TRUTH,
     Frame,

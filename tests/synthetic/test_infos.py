@@ -10,7 +10,7 @@ from mmdet3d.registry import DATASETS
 from mmdet3d.structures import LiDARInstance3DBoxes
 from mmdet3d.utils import register_all_modules
 
-from mmdet3d_quant.synthetic.check import check
+from mmdet3d_quant.data.nuscenes import check
 from mmdet3d_quant.synthetic.generate import make_synthetic_nuscenes
 from mmdet3d_quant.synthetic.kinds import CLASSES
 from mmdet3d_quant.synthetic.sensors import CAMERAS

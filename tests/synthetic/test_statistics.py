@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdet3d_quant.compat import strict_zip
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.synthetic.kinds import CLASSES, KINDS
 from mmdet3d_quant.synthetic.layout import LEAD
 from mmdet3d_quant.synthetic.light import HOURS, make_light

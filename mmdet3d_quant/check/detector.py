@@ -1,0 +1,270 @@
+"""A detector that runs its exported files: what they score, not what torch simulates."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.engines import Engine, OpenVINO
+from mmdet3d_quant.export.cuts import bevfusion_cuts
+from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.sparse.read import read_program
+from mmdet3d_quant.export.sparse.run import ScnNetwork
+from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
+from mmdet3d_quant.files.checkpoint import CheckpointError
+from mmdet3d_quant.files.outputs import sha256
+
+
+def engine_detector(
+    detector: nn.Module,
+    folder: str | Path,
+    engine: Callable[[Path], Engine] = OpenVINO,
+    scn: bool = False,
+) -> nn.Module:
+    """Puts the exported files of a detector in the place of its layers.
+
+    Everything that is not exported stays in torch: preprocessing, voxels, sparse encoder, depth
+    maps, BEV pooling, decoding of boxes.
+
+    Args:
+        detector: The BEVFusion detector in eval mode; left unchanged.
+        folder: Its files, from ``export_suite``.
+        engine: Makes an engine of a file.
+        scn: Also take the LiDAR encoder's file, as libspconv would compute it.
+
+    Returns:
+        A detector of the same type on the same device, with the same ``test_step``, for batches
+        of any size.
+
+    Raises:
+        ExportError: If a file is missing, or nothing of the detector is exported.
+        QuantError: If the view transform is not of this package.
+    """
+    cuts = {cut.name: cut for cut in bevfusion_cuts(detector, {})}
+    names = list(cuts)
+    if not names:
+        raise ExportError(f'{type(detector).__name__} has no part that can be exported')
+    parts = {}
+    for name in names:
+        path = Path(folder) / f'{name}.onnx'
+        if not path.is_file():
+            raise ExportError(f'{path} does not exist; make it with tools/export_onnx.py')
+        parts[name] = EnginePart(engine(path))
+
+    result = copy.deepcopy(detector)
+    if 'camera.backbone' in parts:
+        if 'camera.vtransform' in parts:
+            result.view_transform.downsample = _Downsample(parts['camera.vtransform'])
+        result.view_transform = _View(result.view_transform, parts['camera.backbone'])
+        result.img_backbone = nn.Identity()  # the view transform gets the images
+        result.img_neck = None
+    if 'fuser' in parts:
+        result.fusion_layer = _Fuser(parts['fuser'], cuts['fuser'].module.sensors)
+        result.pts_backbone = nn.Identity()
+        result.pts_neck = nn.Identity()
+    if 'head.bbox' in parts:
+        result.bbox_head = _Head(result.bbox_head, parts['head.bbox'])
+    if scn:
+        files = sorted(Path(folder).glob('lidar.backbone.*.onnx'))
+        if len(files) != 1:
+            raise ExportError(
+                f'{folder} has {len(files)} files lidar.backbone.*.onnx, wanted is one; make it '
+                'with tools/export_onnx.py --target tensorrt'
+            )
+        result.pts_middle_encoder = _Lidar(ScnNetwork(read_program(files[0])))
+    return result
+
+
+def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
+    """The torch model that exported files stand for: unsigned where they are.
+
+    Args:
+        detector: The BEVFusion detector; left unchanged.
+        folder: Its files, from ``export_suite``.
+
+    Returns:
+        A copy, or the detector itself where all is signed.
+    """
+    unsigned = {
+        cut.name: unsigned_names(onnx.load(str(path), load_external_data=False))
+        for cut in bevfusion_cuts(detector, {})
+        if (path := Path(folder) / f'{cut.name}.onnx').is_file()
+    }
+    if not any(unsigned.values()):
+        return detector
+    result = copy.deepcopy(detector)
+    for cut in bevfusion_cuts(result, {}):
+        make_unsigned(cut.module, unsigned.get(cut.name, ()))
+    return result
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a folder of exported files.
+
+    Raises:
+        ExportError: If it is missing or damaged.
+    """
+    path = Path(folder) / 'manifest.json'
+    if not path.is_file():
+        raise ExportError(f'{path} does not exist; make the folder with tools/export_onnx.py')
+    try:
+        manifest = json.loads(path.read_text())
+        return dict(manifest, files=dict(manifest['files']))
+    except (KeyError, TypeError, ValueError) as err:
+        raise ExportError(f'{path} is damaged ({err}); export again') from None
+
+
+def manifest_problems(
+    manifest: dict[str, Any], folder: str | Path, checkpoint: str | Path
+) -> list[str]:
+    """What speaks against the files of a folder being what was exported from a checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint does not exist.
+    """
+    if not Path(checkpoint).is_file():
+        raise CheckpointError(f'checkpoint {checkpoint} does not exist')
+    source = manifest.get('source_checkpoint') or {}
+    problems = []
+    if source.get('sha256') != sha256(checkpoint):
+        problems.append(
+            f'{folder} was exported from another checkpoint ({source.get("name", "unknown")}, '
+            f'SHA-256 {str(source.get("sha256"))[:12]}) than {checkpoint}'
+        )
+    for name, entry in manifest['files'].items():
+        path = Path(folder) / name
+        if not path.is_file():
+            problems.append(f'{path}, named in the manifest, does not exist')
+        elif entry.get('sha256') not in (None, sha256(path)):
+            problems.append(f'{path} was changed after it was exported')
+    return problems
+
+
+class EnginePart(nn.Module):
+    """An engine between tensors; takes a batch sample by sample, since graphs have a batch of one.
+
+    Args:
+        engine: Runs the graph.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Runs the graph on every sample.
+
+        Args:
+            **inputs: By the graph's names, (B, ...).
+
+        Returns:
+            Outputs by the graph's names, those of the samples joined along the first axis, on the
+            device of the inputs.
+        """
+        device = next(iter(inputs.values())).device
+        arrays = {name: x.detach().cpu().numpy() for name, x in inputs.items()}
+        batch = len(next(iter(arrays.values())))
+        samples = [self.engine({n: x[i : i + 1] for n, x in arrays.items()}) for i in range(batch)]
+        return {
+            name: torch.cat([torch.from_numpy(sample[name]) for sample in samples]).to(device)
+            for name in samples[0]
+        }
+
+
+class _View(nn.Module):
+    """The view transform from images: ``camera.backbone`` lifts, geometry and pooling are torch."""
+
+    def __init__(self, view: nn.Module, backbone: EnginePart) -> None:
+        super().__init__()
+        self.view = view
+        self.backbone = backbone
+
+    def forward(
+        self,
+        img: Tensor,
+        points: Sequence[Tensor] | None,
+        lidar2image: Tensor,
+        camera_intrinsics: Tensor,
+        camera2lidar: Tensor,
+        img_aug_matrix: Tensor,
+        lidar_aug_matrix: Tensor,
+        metas: Any = None,
+    ) -> Tensor:
+        """As the view transform's, with images (B, N, 3, H, W) instead of features."""
+        inputs = dict(img=img)
+        if hasattr(self.view, 'depth_map'):
+            inputs['depth'] = self.view.depth_map(
+                points, lidar2image, img_aug_matrix, lidar_aug_matrix, img.shape[1]
+            )
+        lifted = self.backbone(**inputs)
+        context = lifted['camera_feature'].permute(0, 3, 1, 2)
+        return self.view._project(
+            (context, lifted['camera_depth_weights']),
+            camera_intrinsics,
+            camera2lidar,
+            img_aug_matrix,
+            lidar_aug_matrix,
+        )
+
+
+class _Downsample(nn.Module):
+    """``camera.vtransform``."""
+
+    def __init__(self, part: EnginePart) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(feat_in=x)['feat_out']
+
+
+class _Fuser(nn.Module):
+    """``fuser``: fusion layer, BEV backbone and neck in one."""
+
+    def __init__(self, part: EnginePart, sensors: Sequence[str]) -> None:
+        super().__init__()
+        self.part = part
+        self.sensors = sensors
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.part(**dict(strict_zip(self.sensors, features)))['middle']
+
+
+class _Lidar(nn.Module):
+    """``lidar.backbone``, frame by frame."""
+
+    def __init__(self, network: ScnNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, features: Tensor, coors: Tensor, batch_size: int) -> Tensor:
+        """As the sparse encoder's, with coordinates (N, 4): frame, and three axes."""
+        maps = []
+        for frame in range(batch_size):
+            mine = coors[:, 0] == frame
+            places = coors[mine].clone()
+            places[:, 0] = 0
+            maps.append(self.network(features[mine], places))
+        return torch.cat(maps)
+
+
+class _Head(nn.Module):
+    """``head.bbox``, and decoding in torch."""
+
+    def __init__(self, head: nn.Module, part: EnginePart) -> None:
+        super().__init__()
+        self.head = head
+        self.part = part
+
+    def predict(self, feats: Tensor | Sequence[Tensor], metas: list[dict]) -> Any:
+        """As the head's."""
+        middle = feats if isinstance(feats, Tensor) else feats[0]
+        return self.head.boxes(self.part(middle=middle), metas)

@@ -1,0 +1,192 @@
+"""The parity ladder: at which step between float model and engine do numbers part, and where?
+
+The steps are float, fake-quant, reloaded, folded, and one per engine. From fake-quant on all of
+them should compute the same. Two things are held against that:
+
+* The outputs. A rounding tie that falls the other way in one layer spreads in a deep network (see
+  docs/design.md), so two correct runs differ there; but by less than quantization costs. An output
+  must be closer to the step before than fake-quant is to float.
+* Every layer by itself. What enters each activation quantizer is replaced by what fake-quant has
+  there, so that nothing spreads, and what the layer before it made of its own replaced inputs is
+  compared. Correct layers agree to :data:`LAYER_DB` or better; a scale that is 5 % off does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+from torch import nn
+
+from mmdet3d_quant.check.probes import cut_at_points, makers_of, torch_points
+from mmdet3d_quant.check.verify import align, run_torch, sqnr
+from mmdet3d_quant.engines import Arrays, Engine
+from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.layers.fold import fold_bn
+
+#: Least SQNR of a layer with equal inputs. Seen in correct ones: a weight on a rounding tie, which
+#: folding or an engine tips over, leaves 67 dB or more.
+LAYER_DB = 55.0
+#: Least SQNR of an output where nothing is quantized.
+FLOAT_DB = 60.0
+#: How much closer than fake-quant is to float.
+MARGIN_DB = 1.0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of one cut.
+
+    Attributes:
+        cut: Name of the cut.
+        stage: ``float``, ``fake-quant``, ``reloaded``, ``folded`` or an engine.
+        to_previous: SQNR of every output against the step before, in dB.
+        to_float: SQNR of every output against float, in dB.
+        layers: SQNR of every layer with equal inputs, in dB, by the tensor that it makes, in the
+            order of the graph; empty where nothing is quantized.
+        fault: What is wrong, or empty.
+    """
+
+    cut: str
+    stage: str
+    to_previous: dict[str, float] = field(default_factory=dict)
+    to_float: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, float] = field(default_factory=dict)
+    fault: str = ''
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step computed.
+
+    Attributes:
+        outputs: By name, nothing replaced.
+        layers: What arrives at each point while all points are replaced.
+    """
+
+    outputs: Arrays
+    layers: Arrays
+
+
+def climb(
+    cut: Cut,
+    reloaded: nn.Module,
+    path: str | Path,
+    engines: dict[str, Callable[[Path], Engine]],
+    quantized: bool = True,
+    tell: Callable[[str], None] = lambda stage: None,
+) -> list[Rung]:
+    """Runs one cut through all steps.
+
+    Args:
+        cut: The cut, its module in eval mode on the CPU.
+        reloaded: The same part of a detector that was built anew and loaded from a file.
+        path: The file exported from the cut.
+        engines: Make an engine of a file, by name, in the order of the steps.
+        quantized: Whether the file has Q/DQ nodes.
+        tell: Called with every step before it runs.
+
+    Returns:
+        The rungs, up to the last engine, faults or not.
+    """
+    mode = 'quant' if quantized else 'float'
+    tell('float')
+    first = run_torch(cut, 'float')
+    rungs = [Rung(cut.name, 'float')]
+    graph = onnx.load(str(path))
+    fed = torch_points(cut, mode) if quantized else {}
+    makers = makers_of(graph, fed)
+
+    def torch_run(module: nn.Module) -> Run:
+        part = replace(cut, module=module)
+        arrived = torch_points(part, mode, fed, outputs=True) if quantized else {}
+        return Run(run_torch(part, mode), arrived)
+
+    def folded() -> nn.Module:
+        module = copy.deepcopy(reloaded)
+        fold_bn(module)
+        return module
+
+    steps: dict[str, Callable[[], Run]] = {
+        'fake-quant': lambda: torch_run(cut.module),
+        'reloaded': lambda: torch_run(reloaded),
+        'folded': lambda: torch_run(folded()),
+    }
+    if not quantized:
+        steps.pop('fake-quant')
+    for name, make in engines.items():
+        steps[name] = partial(_engine_run, make, path, graph, cut, fed)
+
+    last, cost = Run(first, {}), {}
+    for stage, step in steps.items():
+        tell(stage)
+        run = step()
+        if 'reg' in first:  # a head: its queries have no order of their own
+            run = Run(align(first, run.outputs), run.layers)
+        to_previous = {n: sqnr(last.outputs[n], run.outputs[n]) for n in cut.output_names}
+        to_float = {n: sqnr(first[n], run.outputs[n]) for n in cut.output_names}
+        names = [n for n in makers if n in last.layers and n in run.layers]
+        layers = {n: sqnr(last.layers[n], run.layers[n]) for n in names}
+        if stage == 'fake-quant':
+            cost, fault = to_previous, ''
+        else:
+            fault = _fault(to_previous, layers, cost, makers)
+        rungs.append(Rung(cut.name, stage, to_previous, to_float, layers, fault))
+        last = run
+    return rungs
+
+
+def _fault(
+    outputs: dict[str, float],
+    layers: dict[str, float],
+    cost: dict[str, float],
+    makers: dict[str, list[str]],
+) -> str:
+    """The first layer that is off; else the outputs, by the rule of the module's docstring."""
+    for name, value in layers.items():
+        if not value >= LAYER_DB:  # NaN is off too
+            made = ', '.join(makers[name]) or 'no layer'
+            return f'{made}: {value:.1f} dB in {name}, with equal inputs (least: {LAYER_DB:.0f} dB)'
+    for name, value in outputs.items():
+        least = min(cost.get(name, math.inf) + MARGIN_DB, FLOAT_DB)
+        if not value >= least:
+            where = 'no layer by itself, only the whole' if layers else 'somewhere in the graph'
+            return f'{where}: {value:.1f} dB in output {name} (least: {least:.1f} dB)'
+    return ''
+
+
+def _engine_run(
+    make: Callable[[Path], Engine],
+    path: str | Path,
+    graph: onnx.ModelProto,
+    cut: Cut,
+    fed: Arrays,
+) -> Run:
+    inputs = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
+    outputs = make(Path(path))(inputs)
+    if not fed:
+        return Run(outputs, {})
+    cutting, replaced, arriving = cut_at_points(graph, fed)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / 'pieces.onnx'
+        onnx.save(cutting, str(file))
+        engine = make(file)
+        found = engine({**inputs, **{name: fed[point] for name, point in replaced.items()}})
+    return Run(outputs, {point: found[tensor] for point, tensor in arriving.items()})
+
+
+def first_fault(rungs: Sequence[Rung]) -> Rung | None:
+    """The earliest step at which something is wrong."""
+    order = list(dict.fromkeys(r.stage for r in rungs))
+    return min((r for r in rungs if r.fault), key=lambda r: order.index(r.stage), default=None)

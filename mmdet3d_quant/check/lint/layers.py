@@ -1,0 +1,54 @@
+"""Which convolutions an engine runs in INT8, and how much of the arithmetic that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mmdet3d_quant.check.lint.graph import LAYERS, Graph
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution.
+
+    Attributes:
+        name: Of its node.
+        macs: Multiply-accumulates of one run; of a dynamic batch, of one sample.
+        int8: Whether input and weight are quantized.
+    """
+
+    name: str
+    macs: int
+    int8: bool
+
+
+def layers(graph: Graph) -> list[Layer]:
+    """All convolutions in the order of the file."""
+    return [
+        Layer(
+            graph.name(node),
+            _macs(graph, node),
+            all(graph.pair(tensor) is not None for tensor in node.input[:2]),
+        )
+        for node in graph.of(*LAYERS)
+    ]
+
+
+def coverage(found: Iterable[Layer]) -> float:
+    """Share of the multiply-accumulates that is in INT8; NaN without convolutions."""
+    found = list(found)
+    total = sum(layer.macs for layer in found)
+    return sum(layer.macs for layer in found if layer.int8) / total if total else math.nan
+
+
+def _macs(graph: Graph, node) -> int:
+    """Positions times weights: of the output, of a transposed convolution the input."""
+    where = node.input[0] if node.op_type == 'ConvTranspose' else node.output[0]
+    shape = graph.shapes.get(where, [])
+    batch, *_ = shape or [1]
+    positions = math.prod(max(d, 1) for d in (batch, *shape[2:]))
+    pair = graph.weight_pair(node)
+    weight = graph.shapes.get(pair.source if pair else node.input[1], [])
+    return positions * math.prod(max(d, 1) for d in weight)

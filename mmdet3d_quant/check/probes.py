@@ -1,0 +1,187 @@
+"""Points at which a model and its file are compared: wherever an activation is quantized."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from mmdet3d_quant.check.verify import run_torch
+from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.engines import Arrays
+from mmdet3d_quant.export.cuts import Cut
+
+
+def torch_points(cut: Cut, mode: str, fed: Arrays | None = None, outputs: bool = False) -> Arrays:
+    """What arrives at every activation quantizer that is active, in the order of execution.
+
+    Args:
+        cut: The part, with its inputs.
+        mode: Of the quantizers.
+        fed: Replaces what arrives, by point.
+        outputs: Add the outputs of the graph.
+
+    Returns:
+        By point: name of the quantizer; its second call is ``name#2``.
+    """
+    seen: Arrays = {}
+
+    def watch(name: str) -> Callable:
+        def hook(quantizer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            point = _numbered(name, seen)
+            seen[point] = args[0].detach().cpu().numpy().copy()
+            return (torch.from_numpy(fed[point]).to(args[0]),) if fed and point in fed else None
+
+        return hook
+
+    hooks = [
+        quantizer.register_forward_pre_hook(watch(name))
+        for name, quantizer in quantizers(cut.module).items()
+        if quantizer.float_reason is None and not name.endswith('_weight_quantizer')
+    ]
+    try:
+        found = run_torch(cut, mode)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if outputs:
+        seen.update({output_point(name): value for name, value in found.items()})
+    return seen
+
+
+def _numbered(name: str, taken: Iterable[str]) -> str:
+    """``name``, or ``name#2`` and so on if it is taken."""
+    point, count = name, 1
+    while point in taken:
+        count += 1
+        point = f'{name}#{count}'
+    return point
+
+
+def output_point(name: str) -> str:
+    return f'output {name}'
+
+
+def points_of(model: onnx.ModelProto, known: Iterable[str]) -> dict[str, str]:
+    """Which activation quantizer of the model each QuantizeLinear of a file is.
+
+    Node names spell the path of the module: ``/neck/blocks/blocks.0/_input_quantizer/Quantize...``
+    is ``neck.blocks.0._input_quantizer``, possibly without the names of modules whose ``forward``
+    was not called.
+
+    Args:
+        model: The file.
+        known: Points of the torch model.
+
+    Returns:
+        Point by name of the node's output; nodes of weights, and nodes without a counterpart, are
+        left out.
+    """
+    known = list(known)
+    constants = {i.name for i in model.graph.initializer}
+    constants |= {n.output[0] for n in model.graph.node if n.op_type == 'Constant'}
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type != 'QuantizeLinear' or node.input[0] in constants:
+            continue
+        name = module_name(node.name)
+        for called in (name, re.sub(r'_\d+$', '', name)):  # _1: the module is called again
+            names = [p for p in known if '#' not in p and f'.{p}'.endswith(f'.{called}')]
+            if names:
+                break
+        if len(names) == 1:
+            point = _numbered(names[0], found.values())
+            if point in known:
+                found[node.output[0]] = point
+    return found
+
+
+def module_name(node: str) -> str:
+    """The dotted name of the module that a node of torch's exporter comes from.
+
+    >>> module_name('/layer1/layer1.0/conv1/_input_quantizer/QuantizeLinear')
+    'layer1.0.conv1._input_quantizer'
+    """
+    parts = node.strip('/').split('/')[:-1]
+    kept = [
+        part
+        for part, after in zip(parts, [*parts[1:], ''])
+        if not re.fullmatch(re.escape(part) + r'(\.\d+)+', after)
+    ]
+    return '.'.join(kept)
+
+
+def cut_at_points(
+    model: onnx.ModelProto, fed: Arrays
+) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
+    """Takes a graph apart where activations are quantized.
+
+    Args:
+        model: The file; not changed.
+        fed: Tensors by point, for their shapes.
+
+    Returns:
+        The graph in pieces: quantizers read new inputs, and what they read before are outputs;
+        the points by name of the new input; the tensors that arrive, by point.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    points = points_of(model, fed)
+    taken = {i.name for i in graph.input}
+    outputs = {o.name for o in graph.output}
+    rectified: list[onnx.NodeProto] = []
+    replaced, arriving = {}, {output_point(o.name): o.name for o in graph.output}
+    for node in graph.node:
+        point = points.get(node.output[0]) if node.op_type == 'QuantizeLinear' else None
+        if point is None or node.input[0] in taken:
+            continue
+        tensor, name = node.input[0], f'fed {point}'
+        node.input[0] = name
+        replaced[name], arriving[point] = point, tensor
+        graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, fed[point].shape))
+        if fed[point].min() >= 0:  # engines take other kernels where they can tell
+            node.input[0] = f'{name} rectified'
+            rectified.append(helper.make_node('Relu', [name], [node.input[0]]))
+        if tensor not in outputs:
+            outputs.add(tensor)
+            graph.output.append(
+                helper.make_tensor_value_info(tensor, TensorProto.FLOAT, fed[point].shape)
+            )
+    nodes = [*rectified, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return result, replaced, arriving
+
+
+def makers_of(model: onnx.ModelProto, fed: Arrays) -> dict[str, list[str]]:
+    """The layers that make each tensor, between it and the quantizers before.
+
+    Args:
+        model: The file.
+        fed: Tensors by point.
+
+    Returns:
+        Names of convolutions and linear layers (without those, of all nodes) by point, in the
+        order of the graph.
+    """
+    cutting, replaced, arriving = cut_at_points(model, fed)
+    nodes = list(cutting.graph.node)
+    number = {o: i for i, n in enumerate(nodes) for o in n.output}
+    found = {}
+    for point, tensor in arriving.items():
+        piece, todo = set(), [tensor]
+        while todo:
+            i = number.get(todo.pop())
+            if i is not None and i not in piece:
+                piece.add(i)
+                todo.extend(nodes[i].input)
+        inside = [nodes[i] for i in sorted(piece) if nodes[i].op_type != 'Constant']
+        layers = [n for n in inside if n.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')]
+        names = dict.fromkeys(module_name(n.name) or n.name for n in layers or inside if n.name)
+        found[max(piece, default=-1), point] = list(names)
+    return {point: found[i, point] for i, point in sorted(found)}

@@ -1,0 +1,120 @@
+"""Does the exported graph compute what the model computes?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
+from mmdet3d_quant.export.cuts import Cut
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Signal-to-quantization-noise ratios of one output, in dB.
+
+    Attributes:
+        cut: Name of the cut.
+        output: Name of the output.
+        fake_quant: Torch fake-quant against torch float: what quantization costs.
+        onnxruntime: ONNX Runtime against the torch model that was exported.
+        openvino: OpenVINO against the torch model that was exported.
+        int8_convs: Convolutions that OpenVINO runs in INT8.
+        all_convs: All convolutions of the graph in OpenVINO.
+    """
+
+    cut: str
+    output: str
+    fake_quant: float
+    onnxruntime: float
+    openvino: float
+    int8_convs: int
+    all_convs: int
+
+
+def sqnr(reference: np.ndarray | Tensor, value: np.ndarray | Tensor) -> float:
+    """``10 log10(sum(reference**2) / sum((reference - value)**2))`` in dB.
+
+    Args:
+        reference: The signal, any shape.
+        value: What came out instead, same shape.
+
+    Returns:
+        Infinity for equal arrays, -infinity for a zero signal, NaN if ``value`` is not finite.
+    """
+    ref, val = np.asarray(reference, np.float64), np.asarray(value, np.float64)
+    noise, signal = float(np.sum((ref - val) ** 2)), float(np.sum(ref**2))
+    if math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+@torch.no_grad()
+def run_torch(cut: Cut, mode: str) -> Arrays:
+    """Outputs of a cut in a mode of its quantizers, by name."""
+    with set_mode(cut.module, mode):
+        outputs = cut.module(*cut.inputs.values())
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    return {n: o.cpu().numpy() for n, o in strict_zip(cut.output_names, outputs)}
+
+
+def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement]:
+    """Compares an exported file with its model on the example inputs.
+
+    Args:
+        cut: The cut, its module in eval mode on the CPU.
+        path: The file exported from it.
+        quantized: Whether the file has Q/DQ nodes.
+
+    Returns:
+        One entry per output.
+    """
+    expected = run_torch(cut, 'quant' if quantized else 'float')
+    unquantized = run_torch(cut, 'float')
+    arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
+    reference, engine = ONNXRuntime(path)(arrays), OpenVINO(path)
+    result, convs = engine(arrays), engine.int8_convolutions()
+    if 'reg' in expected:
+        reference, result = align(expected, reference), align(expected, result)
+    return [
+        Agreement(
+            cut.name,
+            name,
+            sqnr(unquantized[name], expected[name]),
+            sqnr(expected[name], reference[name]),
+            sqnr(expected[name], result[name]),
+            *convs,
+        )
+        for name in cut.output_names
+    ]
+
+
+def align(expected: Arrays, found: Arrays) -> Arrays:
+    """Puts the queries of a head into the order of another run.
+
+    Queries are the highest peaks in falling order; where two are equal but for the last bit, two
+    engines order them differently.
+
+    Args:
+        expected: Outputs of ``head.bbox``, (1, channels, P) each.
+        found: The same of another run.
+
+    Returns:
+        ``found``, with the query of most equal class and place for each one of ``expected``.
+    """
+
+    def place(run: Arrays) -> np.ndarray:
+        return np.concatenate([run['reg'][0].T, 1e3 * (run['score'][0] > 0).T], axis=1)
+
+    apart = np.abs(place(expected)[:, None] - place(found)[None]).sum(axis=2)
+    order = apart.argmin(axis=1)
+    return {name: value[..., order] for name, value in found.items()}

@@ -1,0 +1,1 @@
+"""What every room knows: grids, quantizers, modes, ties, errors."""

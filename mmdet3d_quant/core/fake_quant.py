@@ -1,0 +1,247 @@
+"""Fake quantization: rounding a float tensor to an integer grid, and its gradients."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch._dynamo  # torch 2.0 does not by itself
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import Function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec
+
+#: On a CPU so many values take all steps before the next ones do: they stay in its cache.
+_CHUNK = 2**19
+#: Integers as long as a float, by bytes: one more is the next float.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def compiling() -> bool:
+    """Whether torch.compile is looking: at the code, or at what layers do with fake tensors."""
+    if torch._dynamo.is_compiling():
+        return True
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+
+
+def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
+    """Step size of the grid, ``amax / qmax``, kept away from zero by :data:`MIN_AMAX`.
+
+    Args:
+        amax: Range limit(s), float32, any shape, >= 0.
+        spec: The grid.
+
+    Returns:
+        Tensor of the shape of ``amax``, float32, > 0.
+    """
+    return amax.clamp(min=MIN_AMAX) / spec.qmax
+
+
+def largest(x: Tensor, dims: list[int]) -> Tensor:
+    """Largest absolute value over some dimensions, which are kept with size 1.
+
+    Unlike ``x.abs().amax(dims)`` it writes no tensor of the size of ``x``.
+    """
+    return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
+
+
+def fake_quantize(
+    x: Tensor,
+    amax: Tensor,
+    spec: QuantSpec,
+    rectify: bool = False,
+    value: float | None = None,
+    inside: bool = False,
+) -> Tensor:
+    """Rounds ``x`` to the grid and back, ``clamp(round(x / scale), qmin, qmax) * scale``.
+
+    Rounds half to even; a GPU is not waited for.
+
+    Backward, as in pytorch-quantization, the gradient passes where ``|x| <= amax`` and is 0
+    elsewhere. Where ``amax`` needs a gradient it gets that of LSQ (Esser et al., 2020) in terms of
+    the range instead of the step: ``sum(g * (y - x)) / amax`` inside and ``sum(g * y) / amax``
+    outside, times ``1 / sqrt(n * qmax)``, where n is what the paper calls features: the values per
+    index of the first dimension (per sample, so that the gradient is a sum over samples), or with
+    an axis the values per range.
+
+    Args:
+        x: Tensor of any floating type; computed in float32, or in float64 if it is float64
+            (to check identities that float32 rounding blurs; not fused).
+        amax: float32 with one element (per tensor), or one element per index of ``spec.axis``.
+        spec: The grid.
+        rectify: Round ``relu(x)`` instead, forward and backward in the passes over memory that
+            rounding takes anyway.
+        value: The range as a number, where one is known: saves passes over memory on a GPU.
+        inside: All of ``x`` is known to be within the range, so that its gradient needs no mask;
+            without effect where the range is learned.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+    """
+    if spec.axis is not None:
+        amax = amax.reshape([-1 if i == spec.axis else 1 for i in range(x.dim())])
+    else:
+        amax = amax.reshape(1)  # not 0-dimensional: it decides the dtype of comparisons with x
+    if torch.is_grad_enabled() and (x.requires_grad or amax.requires_grad):
+        if compiling():  # torch 2.1 does not trace into a Function
+            return _traceable(x.relu() if rectify else x, amax, spec)
+        return _FakeQuantize.apply(x, amax, spec, rectify, value, inside)
+    return _rounded(x, amax, spec, rectify, value)
+
+
+def _rounded(
+    x: Tensor, amax: Tensor, spec: QuantSpec, rectify: bool = False, value: float | None = None
+) -> Tensor:
+    exact = x if x.dtype == torch.float64 else x.float()
+    ends = 0 if rectify else spec.qmin, spec.qmax
+    if x.device.type == 'cpu' or exact.dtype == torch.float64 or spec.axis is not None:
+        # torch's operator for a range per channel would wait for a GPU.
+        scale = scale_of(amax.to(exact.dtype), spec)
+        return _rounded_by_steps(exact, scale, ends).to(x.dtype)
+    if value is not None:
+        exact = x if x.dtype == torch.float16 else exact  # rounds it in float32, too
+        y = torch.fake_quantize_per_tensor_affine(exact, _step(value, spec), 0, *ends)
+        return y.to(x.dtype)
+    scale = scale_of(amax, spec)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_tensor_affine(exact, scale, zero_point, *ends).to(x.dtype)
+
+
+def _rounded_by_steps(x: Tensor, scale: Tensor, ends: tuple[int, int]) -> Tensor:
+    """Vectorised: torch's fused operator visits values one by one on a CPU. float64 stays so."""
+    inverse = 1 / scale
+    if not _in_pieces(x, scale):
+        return (x * inverse).round_().clamp_(*ends).mul_(scale)
+    y = torch.empty_like(x)
+    if scale.numel() == 1:
+        parts = x.view(-1).split(_CHUNK), y.view(-1).split(_CHUNK), repeat(inverse), repeat(scale)
+    else:
+        rows = max(1, _CHUNK // x[0].numel())
+        parts = tuple(t.split(rows) for t in (x, y, inverse, scale))
+    for part, out, factor, step in zip(*parts):  # repeat() has no end
+        torch.mul(part, factor, out=out)
+        out.round_().clamp_(*ends).mul_(step)
+    return y
+
+
+def _in_pieces(x: Tensor, amax: Tensor) -> bool:
+    """Whether a tensor is worth visiting piece by piece."""
+    large = x.device.type == 'cpu' and x.numel() > _CHUNK
+    by_rows = amax.numel() in (1, amax.shape[0])
+    return large and by_rows and x.is_contiguous() and not compiling()
+
+
+class _FakeQuantize(Function):
+    """Saves its input and, for a learned range, its output. A convolution that reads the output
+    keeps it anyway, and so does a ReLU the input that it made; with ``rectify`` the input is that
+    of the ReLU, which nothing else keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        amax: Tensor,
+        spec: QuantSpec,
+        rectify: bool,
+        value: float | None,
+        inside: bool,
+    ) -> Tensor:
+        y = _rounded(x, amax, spec, rectify, value)
+        ctx.qmax, ctx.rectify, ctx.value = spec.qmax, rectify, value
+        learned = ctx.needs_input_grad[1]
+        ctx.passes = inside and not learned
+        if not ctx.passes:
+            ctx.save_for_backward(x, amax, y if learned else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.passes:
+            return grad, None, None, None, None, None
+        x, amax, y = ctx.saved_tensors
+        if y is None:
+            return _inside(grad, x, amax, ctx.rectify, ctx.value), None, None, None, None, None
+        grad_x, slope = _slope(grad, x, y, amax, ctx.rectify)
+        grad_amax = slope.reshape(amax.shape) * _lsq_factor(x, amax, ctx.qmax)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None, None
+
+
+def _slope(
+    grad: Tensor, x: Tensor, y: Tensor, amax: Tensor, rectify: bool
+) -> tuple[Tensor, Tensor]:
+    """``grad`` inside the range, else 0; and ``sum(grad * y - that * x)`` for each range."""
+    contiguous = all(t.is_contiguous() for t in (grad, x, y))
+    if amax.numel() > 1 or x.element_size() < 4 or not contiguous:
+        grad_x = _inside(grad, x, amax, rectify)
+        others = [i for i in range(x.dim()) if i >= amax.dim() or amax.shape[i] == 1]
+        return grad_x, (y * grad - grad_x * x).float().sum(others)
+    if not _in_pieces(x, amax):
+        grad_x = _inside(grad, x, amax, rectify)
+        return grad_x, (_dot(grad, y) - _dot(grad_x, x)).to(amax.dtype)
+    grad_x = torch.empty_like(grad)
+    slope = amax.new_zeros(1)
+    pieces = (t.view(-1).split(_CHUNK) for t in (grad, x, y, grad_x))
+    for g, value, rounded, out in strict_zip(*pieces):
+        out.copy_(_inside(g, value, amax, rectify))
+        slope += _dot(g, rounded) - _dot(out, value)
+    return grad_x, slope
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """``(a * b).sum()`` of contiguous tensors, which writes nothing of their size."""
+    return torch.dot(a.view(-1), b.view(-1))
+
+
+def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:
+    # At least 1: a sparse tensor may have no sites left, and its range a gradient of zero then.
+    features = max(1, x.numel() / max(1, x.shape[0] if amax.numel() == 1 else amax.numel()))
+    return 1 / (amax.clamp(min=MIN_AMAX) * (features * qmax) ** 0.5)
+
+
+def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+    """The same out of differentiable operations: the value, plus zeros with the gradients."""
+    fixed = x.detach()
+    inside = fixed.abs() <= amax.detach()
+    y = _rounded(fixed, amax.detach(), spec)
+    slope = torch.where(inside, y - fixed, y) * _lsq_factor(x, amax.detach(), spec.qmax)
+    y = y + torch.where(inside, x - fixed, 0)
+    return (y + slope * (amax - amax.detach())).to(x.dtype) if amax.requires_grad else y
+
+
+def _inside(
+    grad: Tensor, x: Tensor, amax: Tensor, rectify: bool, value: float | None = None
+) -> Tensor:
+    """``grad`` where ``|x| <= amax`` (of what is rectified, where ``0 < x <= amax``), else 0."""
+    on_cpu = x.device.type == 'cpu'
+    if on_cpu and amax.numel() == 1:
+        value = amax.item()
+    if value is not None and not (on_cpu and x.dtype == torch.float16):
+        end = _beyond(value, x.dtype)
+        # One pass over memory; its bounds are exclusive.
+        return torch.ops.aten.hardtanh_backward(grad, x, 0.0 if rectify else -end, end)
+    if rectify:
+        return torch.where((x > 0) & (x <= amax), grad, 0)
+    if on_cpu and amax.numel() > 1:
+        others = [i for i in range(x.dim()) if amax.shape[i] == 1]
+        if (largest(x, others) <= amax).all():
+            return grad  # of weights as a rule, whose ranges follow them
+    return torch.where(x.abs() <= amax, grad, 0)
+
+
+@lru_cache(maxsize=4096)
+def _step(amax: float, spec: QuantSpec) -> float:
+    return scale_of(torch.tensor(amax, dtype=torch.float32), spec).item()
+
+
+@lru_cache(maxsize=4096)
+def _beyond(value: float, dtype: torch.dtype) -> float:
+    """The smallest number of a type that is larger than a float32 >= 0."""
+    near = torch.tensor(value, dtype=dtype)
+    if near.item() <= value:
+        near = (near.view(_BITS[near.element_size()]) + 1).view(dtype)
+    return near.item()

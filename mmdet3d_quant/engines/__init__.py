@@ -1,0 +1,48 @@
+"""Engines that run an exported graph, by name: a new one is a file here and a line in the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmdet3d_quant.engines.engine import Arrays, Engine, latency, race
+from mmdet3d_quant.engines.files import EngineError
+from mmdet3d_quant.engines.onnxruntime import ONNXRuntime
+from mmdet3d_quant.engines.openvino import OpenVINO
+from mmdet3d_quant.engines.tensorrt import TensorRT
+
+__all__ = [
+    'ENGINES',
+    'Arrays',
+    'Engine',
+    'EngineError',
+    'ONNXRuntime',
+    'OpenVINO',
+    'TensorRT',
+    'latency',
+    'make_engine',
+    'race',
+]
+
+#: Engines by the name that the tools take.
+ENGINES: dict[str, type] = {
+    'openvino': OpenVINO,
+    'onnxruntime': ONNXRuntime,
+    'tensorrt': TensorRT,
+}
+
+
+def make_engine(name: str, path: str | Path, num_threads: int = 2) -> Engine:
+    """An engine by name.
+
+    Args:
+        name: A key of :data:`ENGINES`.
+        path: File to run.
+        num_threads: CPU threads.
+
+    Raises:
+        EngineError: If the name is unknown, the engine is not installed, or the file cannot be
+            read.
+    """
+    if name not in ENGINES:
+        raise EngineError(f'there is no engine {name!r}; there are {", ".join(ENGINES)}')
+    return ENGINES[name](path, num_threads)

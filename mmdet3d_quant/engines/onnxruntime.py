@@ -1,0 +1,40 @@
+"""ONNX Runtime as an engine: the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.engines.engine import Arrays
+from mmdet3d_quant.engines.files import check_inputs, reading
+
+
+class ONNXRuntime:
+    """ONNX Runtime on the CPU, without graph optimisations: the arithmetic as written.
+
+    Args:
+        path: ONNX file.
+        num_threads: CPU threads.
+
+    Raises:
+        EngineError: If the file cannot be read.
+    """
+
+    def __init__(self, path: str | Path, num_threads: int = 2):
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        with reading(path, 'ONNX Runtime'):
+            self._session = ort.InferenceSession(
+                str(path), options, providers=['CPUExecutionProvider']
+            )
+        self.input_shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Runs the graph once."""
+        check_inputs(inputs, self.input_shapes)
+        names = [out.name for out in self._session.get_outputs()]
+        return dict(strict_zip(names, self._session.run(names, inputs)))

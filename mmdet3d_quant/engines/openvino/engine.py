@@ -1,0 +1,110 @@
+"""OpenVINO as an engine: true INT8 on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmdet3d_quant.engines.engine import Arrays
+from mmdet3d_quant.engines.files import check_inputs, reading
+from mmdet3d_quant.engines.openvino.graph import prepare
+
+
+class OpenVINO:
+    """OpenVINO on the CPU; runs Q/DQ graphs with INT8 kernels where the CPU has them.
+
+    Args:
+        path: ONNX file, or OpenVINO's own ``.xml``.
+        num_threads: CPU threads.
+        profiling: Count the time of every layer, for :meth:`profile`; runs take a bit longer.
+
+    Raises:
+        EngineError: If the file cannot be read or compiled.
+    """
+
+    def __init__(self, path: str | Path, num_threads: int = 2, profiling: bool = False):
+        import openvino as ov
+
+        core = ov.Core()
+        with reading(path, 'OpenVINO'):
+            model = core.read_model(str(path))
+            if Path(path).suffix != '.xml':  # OpenVINO's own runs as it is
+                prepare(model)
+            self._compiled = core.compile_model(
+                model,
+                'CPU',
+                {
+                    'INFERENCE_NUM_THREADS': num_threads,
+                    'PERFORMANCE_HINT': 'LATENCY',
+                    'INFERENCE_PRECISION_HINT': 'f32',
+                    'PERF_COUNT': profiling,
+                },
+            )
+            self.input_shapes = {
+                i.get_node().get_friendly_name(): tuple(
+                    d.get_length() if d.is_static else str(d) for d in i.partial_shape
+                )
+                for i in self._compiled.inputs
+            }
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Runs the graph once."""
+        check_inputs(inputs, self.input_shapes)
+        results = self._compiled(inputs)
+        return {n: np.array(results[out]) for out in self._compiled.outputs for n in out.names}
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the graph's inputs."""
+        return list(self.input_shapes)
+
+    def int8_convolutions(self) -> tuple[int, int]:
+        """Convolutions that the engine runs in INT8, and all of them."""
+        precisions = []
+        for op in self._compiled.get_runtime_model().get_ops():
+            info = op.get_rt_info()
+            if 'layerType' in info and info['layerType'].astype(str) in (
+                'Convolution',
+                'Deconvolution',
+            ):
+                precisions.append(info['runtimePrecision'].astype(str))
+        return sum(p in ('i8', 'u8') for p in precisions), len(precisions)
+
+    def profile(self, inputs: Arrays, runs: int = 10) -> list[LayerTime]:
+        """Time of every layer that the engine made of the graph; needs ``profiling=True``.
+
+        Args:
+            inputs: By name.
+            runs: The median of so many counts.
+        """
+        request = self._compiled.create_infer_request()
+        counts: dict[str, list[float]] = {}
+        kinds = {}
+        for _ in range(runs):
+            request.infer(inputs)
+            for layer in request.profiling_info:
+                counts.setdefault(layer.node_name, []).append(layer.real_time.total_seconds())
+                kinds[layer.node_name] = layer.node_type, layer.exec_type
+        return [
+            LayerTime(name, *kinds[name], float(np.median(seconds)))
+            for name, seconds in counts.items()
+        ]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """How long one layer of an engine takes.
+
+    Attributes:
+        name: As the engine calls it.
+        kind: Type of the operation.
+        kernel: Implementation and precision.
+        seconds: Median time of a run.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    seconds: float

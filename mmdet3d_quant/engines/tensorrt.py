@@ -1,0 +1,89 @@
+"""TensorRT as an engine like the others; its Python package is only needed when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmdet3d_quant.engines.files import EngineError, check_inputs, reading
+from mmdet3d_quant.files.outputs import whole
+
+
+class TensorRT:
+    """TensorRT 8.6 to 10 on an NVIDIA GPU, INT8 where the graph has Q/DQ and FP16 elsewhere.
+
+    Args:
+        path: ONNX file to build from, or a ``.plan`` that was built on a machine of this kind.
+        num_threads: Not used; engines of one table take the same arguments.
+        save_plan: Where to keep the built engine.
+
+    Raises:
+        EngineError: If TensorRT or a GPU is missing, or the file cannot be parsed or built.
+    """
+
+    def __init__(self, path: str | Path, num_threads: int = 2, save_plan: str | Path | None = None):
+        try:
+            import tensorrt as trt
+        except ImportError as err:
+            raise EngineError(
+                f'TensorRT is not installed here ({err}): `pip install tensorrt` where there is an '
+                'NVIDIA GPU (on an Orin it comes with JetPack), or take openvino or onnxruntime'
+            ) from None
+        if not torch.cuda.is_available():
+            raise EngineError('TensorRT needs an NVIDIA GPU, and torch sees none here')
+        logger = trt.Logger(trt.Logger.WARNING)
+        with reading(path, 'TensorRT'):
+            plan = Path(path).read_bytes() if Path(path).suffix == '.plan' else _build(path, logger)
+            self._runtime = trt.Runtime(logger)  # must outlive its engines
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+            if self._engine is None:
+                raise ValueError('the plan was built by another version or for another GPU')
+        if save_plan is not None:
+            with whole(save_plan) as part:
+                part.write_bytes(plan)
+        self._context = self._engine.create_execution_context()
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        modes = {n: self._engine.get_tensor_mode(n) for n in names}
+        shapes = {n: tuple(self._engine.get_tensor_shape(n)) for n in names}
+        dtypes = {n: np.dtype(trt.nptype(self._engine.get_tensor_dtype(n))) for n in names}
+        # One buffer per input and output, bound once.
+        self._buffers = {}
+        for n in names:
+            dtype = torch.from_numpy(np.empty(0, dtypes[n])).dtype
+            self._buffers[n] = torch.empty(shapes[n], dtype=dtype, device='cuda')
+            self._context.set_tensor_address(n, self._buffers[n].data_ptr())
+        self.input_shapes = {n: shapes[n] for n in names if modes[n] == trt.TensorIOMode.INPUT}
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs the graph once, copies to and from the GPU included."""
+        check_inputs(inputs, self.input_shapes)
+        for name in self.input_shapes:
+            self._buffers[name].copy_(torch.from_numpy(np.ascontiguousarray(inputs[name])))
+        if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise EngineError('TensorRT could not run the engine; its log above says why')
+        outputs = [n for n in self._buffers if n not in self.input_shapes]
+        return {n: self._buffers[n].cpu().numpy() for n in outputs}
+
+
+def _build(path: str | Path, logger: Any) -> bytes:
+    """An ONNX file as a serialized engine."""
+    import tensorrt as trt
+
+    builder = trt.Builder(logger)
+    # The only kind of batch since TensorRT 10, where the flag is a formality.
+    explicit = 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    network = builder.create_network(explicit)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        raise ValueError('; '.join(parser.get_error(i).desc() for i in range(parser.num_errors)))
+    config = builder.create_builder_config()
+    config.set_flag(trt.BuilderFlag.FP16)
+    config.set_flag(trt.BuilderFlag.INT8)  # Q/DQ nodes are refused without it
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ValueError('the engine could not be built; the log above says why')
+    return bytes(plan)

@@ -1,0 +1,285 @@
+"""A model, its weights and its data, from a config and a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from mmdet3d.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.modes import quantizers, require_calibrated
+from mmdet3d_quant.core.naming import dotted, type_name
+from mmdet3d_quant.data.nuscenes import DatasetError, check, check_objects, read_infos
+from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint, use_one_door
+from mmdet3d_quant.parents.derived import take_derived_from_config
+from mmdet3d_quant.parents.sparse_layout import accept_any_layout
+
+#: Where calibration data come from: the first of these that the config has.
+CALIBRATION_LOADERS = ('calib_dataloader', 'val_dataloader', 'test_dataloader')
+#: Tables of more bytes are not read through at every start: v1.0-trainval takes a minute.
+_SMALL = 300e6
+
+
+class ConfigError(QuantError, ValueError):
+    """A config is missing, cannot be read or lacks what is needed."""
+
+
+def read_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Reads a config and applies ``--cfg-options``.
+
+    Raises:
+        ConfigError: If it is missing, cannot be read, or has no ``model``.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f'config {path} does not exist')
+    try:
+        cfg = Config.fromfile(str(path))
+    except Exception as err:  # any error of the code in the config
+        raise ConfigError(f'config {path} cannot be read: {type(err).__name__}: {err}') from err
+    cfg = _without_classes(cfg)
+    cfg.merge_from_dict(overrides or {})
+    if 'model' not in cfg:
+        raise ConfigError(f'config {path} has no `model`')
+    return cfg
+
+
+def _without_classes(cfg: Config) -> Config:
+    """A config whose types are names, as text has them, so that it can be compared and dumped.
+
+    mmengine's Python configs have classes as types; registries find a class by its path, too.
+    """
+    found = False
+
+    def named(value: Any) -> Any:
+        nonlocal found
+        if isinstance(value, dict):
+            items = dict(value.items())
+            if callable(items.get('type')):
+                found, items['type'] = True, dotted(items['type'])
+            return {key: named(item) for key, item in items.items()}
+        return type(value)(map(named, value)) if type(value) in (list, tuple) else value
+
+    plain = dict(cfg.items())  # not to_dict(), which hides what is lazy
+    own = {k: v for k, v in plain.items() if not callable(v) and not isinstance(v, ModuleType)}
+    new = named(own)
+    return Config(new, filename=cfg.filename) if found or len(own) < len(plain) else cfg
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Builds ``cfg.model`` in eval mode.
+
+    Raises:
+        ConfigError: If a type or an argument of the model is wrong; carries mmengine's message.
+    """
+    init_default_scope(cfg.get('default_scope') or 'mmdet3d')
+    use_one_door()  # some modules load weights when they are built
+    try:
+        model = MODELS.build(copy.deepcopy(cfg.model))  # some detectors change theirs
+    except (KeyError, TypeError, ValueError, AssertionError) as err:
+        raise ConfigError(f'the model of {cfg.filename} cannot be built: {err}') from err
+    model.eval()  # not chained: some models return None
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[str, Any]:
+    """Loads a checkpoint that must fit the model.
+
+    Args:
+        model: The model; its quantizers are loaded too where the checkpoint has them.
+        path: The checkpoint.
+        calibrated: Whether every quantizer must have a range afterwards.
+
+    Returns:
+        The checkpoint's ``meta``.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or a weight is missing, left over or of
+            another shape. Sparse weights may have the layout of spconv 1 (mmcv) or 2.
+        UncalibratedError: If ``calibrated`` and a quantizer has no range.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint['state_dict']
+    accept_any_layout(model)  # a LiDAR encoder of the public project does not by itself
+    take_derived_from_config(model)  # nor its view transform
+    try:
+        keys = model.load_state_dict(state, strict=False)
+    except RuntimeError as err:
+        lines = [line.strip() for line in str(err).splitlines()[1:]]
+        raise CheckpointError(
+            f'checkpoint {path} is of another architecture: {len(lines)} entries do not fit, '
+            f'for example {lines[0] if lines else err}'
+        ) from None
+    ranges = {f'{name}._amax' for name in quantizers(model)}
+    missing = [k for k in keys.missing_keys if k not in ranges]
+    for what, names in (('lacks', missing), ('has unknown', keys.unexpected_keys)):
+        if names:
+            raise CheckpointError(
+                f'checkpoint {path} is of another architecture: it {what} {len(names)} '
+                f'entries, for example {", ".join(names[:3])}'
+            )
+    if calibrated:
+        require_calibrated(model)
+    return checkpoint['meta']
+
+
+def check_data(cfg: Config, entries: Sequence[str]) -> None:
+    """Looks at the data sets that entries of a config read, before long work begins.
+
+    A nuScenes folder that is scored on is looked through, tables and files; of other data sets,
+    and of a frame on its own, the folder and the info file.
+
+    Args:
+        cfg: The config.
+        entries: Such as ``train_dataloader``; those that the config lacks are passed over.
+
+    Raises:
+        DatasetError: If data are missing, damaged, or without objects to train on.
+    """
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for entry in entries:
+        dataset = innermost(cfg.get(entry))
+        root, infos = (str(dataset.get(key) or '') for key in ('data_root', 'ann_file'))
+        if not infos or '://' in root + infos or dataset.get('backend_args'):
+            continue  # not on this disk
+        training = entry.startswith('train')
+        own = entry.replace('_dataloader', '_evaluator')
+        scored = cfg.get(own if own in cfg else 'val_evaluator') or {}
+        metric = scored.get('type') if isinstance(scored, dict) else None
+        nuscenes = type_name(dataset.get('type')) == 'NuScenesDataset'
+        if nuscenes and type_name(metric) == 'NuScenesMetric' and not entry.startswith('calib'):
+            version = (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval')
+            roles = found.setdefault((root, version), dict(all=set(), train=set()))
+            roles['all'].add(infos)
+            roles['train'].update([infos] if training else [])
+        else:
+            _check_one(cfg, entry, Path(root), infos, training)
+    for (root, version), roles in found.items():
+        small = sum(f.stat().st_size for f in Path(root, version).glob('*.json')) < _SMALL
+        check(root, version, sorted(roles['all']), tables=small, training=roles['train'])
+
+
+def _check_one(cfg: Config, entry: str, root: Path, infos: str, training: bool) -> None:
+    where = f'{entry} of {cfg.filename}'
+    if str(root) != '.' and not root.is_dir():
+        raise DatasetError(
+            f'{where}: {root} does not exist; set its data_root, or make a data set with '
+            f'tools/make_synthetic_nuscenes.py --out {root}'
+        )
+    path = root / infos
+    if not path.is_file():
+        raise DatasetError(f'{where}: info file {path} is missing; set its data_root and ann_file')
+    if training and path.suffix == '.pkl':
+        check_objects(path, read_infos(path)['data_list'])
+
+
+def innermost(loader: Any) -> Any:
+    """The data set of a data loader's config, without wrappers such as ``CBGSDataset``."""
+    dataset = (loader or {}).get('dataset') or {}
+    while dataset.get('dataset') is not None:
+        dataset = dataset['dataset']
+    return dataset
+
+
+def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
+    """The data to calibrate on, in a fixed order.
+
+    Returns:
+        Name of the config's entry, and the data loader.
+
+    Raises:
+        ConfigError: If the config has none of :data:`CALIBRATION_LOADERS`, or building it fails.
+        DatasetError: If the data are not there.
+    """
+    name = next((n for n in CALIBRATION_LOADERS if cfg.get(n) is not None), None)
+    if name is None:
+        raise ConfigError(f'{cfg.filename} has none of {", ".join(CALIBRATION_LOADERS)}')
+    check_data(cfg, [name])
+    init_default_scope(cfg.get('default_scope') or 'mmdet3d')
+    empty = f'`{name}` of {cfg.filename} is empty: there is nothing to calibrate on'
+    try:
+        loader = Runner.build_dataloader(cfg[name], seed=0)
+    except Exception as err:  # whatever the data set raises
+        if 'need at least one array' in str(err):  # mmengine on an info file without frames
+            raise ConfigError(empty) from err
+        raise ConfigError(
+            f'`{name}` of {cfg.filename} cannot be built: {type(err).__name__}: {err}'
+        ) from err
+    if len(loader) == 0:
+        raise ConfigError(empty)
+    return name, loader
+
+
+def batch_indices(loader: Any) -> list[list[int]]:
+    """Indices into the data set, batch by batch, in the order of a loader.
+
+    Raises:
+        ConfigError: If the loader has no such order.
+    """
+    if getattr(loader, 'batch_sampler', None) is None:
+        raise ConfigError('calibration needs a data set with indices, not an iterable one')
+    return [list(indices) for indices in loader.batch_sampler]
+
+
+def numbered_batches(
+    loader: Any, indices: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[int, Any]]:
+    """Loads some batches only.
+
+    Args:
+        loader: Where the data set and the way to load it come from.
+        indices: Indices into the data set by number of the batch.
+
+    Yields:
+        Number and batch.
+    """
+    part = DataLoader(
+        loader.dataset,
+        batch_sampler=list(indices.values()),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        pin_memory=loader.pin_memory,
+    )
+    yield from strict_zip(indices, part)
+
+
+def evaluated_on(cfg: Config, name: str) -> list[str]:
+    """Entries of the config that evaluate on the data of another entry.
+
+    Args:
+        cfg: The config.
+        name: For example ``calib_dataloader``.
+
+    Returns:
+        Those of ``val_dataloader`` and ``test_dataloader`` with the same annotation file.
+    """
+    source = _source(cfg[name])
+    entries = ('val_dataloader', 'test_dataloader')
+    return [n for n in entries if n == name or (cfg.get(n) and _source(cfg[n]) == source)]
+
+
+def _source(loader: Any) -> tuple[str, ...]:
+    return tuple(str(innermost(loader).get(key)) for key in ('data_root', 'ann_file'))
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or a GPU where there is one.
+
+    Raises:
+        ConfigError: If a GPU is asked for and there is none.
+    """
+    device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError('device cuda was asked for, but torch sees no GPU')
+    return device

@@ -1,0 +1,108 @@
+"""Histograms against numpy, in any order and split."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmdet3d_quant.calibration.counting import count_by_histc
+from mmdet3d_quant.calibration.histogram import NUM_BINS, Histogram, NonFiniteError
+
+
+def collected(*tensors):
+    h = Histogram()
+    for t in tensors:
+        h.collect(t)
+    return h
+
+
+def test_counts_equal_numpy():
+    x = torch.randn(3, 1000) * 5
+    h = collected(x)
+    limit = 2.0 ** int(h.exponent)
+    assert limit / 2 <= float(x.abs().max()) < limit
+    expected, _ = np.histogram(x.abs().numpy(), bins=NUM_BINS, range=(0, limit))
+    assert np.array_equal(h.counts.numpy(), expected)
+    assert h.num_elements == 3000 and h.amax == float(x.abs().max())
+
+
+def test_order_and_split_do_not_matter():
+    torch.manual_seed(0)
+    parts = [torch.randn(500) * s for s in (0.01, 100.0, 1.0, 0.0, 7.0)]
+    parts.append(torch.tensor([64.0, 128.0, 2.0**-3]))  # powers of two sit on bin edges
+    forward, backward = collected(*parts), collected(*reversed(parts))
+    merged = Histogram()
+    for part in parts:
+        merged.merge(collected(part))
+    whole = collected(torch.cat(parts))
+    for h in (backward, merged, whole):
+        assert torch.equal(h.counts, forward.counts)
+        assert (h.exponent, h.amax, h.num_elements) == (
+            forward.exponent,
+            forward.amax,
+            forward.num_elements,
+        )
+    assert int(forward.counts.sum()) == forward.num_elements
+
+
+def test_counts_beyond_float32_precision_are_exact():
+    h = collected(torch.zeros(2**24 + 3), torch.ones(5))
+    assert h.counts[0] == 2**24 + 3 and int(h.counts.sum()) == 2**24 + 8
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), float('-inf')])
+def test_non_finite_values_stop_and_add_nothing(bad):
+    h = collected(torch.ones(3))
+    h.name = 'layer9'
+    with pytest.raises(NonFiniteError, match='layer9 is the first'):
+        h.collect(torch.tensor([1.0, bad, 2.0]))
+    assert h.num_tensors == 1 and int(h.counts.sum()) == 3 and h.finite
+
+
+def test_zeros_are_counted_at_any_range():
+    h = collected(torch.zeros(10))
+    assert h.amax == 0 and int(h.counts[0]) == 10
+    h.collect(torch.full((5,), 100.0))
+    assert h.amax == 100 and int(h.counts[0]) == 10 and int(h.counts.sum()) == 15
+    assert collected(torch.zeros(0)).num_tensors == 0
+
+
+def test_extremes_are_those_of_all_tensors():
+    h = collected(torch.tensor([-3.0, 1.0]), torch.tensor([0.5, 0.25]), torch.tensor([-0.5]))
+    assert (float(h.lowest), float(h.highest), float(h.least_peak)) == (-3.0, 1.0, 0.5)
+    assert h.amax == 3.0 and (h.num_tensors, h.num_elements) == (3, 5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_any_floating_type_counts_as_its_float32_values(dtype):
+    x = (torch.randn(5000) * 3).to(dtype)
+    assert torch.equal(collected(x).counts, collected(x.float()).counts)
+
+
+def test_memory_layout_does_not_matter():
+    x = torch.randn(2, 8, 6, 10)
+    for y in (x.to(memory_format=torch.channels_last), x.transpose(1, 3), x[:, ::2], x[..., 1:]):
+        expected = collected(y.contiguous())
+        assert torch.equal(collected(y).counts, expected.counts)
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1e-7, 2.0**-24, 1.0, 1e30])
+@pytest.mark.parametrize('threads', [1, 3])
+def test_both_ways_to_count_agree_at_any_scale(scale, threads, monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    torch.manual_seed(0)
+    x = torch.randn(200_003) * scale
+    h = collected(x)
+    shift = 12 - h.exponent
+    assert torch.equal(h.counts, count_by_histc(x, shift, NUM_BINS))
+    assert int(h.counts.sum()) == len(x)
+    assert int(h.exponent) >= -24 and float(x.abs().max()) < 2.0 ** int(h.exponent)
+
+
+def test_a_state_is_a_copy_that_torch_saves_as_plain_data(tmp_path):
+    h = collected(torch.randn(100))
+    torch.save(h.state_dict(), tmp_path / 'h.pth')
+    again = Histogram()
+    again.load_state_dict(torch.load(tmp_path / 'h.pth', weights_only=True))
+    again.collect(torch.ones(7) * 50)
+    h.collect(torch.ones(7) * 50)
+    assert torch.equal(h.counts, again.counts) and h.amax == again.amax == 50

@@ -1,0 +1,161 @@
+"""The ladder names the step and the layer where something was broken, and nothing where not."""
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from mmdet3d_quant import calibrate
+from mmdet3d_quant.check.ladder import climb, first_fault
+from mmdet3d_quant.check.probes import module_name, points_of, torch_points
+from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
+from mmdet3d_quant.export import Cut, export_onnx
+from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
+
+ENGINES = dict(onnxruntime=ONNXRuntime, openvino=OpenVINO)
+
+
+class Net(nn.Module):
+    """A chain, a branch, and a concat that asks one quantizer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(QuantConv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.down = nn.Sequential(QuantConv2d(16, 16, 3, stride=2, padding=1), nn.ReLU())
+        self.up = nn.Sequential(QuantConvTranspose2d(16, 16, 2, stride=2), nn.ReLU())
+        self.concat = QuantConcat()
+        self.last = QuantConv2d(32, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(self.concat([x, self.up(self.down(x))]))
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    """A calibrated net as a cut, and its file."""
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(1, 3, 24, 24)
+    net.eval()
+    nn.init.uniform_(net.stem[1].weight, 0.5, 1.5)
+    calibrate(net, [x])
+    path = tmp_path_factory.mktemp('ladder') / 'net.onnx'
+    export_onnx(net, [x], path, ['x'], ['y'])
+    return Cut('net', net, dict(x=x), ('y',)), path
+
+
+def changed(path, folder, node, index, change):
+    """A copy of a file with another constant as an input of a node."""
+    model = onnx.load(path)
+    target = next(n for n in model.graph.node if n.name == node)
+    for made in [*model.graph.node, *model.graph.initializer]:
+        if isinstance(made, onnx.TensorProto):
+            if made.name == target.input[index]:
+                made.CopyFrom(
+                    numpy_helper.from_array(change(numpy_helper.to_array(made)), made.name)
+                )
+        elif made.op_type == 'Constant' and made.output[0] == target.input[index]:
+            value = numpy_helper.to_array(made.attribute[0].t)
+            made.attribute[0].t.CopyFrom(numpy_helper.from_array(change(value)))
+    out = folder / 'changed.onnx'
+    onnx.save(model, out)
+    return out
+
+
+def node(path, kind, part):
+    return next(n.name for n in onnx.load(path).graph.node if n.op_type == kind and part in n.name)
+
+
+def test_nothing_is_found_where_nothing_is_wrong(work):
+    cut, path = work
+    rungs = climb(cut, copy.deepcopy(cut.module), path, ENGINES)
+    assert [r.stage for r in rungs] == [
+        'float', 'fake-quant', 'reloaded', 'folded', 'onnxruntime', 'openvino'
+    ]  # fmt: skip
+    assert first_fault(rungs) is None
+    for rung in rungs[2:]:
+        assert len(rung.layers) == 6 and min(rung.layers.values()) > 60
+
+
+def test_every_quantizer_of_an_activation_is_found_in_the_file(work):
+    cut, path = work
+    points = list(torch_points(cut, 'quant'))
+    assert 'concat._input_quantizer#2' in points and len(points) == 6
+    assert sorted(points_of(onnx.load(path), points).values()) == sorted(points)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'part', 'index', 'layer'),
+    [
+        ('QuantizeLinear', '/down.0/_input_quantizer', 1, 'down.0'),
+        ('DequantizeLinear', '/up.0/_input_quantizer', 1, 'up.0'),
+        ('DequantizeLinear', '/up.0/_weight_quantizer', 1, 'up.0'),
+        ('QuantizeLinear', '/last/_input_quantizer', 1, 'last'),
+    ],
+)
+def test_a_scale_that_is_five_percent_off_is_named(work, tmp_path, kind, part, index, layer):
+    cut, path = work
+    name = node(path, kind, part)
+    broken = changed(path, tmp_path, name, index, lambda v: (v * 1.05).astype(v.dtype))
+    first = first_fault(climb(cut, copy.deepcopy(cut.module), broken, ENGINES))
+    assert first.stage == 'onnxruntime' and first.fault.startswith(f'{layer}:'), first
+
+
+def test_one_weight_is_named(work, tmp_path):
+    cut, path = work
+
+    def change(weight):
+        weight = weight.copy()
+        weight[3, 5, 1, 1] = np.abs(weight[3]).max() * np.where(weight[3, 5, 1, 1] > 0, -1, 1)
+        return weight
+
+    name = node(path, 'QuantizeLinear', '/down.0/_weight_quantizer')
+    broken = changed(path, tmp_path, name, 0, change)
+    first = first_fault(climb(cut, copy.deepcopy(cut.module), broken, ENGINES))
+    assert first.stage == 'onnxruntime' and first.fault.startswith('down.0:'), first
+
+
+def test_what_a_checkpoint_does_not_hold_is_found_at_reloading(work):
+    cut, path = work
+    other = copy.deepcopy(cut.module)
+    with torch.no_grad():
+        other.up[0].bias[2] += 0.1
+    first = first_fault(climb(cut, other, path, {}))
+    assert first.stage == 'reloaded' and first.fault.startswith('up.0:'), first
+
+
+def test_an_engine_that_is_only_wrong_as_a_whole_is_told_apart(work):
+    cut, path = work
+
+    class Broken(ONNXRuntime):
+        def __call__(self, inputs):
+            outputs = super().__call__(inputs)
+            return {**outputs, 'y': outputs['y'] * (1 if len(inputs) > 1 else 1.5)}
+
+    first = first_fault(climb(cut, copy.deepcopy(cut.module), path, dict(broken=Broken)))
+    assert first.stage == 'broken' and 'only the whole' in first.fault
+
+
+def test_a_float_file_has_outputs_to_compare_only(work, tmp_path):
+    cut, _ = work
+    path = tmp_path / 'float.onnx'
+    export_onnx(cut.module, list(cut.inputs.values()), path, ['x'], ['y'], quantized=False)
+    rungs = climb(cut, copy.deepcopy(cut.module), path, ENGINES, quantized=False)
+    assert [r.stage for r in rungs] == ['float', 'reloaded', 'folded', 'onnxruntime', 'openvino']
+    assert first_fault(rungs) is None and all(r.layers == {} for r in rungs)
+
+
+@pytest.mark.parametrize(
+    ('node_name', 'module'),
+    [
+        ('/a/a.0/conv/_input_quantizer/QuantizeLinear', 'a.0.conv._input_quantizer'),
+        ('/a/a.1/a.1.2/QuantizeLinear_1', 'a.1.2'),
+        ('Conv_7', ''),
+    ],
+)
+def test_names_of_nodes_are_names_of_modules(node_name, module):
+    assert module_name(node_name) == module

@@ -1,0 +1,206 @@
+"""tools/calibrate.py: interrupted, in several processes, with warnings, until stable."""
+
+import copy
+import json
+import pickle
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmdet3d_quant import CalibrationError
+from mmdet3d_quant.calibration import ResumeError, observe
+from mmdet3d_quant.data.samples import make_frame
+from mmdet3d_quant.files.checkpoint import read_checkpoint
+from mmdet3d_quant.runs.from_config import ConfigError
+from tests.small import ROOT, save_float, small_config
+
+sys.path.insert(0, str(ROOT / 'tools'))
+import calibrate  # noqa: E402
+
+from mmdet3d_quant.core.compat import strict_zip
+
+COUNT = 6
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{root!r}, {tools!r}]
+import calibrate
+from mmdet3d_quant.calibration import observe, resume
+resume.INTERVAL = 0.0
+forward, seen = observe.run, []
+def killed(model, batch):
+    if len(seen) == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen.append(1)
+    return forward(model, batch)
+observe.run = killed
+calibrate.main({argv!r})
+"""
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    """A config with six different frames, float weights, and a calibrated checkpoint."""
+    folder = tmp_path_factory.mktemp('calibrate')
+    small_config(make_frame(folder / 'frame'), folder / 'int8.py')
+    save_float(folder / 'int8.py', folder / 'float.pth')
+    path = folder / 'frame/frame.pkl'
+    info = pickle.loads(path.read_bytes())
+    frames = [copy.deepcopy(info['data_list'][0]) for _ in range(COUNT)]
+    for i, frame in enumerate(frames):  # the same images from other cameras are other data
+        frame['sample_idx'] = i
+        paths = [image['img_path'] for image in frame['images'].values()]
+        for image, file in strict_zip(frame['images'].values(), paths[i:] + paths[:i]):
+            image['img_path'] = file
+    path.write_bytes(pickle.dumps(dict(info, data_list=frames)))
+    calibrate.main(arguments(folder, folder / 'whole.pth'))
+    return folder
+
+
+def arguments(work, out, *more):
+    return [str(a) for a in (work / 'int8.py', work / 'float.pth', '--out', out, *more)]
+
+
+def equal(one, other):
+    ours, theirs = (read_checkpoint(path)['state_dict'] for path in (one, other))
+    assert ours.keys() == theirs.keys() and any(k.endswith('_amax') for k in ours)
+    return all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_killed_at_any_batch_it_goes_on_to_the_same_result(work, tmp_path):
+    out, at = tmp_path / 'out.pth', random.randint(1, COUNT - 1)
+    script = KILLED.format(
+        root=str(ROOT), tools=str(ROOT / 'tools'), at=at, argv=arguments(work, out)
+    )
+    killed = subprocess.run([sys.executable, '-c', script], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists() and (tmp_path / 'out.pth.partial/rank0.pth').is_file()
+    with pytest.raises(ResumeError, match='--resume'):
+        calibrate.main(arguments(work, out))
+    calibrate.main(arguments(work, out, '--resume'))
+    assert equal(out, work / 'whole.pth'), f'killed at batch {at}'
+    assert not (tmp_path / 'out.pth.partial').exists()
+
+
+def test_ctrl_c_saves_whatever_the_clock_says(work, tmp_path, monkeypatch, capsys):
+    out, forward, seen = tmp_path / 'out.pth', observe.run, []
+
+    def interrupted(model, batch):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return forward(model, batch)
+
+    monkeypatch.setattr(observe, 'run', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.main(arguments(work, out))
+    monkeypatch.setattr(observe, 'run', forward)
+    capsys.readouterr()
+    calibrate.main(arguments(work, out, '--resume', '--method', 'mse'))
+    assert 'Going on after 4 batches' in capsys.readouterr().out
+    assert equal(out, work / 'whole.pth')
+
+
+@pytest.mark.parametrize(
+    'count, method',
+    [(2, 'auto'), *(pytest.param(4, m, marks=pytest.mark.slow) for m in ('auto', 'mse'))],
+)
+def test_several_processes_find_the_ranges_of_one(count, method, work, tmp_path):
+    one, many = tmp_path / 'one.pth', tmp_path / 'many.pth'
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun does; the last bit of sums depends on it
+    calibrate.main(arguments(work, one, '--method', method))
+    torch.set_num_threads(threads)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(count)]
+    launch += ['--master-port', str(random.randint(20000, 40000)), 'tools/calibrate.py']
+    launch += arguments(work, many, '--method', method, '--launcher', 'pytorch')
+    found = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    assert f'{count} processes' in flat(found.stdout) and found.stdout.count('Wrote') == 1
+    assert equal(one, many)
+
+
+def flat(text):
+    """Text without the console's line breaks."""
+    return ' '.join(text.split())
+
+
+def test_auto_tells_what_won_and_holds_batches_out(work, tmp_path, capsys):
+    calibrate.main(
+        arguments(work, tmp_path / 'o.pth', '--method', 'max', '--method', 'img_neck=auto')
+    )
+    out = flat(capsys.readouterr().out)
+    assert 'up to 5 of the batches' in out and '1 more held out' in out
+    assert (tmp_path / 'o.html').is_file() and (tmp_path / 'o.json').is_file()
+    with pytest.raises(ValueError, match='at least 2 batches'):
+        calibrate.main(
+            arguments(work, tmp_path / 'p.pth', '--method', 'auto', '--num-batches', '1')
+        )
+
+
+def test_until_stable_stops_early(work, tmp_path):
+    out = tmp_path / 'o.pth'
+    calibrate.main(arguments(work, out, '--until-stable', '0.9'))
+    assert read_checkpoint(out)['meta']['calibration']['num_batches'] == 4
+
+
+def test_evaluation_data_are_warned_of_and_with_strict_refused(work, tmp_path, capsys):
+    out = tmp_path / 'o.pth'
+    with pytest.raises(CalibrationError, match='evaluate.*--strict'):
+        calibrate.main(arguments(work, out, '--strict'))
+    assert not out.exists()
+    capsys.readouterr()
+    calibrate.main(arguments(work, out))
+    assert 'warning' in capsys.readouterr().out
+
+
+def test_the_config_holds_methods_and_the_command_line_overrides(work, tmp_path, capsys):
+    options = ['--cfg-options', 'calibration.method=max', 'calibration.overrides.pts_neck=mse']
+    methods = ['--method', 'pts_backbone=entropy', '--weights', 'mse']
+    calibrate.main(arguments(work, tmp_path / 'o.pth', *methods, *options))
+    expected = 'method max, pts_neck=mse, pts_backbone=entropy, weights=mse'
+    assert expected in flat(capsys.readouterr().out)
+    with pytest.raises(ConfigError, match='unknown entries speed'):
+        calibrate.main(arguments(work, tmp_path / 'p.pth', '--cfg-options', 'calibration.speed=1'))
+    with pytest.raises(ValueError, match='fits no activation quantizer'):
+        calibrate.main(arguments(work, tmp_path / 'p.pth', '--method', 'head=max'))
+
+
+def test_sparse_layers_are_reported_by_distance(work, tmp_path, capsys):
+    """The LiDAR encoder quantizes by its type alone, from the same float checkpoint."""
+    options = ['--cfg-options', 'model.pts_middle_encoder.type=QuantBEVFusionSparseEncoder']
+    methods = ['--num-batches', '2', '--method', 'pts_middle_encoder=percentile:99.99']
+    calibrate.main(arguments(work, tmp_path / 'o.pth', *methods, *options))
+    told = flat(capsys.readouterr().out)
+    assert 'Sparse layers near, middle, far: SQNR' in told and 'conv_input.0' in told
+    facts = json.loads((tmp_path / 'o.json').read_text())
+    chosen = {r['name']: r for r in facts['ranges'] if r['name'].startswith('pts_middle_encoder')}
+    assert {r['method'] for r in chosen.values()} == {'percentile:99.99'}
+    convs = sorted((r['order'], name) for name, r in chosen.items() if '.add.' not in name)
+    assert [s['name'] for s in facts['strata']] == [name for _, name in convs]
+    assert len(convs) > 10
+    assert all(s['amax'] == chosen[s['name']]['amax'] for s in facts['strata'])
+    assert all(sum(b['num_voxels'] for b in s['bands']) > 0 for s in facts['strata'])
+    assert 'Near and far' in (tmp_path / 'o.html').read_text()
+    assert json.loads((work / 'whole.json').read_text())['strata'] == []
+
+
+def test_the_place_of_the_sensor_is_read_from_the_config():
+    def config(**preprocessor):
+        return Config(dict(model=dict(data_preprocessor=preprocessor)))
+
+    kitti = dict(voxel_layer=dict(point_cloud_range=[0, -40, -3, 70.4, 40, 1]))
+    nuscenes = dict(voxelize_cfg=dict(point_cloud_range=[-54, -54, -5, 54, 54, 3]))
+    assert calibrate.sensor_of(config(**kitti)) == (0, 0.5)
+    assert calibrate.sensor_of(config(**nuscenes)) == calibrate.sensor_of(config()) == (0.5, 0.5)
+
+
+def test_a_launcher_that_did_not_start_this_is_named(work, tmp_path, monkeypatch):
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="--launcher pytorch: 'RANK' is not in the environment"):
+        calibrate.main(arguments(work, tmp_path / 'o.pth', '--launcher', 'pytorch'))

@@ -1,0 +1,157 @@
+"""tools/test_onnx.py and tools/parity.py: exported files of the trained tiny BEVFusion."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from mmdet3d_quant.check.detector import manifest_problems, read_manifest
+from mmdet3d_quant.check.probes import module_name
+from mmdet3d_quant.export import ExportError
+from mmdet3d_quant.files.checkpoint import CheckpointError
+from tests.small import ROOT
+from tests.tools.test_train_tools import write_config
+
+sys.path.insert(0, str(ROOT / 'tools'))
+import calibrate  # noqa: E402
+import export_onnx  # noqa: E402
+import parity  # noqa: E402
+
+TRAINED = ROOT / 'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth'
+KEY = 'NuScenes metric/pred_instances_3d_NuScenes/'
+
+
+def tool():
+    spec = importlib.util.spec_from_file_location('tool_test_onnx', ROOT / 'tools/test_onnx.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TEST_ONNX = tool()
+
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory, tiny_nuscenes):
+    """The trained tiny model, calibrated on a frame, and its INT8 files in ``int8``."""
+    folder = tmp_path_factory.mktemp('deployed')
+    base = 'bevfusion_tiny_lidar-cam_int8_synthetic'
+    config, int8 = write_config(folder / 'int8.py', base, tiny_nuscenes), folder / 'int8.pth'
+    calibrate.main([str(a) for a in (config, TRAINED, '--out', int8, '--num-batches', 2)])
+    export_onnx.main([str(a) for a in (config, int8, '--out-dir', folder / 'int8', '--no-verify')])
+    return folder
+
+
+def run(work, *args):
+    command = [
+        work / 'int8.py',
+        work / 'int8.pth',
+        work / 'int8',
+        '--work-dir',
+        work / 'run',
+        *args,
+    ]
+    return TEST_ONNX.main([str(a) for a in command])
+
+
+def scores(found):
+    return {name: found[KEY + name] for name in ('mAP', 'NDS')}
+
+
+@pytest.fixture(scope='module')
+def whole(work):
+    """Scores of the files, and what the tool prints beside the fake-quantized model."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        found = scores(run(work, '--fake-quant'))
+    return found, out.getvalue()
+
+
+def test_files_score_what_the_fake_quantized_model_scores(whole):
+    found, shown = whole
+    assert found['mAP'] > 0.1  # it does find things
+    row = next(line for line in shown.splitlines() if ' mAP ' in line).replace('│', ' ').split()
+    assert float(row[1]) == pytest.approx(found['mAP'], abs=1e-4)
+    assert abs(float(row[3])) < 0.03  # two frames: a box more or less counts
+
+
+@pytest.mark.slow
+def test_broken_scales_cost_score(work, whole):
+    """The scores are those of the files, not of the model beside them."""
+    kept = (work / 'int8/fuser.onnx').read_bytes()
+    model = onnx.load_from_string(kept)
+    scales = {
+        node.input[1]
+        for node in model.graph.node
+        if node.op_type == 'QuantizeLinear' and re.search('neck.*_input_quantizer', node.name)
+    }
+    for node in model.graph.node:
+        if node.op_type == 'Constant' and node.output[0] in scales:
+            value = numpy_helper.to_array(node.attribute[0].t)
+            node.attribute[0].t.CopyFrom(numpy_helper.from_array(value * np.float32(300)))
+    try:
+        onnx.save(model, work / 'int8/fuser.onnx')
+        with pytest.raises(ExportError, match='fuser.onnx was changed after it was exported'):
+            run(work)
+        assert scores(run(work, '--force'))['mAP'] < whole[0]['mAP'] / 2
+    finally:
+        (work / 'int8/fuser.onnx').write_bytes(kept)
+
+
+@pytest.mark.slow
+def test_the_lidar_file_runs_too(work, whole):
+    assert scores(run(work, '--scn'))['mAP'] == pytest.approx(whole[0]['mAP'], abs=0.05)
+
+
+def test_files_of_another_checkpoint_are_refused(work, tmp_path):
+    with pytest.raises(ExportError, match='another checkpoint .*int8.pth.*--force'):
+        TEST_ONNX.main([str(a) for a in (work / 'int8.py', TRAINED, work / 'int8')])
+    manifest = read_manifest(work / 'int8')
+    assert manifest_problems(manifest, work / 'int8', work / 'int8.pth') == []
+    assert len(manifest_problems(manifest, tmp_path, work / 'int8.pth')) == len(manifest['files'])
+
+
+def test_folders_and_checkpoints_that_are_none_are_errors(work, tmp_path):
+    def main(checkpoint, folder):
+        TEST_ONNX.main([str(a) for a in (work / 'int8.py', checkpoint, folder)])
+
+    with pytest.raises(ExportError, match='manifest.json does not exist; make the folder with'):
+        main(work / 'int8.pth', tmp_path)
+    (tmp_path / 'manifest.json').write_text(json.dumps(dict(files=3)))
+    with pytest.raises(ExportError, match='damaged'):
+        main(work / 'int8.pth', tmp_path)
+    with pytest.raises(CheckpointError, match='does not exist'):
+        main(tmp_path / 'none.pth', work / 'int8')
+
+
+def test_parity_finds_nothing_and_then_what_was_broken(work, tmp_path, capsys):
+    args = [work / 'int8.py', work / 'int8.pth', work / 'int8', '--files', 'fuser']
+    assert parity.main([str(a) for a in (*args, '--json', tmp_path / 'p.json')]) == 0
+    assert 'All steps agree' in capsys.readouterr().out
+    rungs = json.loads((tmp_path / 'p.json').read_text())
+    assert [r['stage'] for r in rungs][-2:] == ['onnxruntime', 'openvino']
+    for name in ('manifest.json', 'fuser.onnx'):
+        (tmp_path / name).write_bytes((work / 'int8' / name).read_bytes())
+    model = onnx.load(tmp_path / 'fuser.onnx')
+    conv = [n for n in model.graph.node if n.op_type == 'Conv'][2]
+    bias = next(i for i in model.graph.initializer if i.name == conv.input[2])
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 0.2, bias.name))
+    onnx.save(model, tmp_path / 'fuser.onnx')
+    args[2] = tmp_path
+    assert parity.main([str(a) for a in args]) == 1
+    shown = ' '.join(capsys.readouterr().out.split())
+    named = module_name(conv.name)
+    assert f'Numbers part at onnxruntime, fuser: {named}' in shown, shown[-500:]
+
+
+def test_parity_of_no_file_is_an_error(work):
+    args = [work / 'int8.py', work / 'int8.pth', work / 'int8', '--files', 'nothing']
+    with pytest.raises(ExportError, match='no file of the detector is among nothing'):
+        parity.main([str(a) for a in args])
