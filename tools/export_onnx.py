@@ -19,7 +19,7 @@ from mmdet3d_quant.check.verify import Agreement, verify
 from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.export import capture_inputs, export_suite, generate_inputs
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
-from mmdet3d_quant.export.targets import TARGETS
+from mmdet3d_quant.export.targets import DEFAULT, TARGETS
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.provenance import provenance
 
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--target',
         choices=sorted(TARGETS),
-        default='tensorrt',
+        default=DEFAULT,
         help='engine that the files are for; openvino takes unsigned activations, tensorrt does '
         'not; default: %(default)s',
     )

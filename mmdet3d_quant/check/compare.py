@@ -10,7 +10,7 @@ import numpy as np
 
 from mmdet3d_quant.check.verify import align, sqnr
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.engines import Arrays, Engine, OpenVINO, make_engine, race
+from mmdet3d_quant.engines import Arrays, Engine, make_engine, race
 
 #: Inputs that are not normally distributed: depths are few and positive, maps come from a ReLU.
 SPARSE, RECTIFIED = ('depth',), ('camera', 'lidar', 'feat_in', 'middle')
@@ -95,7 +95,7 @@ def compare(
             list(seconds),
             _closeness(reference, outputs[name]),
             _size(files[name]),
-            _int8(made[name]),
+            made[name].int8_convolutions(),
             memory(name) if memory else None,
         )
         for name, seconds in strict_zip(files, strict_zip(*times))
@@ -114,16 +114,11 @@ def _outputs(engine: Engine, samples: Arrays) -> list[Arrays]:
 
 def _closeness(reference: list[Arrays], found: list[Arrays]) -> dict[str, float]:
     """SQNR by output over all samples."""
-    if 'reg' in reference[0]:  # a head: its queries have no order of their own
-        found = [align(there, here) for there, here in strict_zip(reference, found)]
+    found = [align(there, here) for there, here in strict_zip(reference, found)]
     return {
         name: sqnr(np.stack([r[name] for r in reference]), np.stack([f[name] for f in found]))
         for name in reference[0]
     }
-
-
-def _int8(engine: Engine) -> tuple[int, int] | None:
-    return engine.int8_convolutions() if isinstance(engine, OpenVINO) else None
 
 
 def _size(path: Path) -> float:

@@ -132,8 +132,7 @@ def climb(
     for stage, step in steps.items():
         tell(stage)
         run = step()
-        if 'reg' in first:  # a head: its queries have no order of their own
-            run = Run(align(first, run.outputs), run.layers)
+        run = Run(align(first, run.outputs), run.layers)
         to_previous = {n: sqnr(last.outputs[n], run.outputs[n]) for n in cut.output_names}
         to_float = {n: sqnr(first[n], run.outputs[n]) for n in cut.output_names}
         names = [n for n in makers if n in last.layers and n in run.layers]

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.modes import set_mode
 from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
-from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.cuts import HEAD_OUTPUTS, Cut
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement
     arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
     reference, engine = ONNXRuntime(path)(arrays), OpenVINO(path)
     result, convs = engine(arrays), engine.int8_convolutions()
-    if 'reg' in expected:
-        reference, result = align(expected, reference), align(expected, result)
+    reference, result = align(expected, reference), align(expected, result)
     return [
         Agreement(
             cut.name,
@@ -105,12 +104,15 @@ def align(expected: Arrays, found: Arrays) -> Arrays:
     engines order them differently.
 
     Args:
-        expected: Outputs of ``head.bbox``, (1, channels, P) each.
+        expected: Outputs of a cut, by name; of ``head.bbox`` (1, channels, P) each.
         found: The same of another run.
 
     Returns:
-        ``found``, with the query of most equal class and place for each one of ``expected``.
+        Arrays by name: of a head, ``found`` with the query of most equal class and place for each
+        one of ``expected``; of any other cut, ``found`` as it is.
     """
+    if not set(HEAD_OUTPUTS[:-1]) <= expected.keys():
+        return found
 
     def place(run: Arrays) -> np.ndarray:
         return np.concatenate([run['reg'][0].T, 1e3 * (run['score'][0] > 0).T], axis=1)

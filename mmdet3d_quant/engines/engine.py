@@ -20,7 +20,13 @@ class Engine(Protocol):
 
     input_shapes: dict[str, tuple[Any, ...]]
 
-    def __call__(self, inputs: Arrays) -> Arrays: ...
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Runs the graph once."""
+        ...
+
+    def int8_convolutions(self) -> tuple[int, int] | None:
+        """Convolutions that run in INT8, and all; None where the engine does not tell."""
+        ...
 
 
 def latency(engine: Engine, inputs: Arrays, runs: int = 10) -> float:

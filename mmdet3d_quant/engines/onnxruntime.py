@@ -38,3 +38,6 @@ class ONNXRuntime:
         check_inputs(inputs, self.input_shapes)
         names = [out.name for out in self._session.get_outputs()]
         return dict(strict_zip(names, self._session.run(names, inputs)))
+
+    def int8_convolutions(self) -> None:
+        """None: ONNX Runtime does not tell."""

@@ -68,6 +68,9 @@ class TensorRT:
         outputs = [n for n in self._buffers if n not in self.input_shapes]
         return {n: self._buffers[n].cpu().numpy() for n in outputs}
 
+    def int8_convolutions(self) -> None:
+        """None: not asked here; ``trtexec --exportLayerInfo`` tells."""
+
 
 def _build(path: str | Path, logger: Any) -> bytes:
     """An ONNX file as a serialized engine."""

@@ -13,6 +13,10 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import set_mode
 
 
+#: Outputs of ``head.bbox``, in CUDA-BEVFusion's names and order; the last one is optional.
+HEAD_OUTPUTS = ('score', 'rot', 'dim', 'reg', 'height', 'vel')
+
+
 @dataclass(frozen=True)
 class Cut:
     """A part of a detector that becomes one ONNX file.
@@ -58,18 +62,22 @@ class Fuser(nn.Module):
     ``forward(camera, lidar)``: ``camera`` is (B, Cc, X, Y), ``lidar`` (B, Cl, X, Y); returns
     ``middle`` (B, C, X, Y). A detector with one sensor has nothing to fuse, and only its map.
 
-    A map whose maker ends in a ReLU passes one more, which changes nothing: it lets an engine see
-    in this file alone that it may round the map to unsigned integers.
+    A map whose maker declares it ``rectified`` passes one more ReLU, which changes
+    nothing: it lets an engine see in this file alone that it may round the map to unsigned integers.
 
     Attributes:
         sensors: Names of the maps, in order.
-        rectified: Whether each map is rectified.
+        rectified: Whether each map is never negative, as its maker declares.
     """
 
     def __init__(self, detector: nn.Module):
         super().__init__()
         self.sensors = fused_sensors(detector)
-        self.rectified = tuple(_ends_rectified(detector, sensor) for sensor in self.sensors)
+        makers = dict(camera='view_transform', lidar='pts_middle_encoder')
+        self.rectified = tuple(
+            getattr(getattr(detector, makers[sensor], None), 'rectified', False)
+            for sensor in self.sensors
+        )
         self.fusion_layer = getattr(detector, 'fusion_layer', None)
         self.pts_backbone = detector.pts_backbone
         self.pts_neck = getattr(detector, 'pts_neck', None)
@@ -89,16 +97,6 @@ def fused_sensors(detector: nn.Module) -> tuple[str, ...]:
     return ('camera',) if getattr(detector, 'view_transform', None) is not None else ('lidar',)
 
 
-def _ends_rectified(detector: nn.Module, sensor: str) -> bool:
-    """Whether the last step that makes a sensor's map is a ReLU."""
-    if sensor == 'camera':
-        maker = detector.view_transform.downsample
-    else:
-        maker = getattr(getattr(detector, 'pts_middle_encoder', None), 'conv_out', None)
-    steps = [m for m in maker.modules() if not [*m.children()]] if maker is not None else []
-    return bool(steps) and isinstance(steps[-1], nn.ReLU)
-
-
 class Head(nn.Module):
     """The map to boxes in cells, by query.
 
@@ -109,9 +107,12 @@ class Head(nn.Module):
     def __init__(self, detector: nn.Module):
         super().__init__()
         self.bbox_head = detector.bbox_head
+        has_velocity = hasattr(self.bbox_head.prediction_heads[0], 'vel')
+        self.output_names = HEAD_OUTPUTS if has_velocity else HEAD_OUTPUTS[:-1]
 
     def forward(self, middle: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.bbox_head.scored(self.bbox_head.forward_single(middle)[0]).values())
+        outputs = self.bbox_head.scored(self.bbox_head.forward_single(middle)[0])
+        return tuple(outputs[name] for name in self.output_names)
 
 
 def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
@@ -157,9 +158,8 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
         add('fuser', Fuser(detector), fused_sensors(detector), ('middle',))
     head = _exported_head(detector)
     if head is not None:
-        regressed = ('vel',) if hasattr(head.prediction_heads[0], 'vel') else ()
-        outputs = ('score', 'rot', 'dim', 'reg', 'height', *regressed)
-        add('head.bbox', Head(detector), ('middle',), outputs)
+        module = Head(detector)
+        add('head.bbox', module, ('middle',), module.output_names)
     return cuts
 
 

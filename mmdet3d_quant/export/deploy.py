@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdet3d_quant.core.compat import removesuffix
+from mmdet3d_quant.export.targets import target_of
 
 #: What a file is, by stem; files of other names have their tensors to tell.
 ROLES = {
@@ -174,13 +175,13 @@ def readme(manifest: Mapping[str, Any]) -> str:
     Args:
         manifest: Of the folder, with ``files``, ``target`` and ``precision``.
     """
-    tensorrt = manifest['target'] == 'tensorrt'
-    rows = [f'| file | what it does | inputs | outputs |{" flags |" if tensorrt else ""}']
-    rows.append('|---|---|---|---|' + ('---|' if tensorrt else ''))
+    built = target_of(manifest['target']).script
+    rows = [f'| file | what it does | inputs | outputs |{" flags |" if built else ""}']
+    rows.append('|---|---|---|---|' + ('---|' if built else ''))
     for name, entry in manifest['files'].items():
         role = ROLES.get(removesuffix(name, '.onnx'), '')
         row = f'| `{name}` | {role} | {_tensors(entry["inputs"])} | {_tensors(entry["outputs"])} |'
-        if tensorrt:
+        if built:
             flags = f'`{" ".join(precision_flags(entry))}`' if is_built(entry) else 'none'
             row += f' {flags} |'
         rows.append(row)
@@ -200,7 +201,7 @@ def readme(manifest: Mapping[str, Any]) -> str:
         '```',
         '',
     ]
-    if tensorrt:
+    if built:
         lines += [
             '## Build',
             '',

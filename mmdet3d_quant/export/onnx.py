@@ -23,7 +23,7 @@ from mmdet3d_quant.export.passes import (
     to_half,
     to_opset,
 )
-from mmdet3d_quant.export.targets import TARGET_KEY, target_of
+from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, target_of
 from mmdet3d_quant.export.tracing import TORCH_OPSET, trace
 from mmdet3d_quant.export.unsigned import to_unsigned
 from mmdet3d_quant.files.outputs import whole
@@ -46,7 +46,7 @@ def export_onnx(
     output_names: Sequence[str],
     opset_version: int = 17,
     quantized: bool = True,
-    target: str = 'tensorrt',
+    target: str = DEFAULT,
     dynamic_batch: bool = False,
     weights: str = 'float',
     fp16: bool = False,

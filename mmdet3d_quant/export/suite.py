@@ -15,6 +15,7 @@ from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
 from mmdet3d_quant.export.manifest import describe_graph, describe_scales
 from mmdet3d_quant.export.onnx import ExportError, export_onnx
+from mmdet3d_quant.export.targets import DEFAULT, target_of
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files.outputs import sha256, whole_folder
 
@@ -30,7 +31,7 @@ def export_suite(
     quantized: bool = True,
     opset_version: int = 17,
     tell: Callable[[str], None] = print,
-    target: str = 'tensorrt',
+    target: str = DEFAULT,
     only: Collection[str] = (),
     fp16: bool = False,
     **options: Any,
@@ -65,7 +66,8 @@ def export_suite(
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
     cuts = bevfusion_cuts(detector, inputs)
-    encoder = getattr(detector, 'pts_middle_encoder', None) if target == 'tensorrt' else None
+    wants = target_of(target)
+    encoder = getattr(detector, 'pts_middle_encoder', None) if wants.libspconv else None
     stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])
     if not stems:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
@@ -118,7 +120,7 @@ def export_suite(
         there = Path(out_dir) / README
         if not there.is_file() or there.read_text(errors='replace').startswith(TITLE):
             (folder / README).write_text(readme(manifest))
-        if target == 'tensorrt':
+        if wants.script:
             (folder / SCRIPT).write_text(build_script(manifest))
             (folder / SCRIPT).chmod(0o755)
     return exported, manifest

@@ -14,14 +14,22 @@ class Target:
         unsigned: Whether activations may be UINT8 (zero point 0). A tensor that is never negative
             then has twice as many steps in the same range, ``amax / 255`` instead of
             ``amax / 127``.
+        libspconv: Whether the set has the sparse LiDAR encoder, as libspconv reads it.
+        script: Whether the set has ``build_engines.sh``.
     """
 
     name: str
-    unsigned: bool
+    unsigned: bool = False
+    libspconv: bool = False
+    script: bool = False
 
 
-#: By name. TensorRT takes signed INT8 only.
-TARGETS = {t.name: t for t in (Target('tensorrt', False), Target('openvino', True))}
+#: By name; the first is the default.
+TARGETS = {
+    t.name: t
+    for t in (Target('tensorrt', libspconv=True, script=True), Target('openvino', unsigned=True))
+}
+DEFAULT = next(iter(TARGETS))
 #: Key of the target's name in a file's ``metadata_props``.
 TARGET_KEY = 'mmdet3d_quant.target'
 

@@ -39,7 +39,10 @@ class PortableSparseEncoder(SparseEncoder):
         convs: Types of convolutions that mmdet3d names, and what is built for each.
         block: Type of the residual blocks; takes the arguments of ``SparseBasicBlock``.
         height_axis: Axis of the grid that points up. The last convolution squeezes it.
+        rectified: Whether the map is never negative: it comes out of a ReLU.
     """
+
+    rectified: ClassVar[bool] = True
 
     convs: ClassVar[Mapping[str, type]] = _CONVS
     block: ClassVar[type] = SparseBasicBlock

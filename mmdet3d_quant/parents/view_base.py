@@ -33,6 +33,7 @@ class ViewTransform(nn.Module):
         bx: Centre of the first cell; float32 (3,).
         nx: Number of cells; int64 (3,).
         frustum: Pixel column, pixel row and depth of each bin; float32 (D, fH, fW, 3).
+        rectified: Whether the map is never negative: with ``downsample=2`` it comes out of a ReLU.
 
     Raises:
         ValueError: If ``downsample`` is neither 1 nor 2, or 2 with more than one cell along z.
@@ -75,6 +76,7 @@ class ViewTransform(nn.Module):
             )
         take_derived_from_config(self)
         self._build()
+        self.rectified = downsample == 2
         self.downsample = self._downsample(out_channels) if downsample == 2 else nn.Identity()
 
     def _frustum(self) -> Tensor:

@@ -13,7 +13,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import NodeProto, numpy_helper
 
-from mmdet3d_quant.export.targets import TARGET_KEY, target_of
+from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, target_of
 
 #: Convolutions, and the axis of their weight that indexes output channels.
 LAYERS = {'Conv': 0, 'ConvTranspose': 1}
@@ -62,7 +62,7 @@ class Graph:
     """
 
     def __init__(self, model: onnx.ModelProto, target: str | None = None) -> None:
-        said = {p.key: p.value for p in model.metadata_props}.get(TARGET_KEY, 'tensorrt')
+        said = {p.key: p.value for p in model.metadata_props}.get(TARGET_KEY, DEFAULT)
         self.target = target_of(target or said)
         self.graph = model.graph
         self.nodes = [n for n in model.graph.node if n.op_type != 'Constant']
