@@ -1,15 +1,17 @@
 """Post-training calibration."""
 
-from mmdet3d_quant.calibration.calibrator import (
-    CalibratedRange,
-    Calibration,
-    CalibrationError,
-    Calibrator,
-    calibrate,
-)
+from mmdet3d_quant.calibration.calibrate_model import calibrate
+from mmdet3d_quant.calibration.calibrator import Calibrator
 from mmdet3d_quant.calibration.health import Health
 from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.calibration.plan import Plan
+from mmdet3d_quant.calibration.result import (
+    CalibratedRange,
+    Calibration,
+    CalibrationError,
+    Choice,
+    Correction,
+)
 from mmdet3d_quant.calibration.resume import Progress, ResumeError
 from mmdet3d_quant.calibration.stability import Look, Stability
 from mmdet3d_quant.calibration.strata import Band, Strata, by_distance
@@ -20,6 +22,8 @@ __all__ = [
     'Calibration',
     'CalibrationError',
     'Calibrator',
+    'Choice',
+    'Correction',
     'Health',
     'Look',
     'Plan',

@@ -8,8 +8,7 @@ arithmetic, whose rounding decides between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Union
 
 import numpy as np
 import torch
@@ -37,6 +36,10 @@ class Bins(NamedTuple):
 
     counts: np.ndarray
     edges: np.ndarray
+
+
+#: Ranges of histograms: all of one method, each with its grid, on a device.
+Search = Callable[[List[Bins], Method, List[QuantSpec], Device], List[float]]
 
 
 def search_amax(
@@ -97,29 +100,36 @@ def search_many(
             numbers of specs, counts or edges do not fit, or if the edges are not equally spaced.
     """
     method = Method.parse(method)
-    if method.name == 'auto':
-        raise ValueError('expected max, percentile, entropy or mse for a histogram, got auto')
+    if method.name not in SEARCHES:
+        raise ValueError(f'expected {", ".join(SEARCHES)} for a histogram, got {method.name}')
     bins = [_checked(counts, edges) for counts, edges in histograms]
     spec = QuantSpec() if spec is None else spec
     specs = [spec] * len(bins) if isinstance(spec, QuantSpec) else list(spec)
     if len(specs) != len(bins):
         raise ValueError(f'expected one spec per histogram ({len(bins)}), got {len(specs)}')
-    if method.name == 'percentile':
-        return [_percentile(b, method.percentile) for b in bins]
-    result = [float(b.edges[-1]) for b in bins]
-    if method.name == 'max':
+    return SEARCHES[method.name](bins, method, specs, device)
+
+
+def _max(bins: list[Bins], *_: Any) -> list[float]:
+    """Upper edge of the last bin."""
+    return [float(b.edges[-1]) for b in bins]
+
+
+def _by_grid(search: Callable[[list[Bins], int, Device], list[float]]) -> Search:
+    """A search of many histograms that share grid and origin, for any histograms."""
+
+    def run(bins: list[Bins], method: Method, specs: list[QuantSpec], device: Device):
+        result = _max(bins)  # what has no candidates keeps all
+        groups: dict[tuple[int, float], list[int]] = {}
+        for i, b in enumerate(bins):
+            if len(b.counts) > _START_BIN and b.edges[-1] > b.edges[0]:
+                groups.setdefault((specs[i].qmax, _origin(b)), []).append(i)
+        for (qmax, _), members in groups.items():
+            for i, amax in strict_zip(members, search([bins[i] for i in members], qmax, device)):
+                result[i] = amax
         return result
 
-    search = _mse if method.name == 'mse' else _entropy
-    groups: dict[tuple[int, float], list[int]] = {}
-    for i, b in enumerate(bins):
-        if len(b.counts) > _START_BIN and b.edges[-1] > b.edges[0]:
-            origin = _origin(b) if method.name == 'mse' else 0.0
-            groups.setdefault((specs[i].qmax, origin), []).append(i)
-    for (qmax, _), members in groups.items():
-        for i, amax in strict_zip(members, search([bins[i] for i in members], qmax, device)):
-            result[i] = amax
-    return result
+    return run
 
 
 def _checked(counts: np.ndarray, edges: np.ndarray) -> Bins:
@@ -136,6 +146,10 @@ def _checked(counts: np.ndarray, edges: np.ndarray) -> Bins:
 def _origin(bins: Bins) -> float:
     """Where the first bin starts, in units of a bin's width."""
     return float(bins.edges[0] * len(bins.counts) / (bins.edges[-1] - bins.edges[0]))
+
+
+def _percentiles(bins: list[Bins], method: Method, *_: Any) -> list[float]:
+    return [_percentile(b, method.percentile) for b in bins]
 
 
 def _percentile(bins: Bins, percentile: float) -> float:
@@ -295,3 +309,12 @@ def _divergence(bins: np.ndarray, i: int, levels: int) -> float:
     clipped, merged = bins[:i].copy(), np.where(filled, mean[level], 0.0)
     clipped[-1] += bins[i:].sum()
     return float(rel_entr(clipped / clipped.sum(), merged / merged.sum()).sum())
+
+
+#: By the names of ``core.spec.METHODS``; ``auto`` needs more than a histogram.
+SEARCHES: Dict[str, Search] = {
+    'max': _max,
+    'percentile': _percentiles,
+    'entropy': _by_grid(_entropy),
+    'mse': _by_grid(_mse),
+}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.auto import least_output_error
-from mmdet3d_quant.calibration.health import Health, examine, weak_weights
+from mmdet3d_quant.calibration.health import examine, weak_weights
 from mmdet3d_quant.calibration.histogram import NonFiniteError
 from mmdet3d_quant.calibration.observe import (
     Forward,
@@ -21,70 +19,20 @@ from mmdet3d_quant.calibration.observe import (
     observe,
     weight_layers,
 )
-from mmdet3d_quant.calibration.plan import Plan, PlanLike
+from mmdet3d_quant.calibration.plan import Plan
 from mmdet3d_quant.calibration.ranges import CANDIDATES, Unit, search, units
-from mmdet3d_quant.calibration.stability import TOLERANCE, Look, Stability
+from mmdet3d_quant.calibration.result import (
+    CalibratedRange,
+    Calibration,
+    CalibrationError,
+    Choice,
+    Correction,
+)
+from mmdet3d_quant.calibration.stability import TOLERANCE, Stability
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
-
-
-class CalibrationError(QuantError):
-    """Calibration could not give every quantizer a range; the model is unchanged."""
-
-
-@dataclass(frozen=True)
-class CalibratedRange:
-    """What calibration found for one activation quantizer.
-
-    Attributes:
-        name: Name of the quantizer in the model.
-        amax: Its range limit.
-        method: How it was chosen; of ``auto`` also what won.
-        largest: Largest absolute value that it saw itself.
-        num_elements: Number of values that it saw.
-        num_tensors: Number of tensors that it saw; one a batch, but for a concat's.
-        group: Index of its tie group in ``Calibration.groups``, or None.
-        health: How its own tensors fit the range.
-    """
-
-    name: str
-    amax: float
-    method: str
-    largest: float
-    num_elements: int
-    num_tensors: int
-    group: int | None
-    health: Health
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Result of :func:`calibrate`.
-
-    Attributes:
-        method: The method or methods, as text.
-        num_batches: Batches seen, by all processes.
-        ranges: One entry per activation quantizer, in the order of the model.
-        num_weights: Number of weight quantizers, calibrated per channel from the weights.
-        groups: Names of the quantizers that share a scale.
-        kept_float: Name and reason of the quantizers kept float.
-        looks: How the ranges moved with the number of batches.
-        settled_at: Batches after which they moved no more, or None.
-        statistics: What the ranges were chosen from.
-    """
-
-    method: str
-    num_batches: int
-    ranges: tuple[CalibratedRange, ...]
-    num_weights: int
-    groups: tuple[tuple[str, ...], ...]
-    kept_float: dict[str, str]
-    looks: tuple[Look, ...]
-    settled_at: int | None
-    statistics: Statistics
 
 
 class Calibrator:
@@ -146,11 +94,15 @@ class Calibrator:
         self.stability.look(len(total.batches), search(self._units(total)))
         return self.stability.settled_at is not None
 
-    def finish(self, held_out: Iterable[tuple[int, Any]] = ()) -> Calibration:
+    def finish(
+        self, held_out: Iterable[tuple[int, Any]] = (), after: Sequence[Correction] = ()
+    ) -> Calibration:
         """Sets all ranges, and mode ``quant``.
 
         Args:
-            held_out: Numbered batches for the method ``auto``, not among those observed.
+            held_out: Numbered batches for the method ``auto`` and for ``after``, not among those
+                observed.
+            after: What is done to the calibrated model next, in order.
 
         Returns:
             What was calibrated.
@@ -162,18 +114,22 @@ class Calibrator:
         total = self.statistics.gathered()
         self._check(total)
         self.statistics = total
-        found = self._units(total)
-        ranges = search(found)
+        chosen = self._units(total)
+        ranges = search(chosen)
         self.stability.look(len(total.batches), ranges)
-        with _unchanged_on_error(self.model):
+        batches = held_out if not after else list(held_out)
+        known = quantizers(self.model)
+        with _unchanged_on_error(self.model, weights=bool(after)):
             for name, layer in self._weights.items():
-                quantizers(self.model)[name].amax = layer.weight_amax(self.plan.weights)
-            texts = self._choose(found, ranges, held_out)
-            for unit, amax in strict_zip(found, ranges):
-                for name in unit.names:
-                    self._active[name].amax = amax
+                known[name].amax = layer.weight_amax(self.plan.weights)
+            choices = self._choices(chosen, ranges, batches)
+            for choice in choices:
+                for name in choice.unit.names:
+                    self._active[name].amax = choice.amax
             set_mode(self.model, 'quant')
-        return self._result(found, ranges, texts)
+            for correct in after:
+                correct(self.model, choices, list(batches))
+        return self._result(choices)
 
     def _units(self, total: Statistics) -> list[Unit]:
         specs = {name: q.spec for name, q in self._active.items()}
@@ -198,37 +154,37 @@ class Calibrator:
                     + "\nRemove the layers, or keep them float with `skip` in the model's config"
                 )
 
-    def _choose(
-        self, found: list[Unit], ranges: list[float], held_out: Iterable[tuple[int, Any]]
-    ) -> list[str]:
-        """Decides what ``auto`` left open, in ``ranges``; returns the methods as text."""
-        texts = [str(unit.method) for unit in found]
-        open_ = [i for i, unit in enumerate(found) if unit.method.name == 'auto']
-        if not open_:
-            return texts
-        left = [found[i] for i in open_]
-        tried = list(strict_zip(*(search(left, method) for method in CANDIDATES)))
-        candidates = [(u.names, list(t)) for u, t in strict_zip(left, tried)]
-        chosen = least_output_error(self.model, candidates, held_out, self.forward)
-        for i, best, values in strict_zip(open_, chosen, tried):
-            ranges[i], texts[i] = values[best], f'auto: {CANDIDATES[best]}'
-        return texts
+    def _choices(
+        self, chosen: list[Unit], ranges: list[float], held_out: Iterable[tuple[int, Any]]
+    ) -> list[Choice]:
+        """The range and method of each unit; for ``auto``, the candidate with least error."""
+        choices = [Choice(u, amax, str(u.method)) for u, amax in strict_zip(chosen, ranges)]
+        left = [i for i, unit in enumerate(chosen) if unit.method.name == 'auto']
+        if not left:
+            return choices
+        units_left = [chosen[i] for i in left]
+        tried = list(strict_zip(*(search(units_left, method) for method in CANDIDATES)))
+        candidates = [(u.names, list(t)) for u, t in strict_zip(units_left, tried)]
+        best = least_output_error(self.model, candidates, held_out, self.forward)
+        for i, winner, values in strict_zip(left, best, tried):
+            choices[i] = Choice(chosen[i], values[winner], f'auto: {CANDIDATES[winner]}')
+        return choices
 
-    def _result(self, found: list[Unit], ranges: list[float], texts: list[str]) -> Calibration:
+    def _result(self, choices: list[Choice]) -> Calibration:
         group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         by_name = {}
-        for unit, amax, text in strict_zip(found, ranges, texts):
-            for name in unit.names:
+        for choice in choices:
+            for name in choice.unit.names:
                 h = self.statistics.histograms[name]
                 by_name[name] = CalibratedRange(
                     name,
-                    amax,
-                    text,
+                    choice.amax,
+                    choice.method,
                     h.amax,
                     h.num_elements,
                     h.num_tensors,
                     group_of.get(name),
-                    examine(h, amax, unit.spec),
+                    examine(h, choice.amax, choice.unit.spec),
                 )
         kept_float = {
             n: q.float_reason
@@ -248,81 +204,19 @@ class Calibrator:
         )
 
 
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    method: PlanLike = 'mse',
-    forward: Forward | None = None,
-    num_batches: int | None = None,
-    *,
-    weights: str = 'max',
-    held_out: Iterable[Any] | None = None,
-) -> Calibration:
-    """Runs batches through the float model and sets the range of every quantizer.
-
-    Activations are observed in eval mode without gradients; the statistics of tied quantizers
-    are merged before their common range is computed. The model is left in mode ``quant``, its
-    training flags as they were. When anything fails the model is as before.
-
-    Args:
-        model: A model with quantized layers, float weights loaded.
-        batches: Batches, of whatever type ``forward`` takes.
-        method: ``'max'``, ``'percentile'`` (99.99), ``'percentile:99.9'``, ``'entropy'``,
-            ``'mse'`` or ``'auto'``: per quantizer, of those, the one with which the layer's
-            output is least wrong on held-out batches. Or several for parts of the model, see
-            :meth:`Plan.parse`.
-        forward: ``forward(model, batch)`` runs the model. By default a tensor is passed as
-            ``model(batch)``, a sequence as ``model(*batch)``, a dict as
-            ``model.test_step(batch)`` where the model has one (mmengine) and else as
-            ``model(**batch)``.
-        num_batches: Stop after so many; all by default.
-        weights: Per output channel ``'max'``, the largest absolute weight, or ``'mse'``, the
-            range with the least squared error.
-        held_out: Batches for ``'auto'``; by default the last of ``batches``, which is then not
-            among those that ranges are searched in.
-
-    Returns:
-        What was calibrated.
-
-    Raises:
-        ValueError: If the method is unknown, ``num_batches`` < 1, nothing is quantized, or there
-            is no batch to hold out.
-        NonFiniteError: If a weight or tensor has NaN or infinity; names the first.
-        CalibrationError: If there are no batches, or a quantizer was never reached or saw zeros
-            only.
-    """
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f'num_batches must be at least 1, got {num_batches}')
-    calibrator = Calibrator(model, Plan.parse(method, weights), forward)
-    numbered: Iterable[tuple[int, Any]] = enumerate(islice(batches, num_batches))
-    kept: list[tuple[int, Any]] = []
-    if calibrator.needs_held_out and held_out is None:
-        numbered = _all_but_last(numbered, kept)
-    for count, _ in enumerate(calibrator.observe(numbered), 1):
-        if calibrator.stability.due(count):
-            calibrator.look()
-    if held_out is not None:
-        kept = [(-1 - i, batch) for i, batch in enumerate(held_out)]
-    return calibrator.finish(kept)
-
-
-def _all_but_last(items: Iterable[Any], last: list[Any]) -> Iterator[Any]:
-    """All items but the last, which is put into a list."""
-    for item in items:
-        if last:
-            yield last.pop()
-        last.append(item)
-
-
 @contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Gives the quantizers back their ranges and modes when something fails."""
+def _unchanged_on_error(model: nn.Module, weights: bool) -> Iterator[None]:
+    """Gives quantizers their ranges and modes back when something fails; if asked, weights too."""
     before: list[tuple[Quantizer, Tensor | None, bool, str]] = [
         (q, copy.deepcopy(q._amax), q.calibrated, q.mode) for q in quantizers(model).values()
     ]
+    state = copy.deepcopy(model.state_dict()) if weights else None
     try:
         yield
     except BaseException:
+        if state is not None:
+            for name, value in model.state_dict().items():
+                value.copy_(state[name])
         for quantizer, amax, calibrated, mode in before:
             if amax is not None:
                 quantizer._amax.copy_(amax)

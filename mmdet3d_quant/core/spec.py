@@ -7,7 +7,15 @@ from fnmatch import fnmatchcase
 from typing import Iterable, Mapping
 
 MODES = ('float', 'observe', 'quant')
-METHODS = ('max', 'percentile', 'entropy', 'mse', 'auto')
+#: How a range is chosen, by name; ``{}`` stands for an argument and its default. A new method is
+#: a line here and a function in the table of :mod:`mmdet3d_quant.calibration.amax`.
+METHODS = {
+    'max': 'the largest value',
+    'percentile': 'the range that so many percent of the values are in',
+    'entropy': 'the range with the least divergence from the histogram',
+    'mse': 'the range with the least squared error',
+    'auto': "of the others the one with which the layer's output is least wrong",
+}
 #: How ranges of weights are chosen.
 WEIGHT_METHODS = ('max', 'mse')
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterator, Sequence
 
-from mmdet3d_quant.files.checkpoint import load_plain
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.data.samples import CAMERAS
+from mmdet3d_quant.files.checkpoint import load_plain
 
 #: The tables of nuScenes v1.0.
 TABLES = (

@@ -12,7 +12,6 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import set_mode
 
-
 #: Outputs of ``head.bbox``, in CUDA-BEVFusion's names and order; the last one is optional.
 HEAD_OUTPUTS = ('score', 'rot', 'dim', 'reg', 'height', 'vel')
 
@@ -62,8 +61,8 @@ class Fuser(nn.Module):
     ``forward(camera, lidar)``: ``camera`` is (B, Cc, X, Y), ``lidar`` (B, Cl, X, Y); returns
     ``middle`` (B, C, X, Y). A detector with one sensor has nothing to fuse, and only its map.
 
-    A map whose maker declares it ``rectified`` passes one more ReLU, which changes
-    nothing: it lets an engine see in this file alone that it may round the map to unsigned integers.
+    A map whose maker declares it ``rectified`` passes one more ReLU, which changes nothing: it
+    lets an engine see in this file alone that it may round the map to unsigned integers.
 
     Attributes:
         sensors: Names of the maps, in order.

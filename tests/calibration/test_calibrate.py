@@ -118,3 +118,38 @@ def test_no_batches_unreached_layers_and_float_models_are_errors():
         calibrate(model, batches(), num_batches=0)
     with pytest.raises(ValueError, match='unknown calibration method'):
         calibrate(model, batches(), method='median')
+
+
+def test_a_step_after_the_ranges_sees_them_and_changes_the_model():
+    model = nn.Sequential(QuantConv2d(2, 3, 1), QuantConv2d(3, 2, 1))
+    data, seen = batches(), []
+
+    def shift(model, choices, held_out):
+        seen.append(({n: c.amax for c in choices for n in c.unit.names}, held_out))
+        assert all(q.mode == 'quant' and q.calibrated for q in quantizers(model).values())
+        with torch.no_grad():
+            model[1].bias += 1
+
+    before = model[1].bias.detach().clone()
+    result = calibrate(model, data, 'max', after=[shift])
+    assert torch.equal(model[1].bias, before + 1)
+    ((ranges, held_out),) = seen
+    assert ranges == {r.name: r.amax for r in result.ranges}
+    assert [batch is data[-1] for _, batch in held_out] == [True] and result.num_batches == 2
+
+
+def test_a_step_that_fails_leaves_weights_ranges_and_modes_as_they_were():
+    model = nn.Sequential(QuantConv2d(2, 3, 1), nn.BatchNorm2d(3), QuantConv2d(3, 2, 1))
+    calibrate(model, batches(), 'max')
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def fail(model, choices, held_out):
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+            model[1].running_mean.add_(1)
+        raise RuntimeError('no way')
+
+    with pytest.raises(RuntimeError, match='no way'):
+        calibrate(model, [10 * x for x in batches()], 'mse', after=[fail])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(q.mode == 'quant' and q.calibrated for q in quantizers(model).values())
