@@ -1,0 +1,39 @@
+"""docs/design.md is true of the tree: the files that it names are there, and no file is too long."""
+
+import re
+
+import pytest
+
+from tests.small import ROOT
+from tests.test_floors import FLOORS
+
+PACKAGE = ROOT / 'mmdet3d_quant'
+DOCS = sorted((ROOT / 'docs').glob('*.md')) + [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md']
+#: A path in backticks, to a file or, with a slash at its end, to a folder.
+NAMED = re.compile(r'`((?:[\w.-]+/)*[\w.-]+\.py|(?:[\w.-]+/)+)`')
+#: Lines of a file of the package, and of a tool, beyond which it says why.
+LONGEST, LONGEST_TOOL = 300, 200
+
+
+def exists(name):
+    return any((base / name).exists() for base in (ROOT, PACKAGE, PACKAGE / 'core'))
+
+
+@pytest.mark.parametrize('path', DOCS, ids=lambda p: p.name)
+def test_files_that_are_named_are_there(path):
+    gone = [m[1] for m in NAMED.finditer(path.read_text()) if not exists(m[1])]
+    assert gone == []
+
+
+def test_every_room_has_its_line():
+    plan = (ROOT / 'docs/design.md').read_text().partition('```')[2].partition('```')[0]
+    rows = re.findall(r'^  (\w+)/ .*F(\d)$', plan, re.M)
+    assert {room: int(floor) for room, floor in rows} == {
+        room: floor for room, floor in FLOORS.items() if room not in ('version', 'moved')
+    }
+
+
+@pytest.mark.parametrize('folder, limit', [(PACKAGE, LONGEST), (ROOT / 'tools', LONGEST_TOOL)])
+def test_no_file_is_too_long(folder, limit):
+    lengths = {p: len(p.read_text().splitlines()) for p in folder.rglob('*.py')}
+    assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > limit} == {}
