@@ -9,8 +9,8 @@ from tests.test_floors import FLOORS
 
 PACKAGE = ROOT / 'mmdet3d_quant'
 DOCS = sorted((ROOT / 'docs').glob('*.md')) + [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md']
-#: A path in backticks, to a file or, with a slash at its end, to a folder.
-NAMED = re.compile(r'`((?:[\w.-]+/)*[\w.-]+\.py|(?:[\w.-]+/)+)`')
+#: A path in backticks: a file in a folder, or a folder with a slash at its end.
+NAMED = re.compile(r'`((?:[a-z_-]+/)+[a-z_0-9-]*(?:\.py)?)`')
 #: Lines of a file of the package, and of a tool, beyond which it says why.
 LONGEST, LONGEST_TOOL = 300, 200
 
