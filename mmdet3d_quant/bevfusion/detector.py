@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from mmcv.ops import Voxelization
@@ -14,7 +13,7 @@ from mmdet3d.registry import MODELS
 from mmdet3d.structures import Det3DDataSample
 from torch import Tensor, nn
 
-_MATRICES = ('lidar2img', 'cam2img', 'cam2lidar')
+from mmdet3d_quant.bevfusion.matrices import stack_matrices
 
 
 class BEVFusion(Base3DDetector):
@@ -223,7 +222,7 @@ class BEVFusion(Base3DDetector):
                 self.extract_img_feat(
                     imgs,
                     batch_inputs_dict.get('points'),
-                    *_matrices(batch_input_metas, imgs),
+                    *stack_matrices(batch_input_metas, imgs),
                     batch_input_metas,
                 )
             )
@@ -290,25 +289,3 @@ def _voxel_layer(cfg: dict | None) -> Voxelization:
             f'voxelize_reduce=True and max_num_points > 0, got {cfg}'
         )
     return Voxelization(**cfg)
-
-
-def _matrices(metas: list[dict], like: Tensor) -> list[Tensor]:
-    """Matrices of all samples in the order of the view transform, float32, on one device."""
-    for sample, meta in enumerate(metas):
-        missing = [key for key in _MATRICES if key not in meta]
-        if missing:
-            raise ValueError(
-                f'BEVFusion: meta information of sample {sample} lacks {", ".join(missing)}; '
-                'load images with BEVLoadMultiViewImageFromFiles and name them in meta_keys'
-            )
-
-    def stack(key: str, default: np.ndarray | None = None) -> Tensor:
-        arrays = np.stack([np.asarray(meta.get(key, default)) for meta in metas])
-        return torch.as_tensor(arrays, dtype=torch.float32, device=like.device)
-
-    eye = np.eye(4)
-    return [
-        *(stack(key) for key in _MATRICES),
-        stack('img_aug_matrix', np.broadcast_to(eye, (like.shape[1], 4, 4))),
-        stack('lidar_aug_matrix', eye),
-    ]

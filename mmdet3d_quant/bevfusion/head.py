@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule, build_conv_layer
-from mmdet3d.models import circle_nms
 from mmdet3d.models.dense_heads.centerpoint_head import SeparateHead
 from mmdet3d.registry import MODELS, TASK_UTILS
-from mmdet3d.structures import Det3DDataSample
-from mmengine.dist import all_reduce, get_world_size
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet3d_quant.bevfusion.targets import make_targets
+from mmdet3d_quant.bevfusion.losses import HeadLosses, Outputs
+from mmdet3d_quant.bevfusion.nms import heatmap_peaks, kept_by_circle_nms
 from mmdet3d_quant.core.compat import strict_zip
 
 _CONV = dict(type='Conv1d')
 _NORM = dict(type='BN1d')
 
-#: Classes so small that every cell is a peak of its own, by data set.
-_SMALL = {'nuScenes': [8, 9], 'Waymo': [1, 2]}
-#: Radius of the circle NMS of a class, by data set, in metres; other classes have none.
-_RADIUS = {'nuScenes': {8: 0.175, 9: 0.175}, 'Waymo': {0: 0.7, 1: 0.7, 2: 0.7}}
 #: Outputs that exist once, not once per decoder layer.
 _SHARED = ('query_heatmap_score', 'query_labels', 'dense_heatmap')
 
-Outputs = Tuple[List[Dict[str, Tensor]]]
 
-
-class TransFusionHead(nn.Module):
+class TransFusionHead(HeadLosses, nn.Module):
     """TransFusion head.
 
     Args:
@@ -164,18 +156,6 @@ class TransFusionHead(nn.Module):
             if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.momentum = self.bn_momentum
 
-    def _peaks(self, dense_heatmap: Tensor) -> Tensor:
-        """Scores of the cells that no neighbour exceeds, 0 elsewhere, (B, classes, X*Y)."""
-        scores = dense_heatmap.detach().sigmoid()
-        kernel = self.nms_kernel_size
-        # A full window must fit: cells at the edge of the map are no peaks.
-        highest = F.pad(F.max_pool2d(scores, kernel, stride=1), [kernel // 2] * 4)
-        small = _SMALL.get(self.test_cfg['dataset'], [])
-        # Chosen, not written into: that would be a scatter with a fixed batch once exported.
-        alone = [[[label in small]] for label in range(self.num_classes)]
-        highest = torch.where(torch.tensor(alone, device=scores.device), scores, highest)
-        return (scores * (scores == highest)).flatten(2)
-
     def forward_single(self, inputs: Tensor, metas: Any = None) -> list[dict[str, Tensor]]:
         """Predicts from one map.
 
@@ -198,7 +178,9 @@ class TransFusionHead(nn.Module):
             )
         with torch.autocast(bev.device.type, enabled=False):
             dense_heatmap = self.heatmap_head(bev.float())
-        peaks = self._peaks(dense_heatmap)
+        peaks = heatmap_peaks(
+            dense_heatmap, self.num_classes, self.nms_kernel_size, self.test_cfg['dataset']
+        )
         top = peaks.flatten(1).topk(self.num_proposals, dim=1).indices
         labels, cells = top // peaks.shape[2], top % peaks.shape[2]
 
@@ -240,89 +222,6 @@ class TransFusionHead(nn.Module):
         if len(feats) != 1:
             raise ValueError(f'TransFusionHead expects one map, got {len(feats)}')
         return (self.forward_single(feats[0], metas),)
-
-    def loss(
-        self, batch_feats: Tensor | Sequence[Tensor], batch_data_samples: list[Det3DDataSample]
-    ) -> dict[str, Tensor]:
-        """Losses of a batch, in float32 under autocast too: positions span the whole map.
-
-        Args:
-            batch_feats: Map or maps, as :meth:`forward` takes them.
-            batch_data_samples: With ``gt_instances_3d``.
-
-        Returns:
-            See :meth:`loss_by_feat`.
-        """
-        maps = [batch_feats] if isinstance(batch_feats, Tensor) else batch_feats
-        with torch.autocast(maps[0].device.type, enabled=False):
-            outputs = self([m.float() for m in maps], [s.metainfo for s in batch_data_samples])
-            return self.loss_by_feat(outputs, [s.gt_instances_3d for s in batch_data_samples])
-
-    def loss_by_feat(
-        self, preds_dicts: Outputs, batch_gt_instances_3d: list[InstanceData]
-    ) -> dict[str, Tensor]:
-        """Losses of what :meth:`forward` returns.
-
-        Args:
-            preds_dicts: Result of :meth:`forward`.
-            batch_gt_instances_3d: Per sample ``bboxes_3d`` and ``labels_3d``.
-
-        Returns:
-            ``loss_heatmap``; per decoder layer ``layer_i_loss_cls`` and ``layer_i_loss_bbox``
-            (the last is ``layer_-1``); ``matched_ious``, which is no loss.
-
-        Raises:
-            ValueError: If the head was built without what training needs.
-        """
-        needs = [f'loss_{n}' for n in ('cls', 'bbox', 'heatmap') if n not in self.losses]
-        needs += ['train_cfg'] if self.bbox_assigner is None else []
-        if needs:
-            names = ', '.join(f'bbox_head.{n}' for n in needs)
-            raise ValueError(f'to train, TransFusionHead needs {names}; the config has none')
-        outputs = preds_dicts[0][0]
-        targets = make_targets(
-            batch_gt_instances_3d,
-            outputs,
-            self.bbox_assigner,
-            self.bbox_coder,
-            self.train_cfg,
-            self.num_proposals,
-        )
-        dense = outputs['dense_heatmap'].sigmoid().clamp(1e-4, 1 - 1e-4)
-        peaks = self._avg_factor(targets.heatmap.eq(1).sum().item())
-        losses = dict(loss_heatmap=self.losses['heatmap'](dense, targets.heatmap, avg_factor=peaks))
-        objects = self._avg_factor(targets.num_pos)
-        quantities = [outputs[n] for n in ('center', 'height', 'dim', 'rot')]
-        quantities += [outputs['vel']] if 'vel' in outputs else []
-        regressed = torch.cat(quantities, dim=1).transpose(1, 2)
-        scores = outputs['heatmap'].transpose(1, 2)
-        code_weights = regressed.new_tensor(self.train_cfg['code_weights'])
-        layers = scores.shape[1] // self.num_proposals
-        for i in range(layers):
-            part = slice(i * self.num_proposals, (i + 1) * self.num_proposals)
-            name = f'layer_{-1 if i == layers - 1 else i}'
-            losses[f'{name}_loss_cls'] = self.losses['cls'](
-                scores[:, part].flatten(0, 1),
-                targets.labels[:, part].flatten(),
-                targets.label_weights[:, part].flatten(),
-                avg_factor=objects,
-            )
-            losses[f'{name}_loss_bbox'] = self.losses['bbox'](
-                regressed[:, part],
-                targets.bboxes[:, part],
-                targets.bbox_weights[:, part] * code_weights,
-                avg_factor=objects,
-            )
-        losses['matched_ious'] = scores.new_tensor(targets.matched_iou)
-        return losses
-
-    def _avg_factor(self, count: float) -> float:
-        """What a sum of losses over ``count`` things is divided by."""
-        if not self.sync_avg_factor:
-            return max(count, 1)
-        total = torch.tensor(float(count), device=self.class_encoding.weight.device)
-        all_reduce(total)
-        return max(total.item(), 1) / get_world_size()
 
     def predict(
         self, batch_feats: Tensor | Sequence[Tensor], batch_input_metas: list[dict]
@@ -390,13 +289,6 @@ class TransFusionHead(nn.Module):
 
     def _nms(self, bboxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
         """Which of n boxes to keep, (n,), bool."""
-        keep = torch.ones_like(labels, dtype=torch.bool)
         if self.test_cfg['nms_type'] is None:
-            return keep
-        for label, radius in _RADIUS.get(self.test_cfg['dataset'], {}).items():
-            same = (labels == label).nonzero().squeeze(1)
-            circles = torch.cat([bboxes[same, :2], scores[same, None]], dim=1)
-            chosen = circle_nms(circles.detach().cpu().numpy(), radius)
-            keep[same] = False
-            keep[same[chosen]] = True
-        return keep
+            return torch.ones_like(labels, dtype=torch.bool)
+        return kept_by_circle_nms(bboxes, scores, labels, self.test_cfg['dataset'])

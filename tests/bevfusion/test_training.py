@@ -285,9 +285,10 @@ def test_each_decoder_layer_has_its_losses():
 
 def test_losses_can_be_normalised_over_processes(monkeypatch):
     """Two processes with 3 and 1 objects: each divides by their mean, as one with 4 would."""
-    from mmdet3d_quant.bevfusion import head as module
+    from mmdet3d_quant.bevfusion import TransFusionHead
+    from mmdet3d_quant.bevfusion import losses as module
 
-    class Head(module.TransFusionHead):
+    class Head(TransFusionHead):
         def __init__(self, sync):
             torch.nn.Module.__init__(self)
             self.sync_avg_factor = sync

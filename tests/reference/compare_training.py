@@ -71,11 +71,11 @@ def in_float64() -> Iterator[None]:
     """Lets ``x.float()`` and matrices be float64, in the public code and in ours."""
     from mmdet3d_quant.bevfusion import detector  # not before the public project
 
-    matrices = detector._matrices
+    stacked = detector.stack_matrices
     with ExitStack() as stack:
         stack.enter_context(patch.object(Tensor, 'float', Tensor.double))
         stack.enter_context(
-            patch.object(detector, '_matrices', lambda *a: [m.double() for m in matrices(*a)])
+            patch.object(detector, 'stack_matrices', lambda *a: [m.double() for m in stacked(*a)])
         )
         torch.set_default_dtype(torch.float64)
         try:

@@ -1,0 +1,30 @@
+"""What rules of several groups ask a graph."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import numpy as np
+from onnx import NodeProto
+
+from mmdet3d_quant.check.lint.graph import Graph, Pair
+
+
+def all_pairs(graph: Graph) -> Iterator[Pair]:
+    """Yields every DequantizeLinear with what comes before it, in the order of the file."""
+    for node in graph.of('DequantizeLinear'):
+        pair = graph.pair(node.output[0])
+        if pair is not None:
+            yield pair
+
+
+def same_values(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    """Compares two scales or zero points; NaN equals NaN, a missing one only a missing one."""
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == 'f')
+
+
+def is_int8(graph: Graph, layer: NodeProto) -> bool:
+    """Tells whether input and weight of a convolution are quantized."""
+    return graph.pair(layer.input[0]) is not None and graph.weight_pair(layer) is not None

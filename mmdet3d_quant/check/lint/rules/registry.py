@@ -1,0 +1,100 @@
+"""What a rule is, the list of all rules, and how a graph is checked against them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterable, Iterator, Tuple
+
+from onnx import NodeProto
+
+from mmdet3d_quant.check.lint.graph import Graph
+
+#: Where, and what exactly.
+Found = Iterator[Tuple[NodeProto, str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that goes wrong.
+
+    Attributes:
+        id: For ``--ignore`` and for looking up.
+        title: What is wrong.
+        why: What it costs.
+        mend: What to do.
+        check: Finds it.
+    """
+
+    id: str
+    title: str
+    why: str
+    mend: str
+    check: Callable[[Graph], Found]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a node breaks.
+
+    Attributes:
+        rule: The rule.
+        node: Name of the node.
+        detail: Numbers and names.
+    """
+
+    rule: Rule
+    node: str
+    detail: str
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        r = self.rule
+        return dict(
+            id=r.id, node=self.node, title=r.title, detail=self.detail, why=r.why, mend=r.mend
+        )
+
+
+RULES: list[Rule] = []
+
+
+def lint(graph: Graph, ignore: Iterable[str] = ()) -> list[Finding]:
+    """Checks a graph against all rules.
+
+    Args:
+        graph: The graph.
+        ignore: Ids of rules to leave out.
+
+    Returns:
+        Findings by rule, then in the order of the file; none for a graph without any Q/DQ, which
+        is a float graph and may well be meant as one.
+
+    Raises:
+        ValueError: If an id is unknown.
+    """
+    ignored = set(ignore)
+    unknown = ignored - {rule.id for rule in RULES}
+    if unknown:
+        raise ValueError(f'there is no rule {sorted(unknown)[0]}')
+    if not is_quantized(graph):
+        return []
+    return [
+        Finding(rule, graph.name(node), detail)
+        for rule in RULES
+        if rule.id not in ignored
+        for node, detail in rule.check(graph)
+    ]
+
+
+def is_quantized(graph: Graph) -> bool:
+    """Whether there is any Q or DQ."""
+    return any(True for _ in graph.of('QuantizeLinear', 'DequantizeLinear'))
+
+
+def rule(id: str, title: str, why: str, mend: str) -> Callable:
+    """Registers a check as a rule."""
+
+    def register(check: Callable[[Graph], Found]) -> Callable[[Graph], Found]:
+        RULES.append(Rule(id, title, why, mend, check))
+        return check
+
+    return register
