@@ -1,4 +1,4 @@
-"""docs/design.md is true of the tree: the files that it names are there, and no file is too long."""
+"""docs/design.md is true of the tree: what it names is there, and no file is too long."""
 
 import re
 

@@ -1,8 +1,8 @@
 """The one door for checkpoints: tensors and plain values come in, code does not.
 
-``torch.load`` runs what a pickle says. Everything here reads with ``files/unpickler.py``, which runs
-nothing. :func:`use_one_door` makes mmengine read that way too, so that ``load_from``, ``init_cfg``
-and ``resume`` are as safe as the tools of this package.
+``torch.load`` runs what a pickle says. Everything here reads with ``files/unpickler.py``, which
+runs nothing. :func:`use_one_door` makes mmengine read that way too, so that ``load_from``,
+``init_cfg`` and ``resume`` are as safe as the tools of this package.
 """
 
 from __future__ import annotations
