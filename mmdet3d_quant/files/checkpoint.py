@@ -1,37 +1,32 @@
 """The one door for checkpoints: tensors and plain values come in, code does not.
 
-``torch.load`` runs what a pickle says. Everything here reads with :class:`_DataUnpickler`, which
-knows tensors, arrays, plain containers and mmengine's log buffers, and stands a placeholder in
-for any other class without importing it. :func:`use_one_door` makes mmengine read that way too,
-so that ``load_from``, ``init_cfg`` and ``resume`` are as safe as the tools of this package.
+``torch.load`` runs what a pickle says. Everything here reads with ``files/unpickler.py``, which
+runs nothing. :func:`use_one_door` makes mmengine read that way too, so that ``load_from``,
+``init_cfg`` and ``resume`` are as safe as the tools of this package.
 """
 
 from __future__ import annotations
 
-import codecs
 import io
 import logging
 import os
-import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, BinaryIO, Union
 
-import numpy as np
 import torch
 from mmengine.dist import barrier, get_dist_info
 from mmengine.fileio import get_file_backend
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner import find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
-from torch._weights_only_unpickler import _get_allowed_globals
 
 from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.files.unpickler import data_pickle
 
 Source = Union[str, Path, BinaryIO]
 
@@ -213,7 +208,7 @@ def _read(source: Source, map_location: Any = 'cpu', name: Any = None) -> tuple[
             data = torch.load(
                 source,
                 map_location=map_location,
-                pickle_module=_data_pickle(strange),
+                pickle_module=data_pickle(strange),
                 weights_only=False,  # the unpickler given is the stricter one
             )
     except _TorchScriptError:
@@ -264,128 +259,6 @@ def _weights(data: Any, path: Any) -> dict[str, Tensor]:
     return state
 
 
-class _Inert:
-    """Stands for an object of a class that is not read, whatever is done to it."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Pickle fills lists so."""
-
-    def extend(self, values: Any) -> None:
-        """And so."""
-
-    def add(self, value: Any) -> None:
-        """And sets so."""
-
-
-def _array_globals() -> dict[str, Any]:
-    """What NumPy's arrays, scalars and types are pickled as, in NumPy 1 and 2."""
-    rebuild, scalar = np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    found: dict[str, Any] = {'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
-    for core in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        found[f'{core}._reconstruct'] = rebuild
-        found[f'{core}.scalar'] = scalar
-    for kind in {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDSU'}:
-        found[f'{kind.__module__}.{kind.__name__}'] = kind
-    return found
-
-
-class _Buffer(HistoryBuffer):
-    """A log buffer of mmengine while it is read; its state makes it one.
-
-    Its methods are saved along, by name; those are the class's own, and stay so.
-    """
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._set_default_statistics()
-        self.__dict__.update({k: v for k, v in state.items() if k != 'statistics_methods'})
-        self.__class__ = HistoryBuffer  # type: ignore[assignment]
-
-
-class _Call:
-    """A function or class that a pickle may call, and do nothing else to.
-
-    A pickle can also set attributes of what it names, and so change a class for the process.
-    """
-
-    __slots__ = ('_target',)
-
-    def __init__(self, target: Callable[..., Any]) -> None:
-        self._target = target
-
-    def __call__(self, *args: Any) -> Any:
-        return self._target(*_unwrapped(args))
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError(f'sets attributes of {self._target}')
-
-
-def _unwrapped(value: Any) -> Any:
-    if isinstance(value, _Call):
-        return value._target
-    return tuple(map(_unwrapped, value)) if type(value) is tuple else value
-
-
-#: Beside torch's own: arrays and harmless containers.
-_KNOWN: dict[str, Any] = {
-    **_array_globals(),
-    '_codecs.encode': codecs.encode,  # how protocol 2 spells bytes
-    **{
-        f'{module}.{kind.__name__}': kind
-        for module in ('builtins', '__builtin__')
-        for kind in (set, frozenset, slice, complex, bytearray, range)
-    },
-}
-_KNOWN['__builtin__.xrange'] = range
-_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
-_GETATTR = ('builtins.getattr', '__builtin__.getattr')
-
-
-class _DataUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, arrays and plain containers; everything else becomes :class:`_Inert`."""
-
-    strange: set[str]
-
-    def find_class(self, module: str, name: str) -> Any:
-        key = f'{module}.{name}'
-        if key == _BUFFER:
-            return _Buffer
-        if key in _GETATTR or key.startswith(f'{_BUFFER}.'):
-            return _Call(self._attribute)
-        known = _get_allowed_globals().get(key, _KNOWN.get(key))
-        if known is None:
-            self.strange.add(key)
-            return _Inert
-        return _Call(known) if callable(known) else known
-
-    def _attribute(self, owner: Any = _Buffer, name: str = '') -> Any:
-        """Stands for ``getattr``: the methods of a log buffer are not needed, others not read."""
-        if owner is not _Buffer:
-            self.strange.add(f'getattr(..., {name!r})')
-        return _Inert()
-
-
-def _data_pickle(strange: set[str]) -> Any:
-    """A module as ``torch.load`` wants one; ``strange`` gets the names that were not read."""
-    kind = type('_Unpickler', (_DataUnpickler,), dict(strange=strange))
-    return SimpleNamespace(
-        __name__='data_pickle',
-        Unpickler=kind,
-        load=lambda file, **kwargs: kind(file, **kwargs).load(),
-    )
-
-
 def load_plain(path: str | Path) -> Any:
     """Unpickles a file of plain values and arrays, such as an info file of mmdet3d.
 
@@ -395,7 +268,7 @@ def load_plain(path: str | Path) -> Any:
     """
     strange: set[str] = set()
     with open(path, 'rb') as file:
-        data = _data_pickle(strange).load(file)
+        data = data_pickle(strange).load(file)
     if strange:
         raise CheckpointError(
             f'{path} holds objects of {", ".join(sorted(strange))}, which may run code when read'

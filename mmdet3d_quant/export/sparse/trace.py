@@ -11,10 +11,7 @@ from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.builder import ProgramBuilder
 from mmdet3d_quant.export.sparse.check import check
 from mmdet3d_quant.export.sparse.precision import with_precisions
-from mmdet3d_quant.export.sparse.program import (
-    Axes,
-    Program,
-)
+from mmdet3d_quant.export.sparse.program import Axes, Program
 from mmdet3d_quant.export.sparse.walk import owner, walk
 from mmdet3d_quant.layers.fold import fold_bn
 

@@ -1,0 +1,143 @@
+"""Unpickles data and no code: tensors, arrays, plain containers and mmengine's log buffers.
+
+Any other class is not even imported: a placeholder stands for its objects.
+"""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from mmengine.logging import HistoryBuffer
+from torch._weights_only_unpickler import _get_allowed_globals
+
+
+class _Inert:
+    """Stands for an object of a class that is not read, whatever is done to it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Ignores an entry, as pickle fills lists."""
+
+    def extend(self, values: Any) -> None:
+        """Ignores entries, as pickle fills lists."""
+
+    def add(self, value: Any) -> None:
+        """Ignores an entry, as pickle fills sets."""
+
+
+def _array_globals() -> dict[str, Any]:
+    """What NumPy's arrays, scalars and types are pickled as, in NumPy 1 and 2."""
+    rebuild, scalar = np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    found: dict[str, Any] = {'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
+    for core in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+        found[f'{core}._reconstruct'] = rebuild
+        found[f'{core}.scalar'] = scalar
+    for kind in {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDSU'}:
+        found[f'{kind.__module__}.{kind.__name__}'] = kind
+    return found
+
+
+class _Buffer(HistoryBuffer):
+    """A log buffer of mmengine while it is read; its state makes it one.
+
+    Its methods are saved along, by name; those are the class's own, and stay so.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._set_default_statistics()
+        self.__dict__.update({k: v for k, v in state.items() if k != 'statistics_methods'})
+        self.__class__ = HistoryBuffer  # type: ignore[assignment]
+
+
+class _Call:
+    """A function or class that a pickle may call, and do nothing else to.
+
+    A pickle can also set attributes of what it names, and so change a class for the process.
+    """
+
+    __slots__ = ('_target',)
+
+    def __init__(self, target: Callable[..., Any]) -> None:
+        self._target = target
+
+    def __call__(self, *args: Any) -> Any:
+        return self._target(*_unwrapped(args))
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f'sets attributes of {self._target}')
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, _Call):
+        return value._target
+    return tuple(map(_unwrapped, value)) if type(value) is tuple else value
+
+
+#: Beside torch's own: arrays and harmless containers.
+_KNOWN: dict[str, Any] = {
+    **_array_globals(),
+    '_codecs.encode': codecs.encode,  # how protocol 2 spells bytes
+    **{
+        f'{module}.{kind.__name__}': kind
+        for module in ('builtins', '__builtin__')
+        for kind in (set, frozenset, slice, complex, bytearray, range)
+    },
+}
+_KNOWN['__builtin__.xrange'] = range
+_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
+_GETATTR = ('builtins.getattr', '__builtin__.getattr')
+
+
+class DataUnpickler(pickle.Unpickler):
+    """Rebuilds tensors, arrays and plain containers; everything else becomes :class:`_Inert`."""
+
+    strange: set[str]
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Gives what stands for a class or function that a pickle names."""
+        key = f'{module}.{name}'
+        if key == _BUFFER:
+            return _Buffer
+        if key in _GETATTR or key.startswith(f'{_BUFFER}.'):
+            return _Call(self._attribute)
+        known = _get_allowed_globals().get(key, _KNOWN.get(key))
+        if known is None:
+            self.strange.add(key)
+            return _Inert
+        return _Call(known) if callable(known) else known
+
+    def _attribute(self, owner: Any = _Buffer, name: str = '') -> Any:
+        """Stands for ``getattr``: the methods of a log buffer are not needed, others not read."""
+        if owner is not _Buffer:
+            self.strange.add(f'getattr(..., {name!r})')
+        return _Inert()
+
+
+def data_pickle(strange: set[str]) -> Any:
+    """Makes a pickle module as ``torch.load`` wants one.
+
+    Args:
+        strange: Gets the names of the classes and functions that were not read.
+    """
+    kind = type('_Unpickler', (DataUnpickler,), dict(strange=strange))
+    return SimpleNamespace(
+        __name__='data_pickle',
+        Unpickler=kind,
+        load=lambda file, **kwargs: kind(file, **kwargs).load(),
+    )
