@@ -59,7 +59,7 @@ def engine_detector(
             raise ExportError(f'{path} does not exist; make it with tools/export_onnx.py')
         parts[name] = EnginePart(engine(path))
 
-    result = copy.deepcopy(detector)
+    result: Any = copy.deepcopy(detector)
     if 'camera.backbone' in parts:
         if 'camera.vtransform' in parts:
             result.view_transform.downsample = _Downsample(parts['camera.vtransform'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import cast
 
 import numpy as np
 import onnx
@@ -65,14 +66,16 @@ def fold_shapes(model: onnx.ModelProto) -> None:
     opset = onnx.helper.make_opsetid('', model.opset_import[0].version)
     while True:
         shapes = _known_shapes(model)
-        kept, folded = [], {}
+        kept: list[onnx.NodeProto] = []
+        folded: dict[str, np.ndarray] = {}
         for node in model.graph.node:
             if node.op_type == 'Shape' and node.input[0] in shapes and not node.attribute:
                 folded[node.output[0]] = np.asarray(shapes[node.input[0]], np.int64)
             elif node.op_type in _SHAPE_OPS and all(i in values for i in node.input):
-                (value,) = ReferenceEvaluator(_alone(node, opset)).run(
+                outputs = ReferenceEvaluator(_alone(node, opset)).run(
                     None, {i: values[i] for i in node.input}
                 )
+                (value,) = cast('list[np.ndarray]', outputs)  # a dict is for intermediate ones
                 if value.size > _SHAPE_SIZE:
                     kept.append(node)
                     continue

@@ -47,8 +47,8 @@ def to_unsigned(model: onnx.ModelProto, names: Mapping[str, str], ranges: Mappin
     for node in graph.node:
         if node.name in names:
             groups[ranges[names[node.name]]].append(node)
-    chosen = []
-    zero = numpy_helper.from_array(np.uint8(0), 'unsigned_zero')
+    chosen: list[str] = []
+    zero = numpy_helper.from_array(np.array(0, np.uint8), 'unsigned_zero')
     for amax, group in groups.items():
         if not all(node.input[0] in safe for node in group):
             continue
