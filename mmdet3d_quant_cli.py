@@ -25,7 +25,9 @@ or checkpoints/ and are not in the current folder are looked for in
 
 def home() -> Path:
     """The folder with ``tools`` and ``configs``: in an installed wheel, or of the checkout."""
-    package = Path(find_spec('mmdet3d_quant').submodule_search_locations[0])
+    spec = find_spec('mmdet3d_quant')
+    assert spec and spec.submodule_search_locations, 'the package is installed with this module'
+    package = Path(spec.submodule_search_locations[0])
     carried = package / '.mim'
     return carried if carried.is_dir() else package.parent
 

@@ -37,7 +37,10 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.8',
     packages=find_packages(include=['mmdet3d_quant*']),
-    package_data={'mmdet3d_quant.report': ['page.html', 'ranges.html']},
+    package_data={
+        'mmdet3d_quant': ['py.typed'],
+        'mmdet3d_quant.report': ['page.html', 'ranges.html'],
+    },
     py_modules=['mmdet3d_quant_cli'],
     cmdclass={'build_py': BuildWithTools},
     entry_points={'console_scripts': ['mmdet3d-quant = mmdet3d_quant_cli:main']},

@@ -141,7 +141,7 @@ class HeuristicAssigner3D:
             bboxes: Proposals (P, 7 or 9), metres and radians.
             gt_bboxes: Objects (n, 7 or 9).
             gt_bboxes_ignore: Not used.
-            gt_labels: Classes of the objects, int64 (n,).
+            gt_labels: Classes of the objects, int64 (n,); must be given if there are any.
             query_labels: Classes of the proposals, int64 (P,): others do not match.
 
         Returns:
@@ -150,6 +150,7 @@ class HeuristicAssigner3D:
         result = _nothing(bboxes, len(gt_bboxes))
         if len(gt_bboxes) == 0 or len(bboxes) == 0:
             return result
+        assert gt_labels is not None, 'objects need classes'
         # Not torch.cdist, which multiplies matrices and is then centimetres off.
         apart = (gt_bboxes[:, None, :2] - bboxes[None, :, :2]).norm(dim=-1)
         if query_labels is not None:

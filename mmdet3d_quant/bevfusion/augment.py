@@ -133,7 +133,7 @@ class GridMask(BaseTransform):
         images = results['img']
         height, width = images[0].shape[:2]
         keep = self._mask(height, width)[:, :, None]
-        fill = 0.0
+        fill: float | np.ndarray = 0.0
         if self.offset:
             noise = (2 * (np.random.rand(height, width) - 0.5)).astype(np.float32)
             fill = (1 - keep) * noise[:, :, None]

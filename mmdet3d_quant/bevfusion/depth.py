@@ -30,7 +30,6 @@ class DepthSupervisedLSSTransform(LSSTransform):
         self._losses: dict[str, Tensor] = {}
 
     depth_map = DepthLSSTransform.depth_map
-    _sample_depth = DepthLSSTransform._sample_depth
 
     def forward(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from mmcv.transforms import BaseTransform
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmdet3d_quant.core.compat import strict_zip
 
@@ -34,7 +34,7 @@ class _Augmentation:
         """Augments an image (H, W, 3) with values 0 to 255; float32."""
         result = Image.fromarray(image.astype(np.uint8)).resize(self.size).crop(self.crop)
         if self.flip:
-            result = result.transpose(Image.FLIP_LEFT_RIGHT)
+            result = ImageOps.mirror(result)
         return np.asarray(result.rotate(self.rotate), dtype=np.float32)
 
     def matrix(self) -> np.ndarray:
@@ -51,6 +51,12 @@ class _Augmentation:
         full[:2, :2] = turn @ move[:2, :2]
         full[:2, 3] = turn @ (move[:2, 2] - centre) + centre
         return full.astype(np.float32)
+
+
+def _uniform(limits: Sequence[float]) -> float:
+    """Draws a number between two limits."""
+    low, high = limits
+    return np.random.uniform(low, high)
 
 
 class ImageAug3D(BaseTransform):
@@ -86,9 +92,9 @@ class ImageAug3D(BaseTransform):
         """Chooses the augmentation of an image of height and width ``shape``."""
         height, width = self.final_dim
         train = self.is_train
-        resize = np.random.uniform(*self.resize_lim) if train else np.mean(self.resize_lim)
+        resize = _uniform(self.resize_lim) if train else float(np.mean(self.resize_lim))
         size = (int(shape[1] * resize), int(shape[0] * resize))
-        bottom = np.random.uniform(*self.bot_pct_lim) if train else np.mean(self.bot_pct_lim)
+        bottom = _uniform(self.bot_pct_lim) if train else float(np.mean(self.bot_pct_lim))
         upper = int((1 - bottom) * size[1]) - height
         slack = max(0, size[0] - width)
         left = int(np.random.uniform(0, slack) if train else slack / 2)
@@ -97,7 +103,7 @@ class ImageAug3D(BaseTransform):
             size=size,
             crop=(left, upper, left + width, upper + height),
             flip=bool(train and self.rand_flip and np.random.choice([0, 1])),
-            rotate=np.random.uniform(*self.rot_lim) if train else 0,
+            rotate=_uniform(self.rot_lim) if train else 0,
         )
 
     def transform(self, results: dict) -> dict:

@@ -1,9 +1,9 @@
-"""The ranges that a method chooses from histograms, for all quantizers of a model at once.
+"""Range search on histograms by ``max``, ``percentile``, ``entropy`` or ``mse``, in batches.
 
-The definitions are pytorch-quantization's (``calib/histogram.py``), and so are the results: every
-candidate is judged in float64 on any device, in a form that costs little for many histograms;
-those that come within rounding of the best are then judged again with the library's own
-arithmetic, whose rounding decides between them.
+The definitions are pytorch-quantization's (``calib/histogram.py``), and so are the results. Every
+candidate is scored in float64 on any device, in a form that costs little for many histograms;
+those within rounding of the best are then scored again with the library's own arithmetic, whose
+rounding decides between them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def search_amax(
     spec: QuantSpec | None = None,
     device: Device = None,
 ) -> float:
-    """Range that ``method`` chooses for one histogram: :func:`search_many` for a batch of one.
+    """Searches the range of one histogram; see :func:`search_many`.
 
     Args:
         hist: Counts, shape (n,).
@@ -73,17 +73,17 @@ def search_many(
     spec: QuantSpec | Sequence[QuantSpec] | None = None,
     device: Device = None,
 ) -> list[float]:
-    """Range that ``method`` chooses for each histogram.
+    """Searches the range of each histogram.
 
-    It is the library's range, with two exceptions where the library's follows from NaN:
+    Ranges are those of pytorch-quantization, with two exceptions where its result comes from NaN:
 
     - ``entropy``: a range without counts inside (bin 0 aside) has no divergence, and the library
       takes the largest such range. They exist where bins 1 to 127 are empty and others are not.
       Here the best of the rest is taken.
     - ``mse``: squared errors, times counts, that overflow float32 (values from about 1e18).
 
-    A histogram of 128 bins or less keeps all; the library has no candidates there. The result
-    does not depend on the device.
+    By ``entropy`` and ``mse``, a histogram of 128 bins or less gets its last edge; the library has
+    no candidates there. The result does not depend on the device.
 
     Args:
         histograms: Pairs of counts (n,) and bin edges (n + 1,), which ascend from about 0 in
@@ -93,7 +93,7 @@ def search_many(
         device: Where to search; on the CPU by default.
 
     Returns:
-        One amax per histogram, >= 0.
+        List of float, one amax >= 0 per histogram.
 
     Raises:
         ValueError: If the method is unknown or needs more than a histogram (``auto``), if the
@@ -144,7 +144,7 @@ def _checked(counts: np.ndarray, edges: np.ndarray) -> Bins:
 
 
 def _origin(bins: Bins) -> float:
-    """Where the first bin starts, in units of a bin's width."""
+    """Start of the first bin, in units of a bin's width."""
     return float(bins.edges[0] * len(bins.counts) / (bins.edges[-1] - bins.edges[0]))
 
 
@@ -162,7 +162,7 @@ def _percentile(bins: Bins, percentile: float) -> float:
 
 
 def _columns(histograms: list[np.ndarray], longest: int, device: Device) -> Tensor:
-    """Counts as columns, (longest + 1, number), float64: a row of zeros, counts, more zeros."""
+    """Stacks counts as columns, float64 (longest + 1, number): a zero first, zeros to fill up."""
     table = np.zeros((longest + 1, len(histograms)))
     for column, counts in enumerate(histograms):
         table[1 : len(counts) + 1, column] = counts
@@ -170,13 +170,13 @@ def _columns(histograms: list[np.ndarray], longest: int, device: Device) -> Tens
 
 
 def _parts(batch: list[Bins], size: int) -> Iterator[list[Bins]]:
-    """Lists of histograms that need tables of ``size`` elements each."""
+    """Splits a batch into parts whose tables, ``size`` elements each, fit ``_ELEMENTS``."""
     number = max(1, _ELEMENTS // size)
     return (batch[start : start + number] for start in range(0, len(batch), number))
 
 
 def _mse(batch: list[Bins], qmax: int, device: Device) -> list[float]:
-    """Bin centre that, as range, gives the least squared error of the bin centres.
+    """Searches the bin centre with the least squared quantization error as range.
 
     With sums over all centres u, in units of a bin's width, and K(u) the level that u is rounded
     to, the error is sum u^2 - 2 step sum K u + step^2 sum K^2. K is the number of thresholds
@@ -205,7 +205,7 @@ def _mse(batch: list[Bins], qmax: int, device: Device) -> list[float]:
 
 
 def _settle_mse(bins: Bins, qmax: int, errors: np.ndarray, energy: float) -> float:
-    """The candidate whose error is least in the library's float32 arithmetic.
+    """Chooses the candidate with the least error in the library's float32 arithmetic.
 
     Rounding moves every quantized centre by less than ``_ROUNDING`` of itself, so by the triangle
     inequality the root of an error moves by less than that times the root of the energy; only
@@ -217,6 +217,9 @@ def _settle_mse(bins: Bins, qmax: int, errors: np.ndarray, energy: float) -> flo
         errors: Sum of squared errors for the ranges at centres 128 to n - 1 (and more), in units
             of a bin's width, float64.
         energy: Sum of the squared centres, in the same units.
+
+    Returns:
+        amax, a bin centre.
     """
     edges, counts = bins.edges.astype(np.float32), bins.counts.astype(np.float32)
     centers = (edges[1:] + edges[:-1]) / 2
@@ -230,7 +233,7 @@ def _settle_mse(bins: Bins, qmax: int, errors: np.ndarray, energy: float) -> flo
 
 
 def _mean_error(centers: np.ndarray, counts: np.ndarray, amax: np.float32, qmax: int) -> float:
-    """Mean of count times squared error over all bins, in float32 and in torch's order."""
+    """Computes the mean of count times squared error over all bins, in float32, as torch does."""
     scale = np.float32(qmax) / amax
     levels = np.minimum(np.rint(centers * scale), np.float32(qmax))
     quantized = levels / scale if amax > MIN_AMAX else np.zeros_like(centers)
@@ -238,7 +241,7 @@ def _mean_error(centers: np.ndarray, counts: np.ndarray, amax: np.float32, qmax:
 
 
 def _entropy(batch: list[Bins], qmax: int, device: Device) -> list[float]:
-    """Bin edge that, as range, gives the least Kullback-Leibler divergence.
+    """Searches the bin edge with the least Kullback-Leibler divergence as range.
 
     A candidate of i bins compares the histogram clipped at i (the counts beyond are added to the
     last bin) with the same bins after merging them into ``2**(b-1)`` levels, the counts of a
@@ -280,12 +283,12 @@ def _entropy(batch: list[Bins], qmax: int, device: Device) -> list[float]:
 
 
 def _settle_entropy(bins: np.ndarray, levels: int, divergence: np.ndarray) -> int:
-    """The candidate whose divergence is least in the library's arithmetic; the last if several.
+    """Chooses the (last) candidate with the least divergence in the library's arithmetic.
 
     Args:
         bins: Counts, shape (n,).
         levels: Number of levels.
-        divergence: Of 128 to n bins (and more), close to what it is.
+        divergence: Approximate divergence of the candidates of 128 to n bins (and more).
 
     Returns:
         Number of bins, 128 to n.
@@ -301,7 +304,7 @@ def _settle_entropy(bins: np.ndarray, levels: int, divergence: np.ndarray) -> in
 
 
 def _divergence(bins: np.ndarray, i: int, levels: int) -> float:
-    """Divergence for the first i bins, summed as ``scipy.stats.entropy`` sums it."""
+    """Computes the divergence for the first i bins, summed as ``scipy.stats.entropy`` sums."""
     level = np.arange(i) * levels // i
     filled = bins[:i] > 0
     count = np.bincount(level, bins[:i], levels)

@@ -1,4 +1,4 @@
-"""The method ``auto``: the range with which a layer's own output is least wrong."""
+"""The method ``auto``: the candidate range with the least error of the layer's output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def least_output_error(
     batches: Iterable[tuple[int, Any]],
     forward: Forward | None = None,
 ) -> list[int]:
-    """Tries ranges on held-out batches.
+    """Chooses the candidate range with the least output error on held-out batches, per unit.
 
     The model runs in float; every layer computes its output again for each candidate range of its
     input, with quantized weights. The error is the squared difference to the float output,
@@ -43,8 +43,8 @@ def least_output_error(
         forward: See :func:`mmdet3d_quant.calibrate`.
 
     Returns:
-        Per unit the index of the best range, the first of equals. The same for any number of
-        processes: errors are kept by batch and added up in order.
+        List of int, the index of the best range of each unit, the first of equals. It does not
+        depend on the number of processes: errors are kept by batch and added up in order.
 
     Raises:
         ValueError: If there are no batches, in all processes together.
@@ -65,6 +65,7 @@ def least_output_error(
 
 
 def _best(names: tuple[str, ...], count: int, by_batch: dict[int, dict[str, list[float]]]) -> int:
+    """Index of the candidate with the least relative error, summed over a unit's quantizers."""
     totals = [0.0] * count
     for name in names:
         rows = [by_batch[number][name] for number in sorted(by_batch) if name in by_batch[number]]
@@ -76,10 +77,11 @@ def _best(names: tuple[str, ...], count: int, by_batch: dict[int, dict[str, list
 
 @contextmanager
 def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[str, Tensor]]:
-    """Collects, while the model runs, per quantizer its candidates' errors and the power.
+    """Hooks a model to measure the squared error of every candidate range.
 
     Yields:
-        float64 (candidates + 1,) by name, added up over the calls of a batch.
+        Dict of float64 tensors (candidates + 1,) by quantizer, filled while the model runs: sums of
+        squared errors, and last of the squared output.
     """
     errors: dict[str, Tensor] = {}
     found = quantizers(model)
@@ -140,6 +142,7 @@ def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[s
 
 @contextmanager
 def _quantized(quantizer: Quantizer) -> Iterator[None]:
+    """Puts a quantizer into mode ``quant`` for a while, unless it is kept float."""
     before = quantizer.mode
     if quantizer.float_reason is None:
         quantizer.mode = 'quant'

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: A thread gets no less than so many values.
+#: Least number of values per thread.
 _SHARE = 2**16
-#: Bin 0 is kept in so many places, a power of two: half of what follows a ReLU falls into it, and
-#: an increment waits for the one before at the same place.
+#: Number of counters for bin 0, a power of two: half of a ReLU's outputs fall into it, and an
+#: increment waits for the one before at the same address.
 _ZEROS = 64
 _BLOCK = 1024
-#: No more values per share: tables count in 32 bits.
+#: Most values per part: tables count in 32 bits.
 _MOST = 2**31
 #: histc counts in float32: chunks of this size keep every count exact.
 _CHUNK = 2**24
 
 
 def count(x: Tensor, exponent: Tensor, num_bins: int) -> Tensor:
-    """Histogram of absolute values over ``[0, 2**exponent)``.
+    """Counts absolute values in equal bins over ``[0, 2**exponent)``.
 
     Args:
         x: float32, one-dimensional, finite, ``|x| < 2**exponent``.
@@ -31,7 +31,7 @@ def count(x: Tensor, exponent: Tensor, num_bins: int) -> Tensor:
         num_bins: Number of bins, a power of two.
 
     Returns:
-        int64 (num_bins,), on the device of ``x``; there is no synchronisation with a GPU.
+        int64 (num_bins,), on the device of ``x``, without synchronisation with a GPU.
     """
     bits = num_bins.bit_length() - 1
     if x.device.type != 'cpu':
@@ -41,7 +41,7 @@ def count(x: Tensor, exponent: Tensor, num_bins: int) -> Tensor:
 
 
 def count_by_histc(x: Tensor, shift: Tensor, num_bins: int) -> Tensor:
-    """What :func:`count` does, by torch alone; ``|x| * 2**shift`` are the bins."""
+    """Counts by torch alone, on any device; the bin of a value is ``floor(|x| * 2**shift)``."""
     bins = torch.ldexp(x.abs(), shift)
     total = torch.zeros(num_bins, dtype=torch.int64, device=x.device)
     for chunk in bins.split(_CHUNK):
@@ -50,7 +50,7 @@ def count_by_histc(x: Tensor, shift: Tensor, num_bins: int) -> Tensor:
 
 
 def _count(x: np.ndarray, scale: np.float32, num_bins: int) -> np.ndarray:
-    """Shares the values among threads."""
+    """Counts parts of the values in threads and adds up their tables."""
     threads = max(1, min(torch.get_num_threads(), len(x) // _SHARE))
     parts = np.array_split(x, max(threads, -(-len(x) // _MOST)))
     if len(parts) == 1:
@@ -65,15 +65,15 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @numba.njit(nogil=True, cache=True)
 def _count_part(x, scale, num_bins):
-    """One thread's share. Bins first, block by block, which compiles to vector instructions."""
+    """Counts one part; computes bins block by block first, which the compiler vectorises."""
     table = np.zeros(num_bins + _ZEROS, np.uint32)
     bins = np.empty(_BLOCK, np.int32)
     blocks = len(x) // _BLOCK
     for block in range(blocks):
         start = block * _BLOCK
         for k in range(_BLOCK):
-            found = np.int32(abs(x[start + k]) * scale)
-            bins[k] = found if found > 0 else num_bins + (k & (_ZEROS - 1))
+            index = np.int32(abs(x[start + k]) * scale)
+            bins[k] = index if index > 0 else num_bins + (k & (_ZEROS - 1))
         for k in range(_BLOCK):
             table[np.uint32(bins[k])] += np.uint32(1)
     for i in range(blocks * _BLOCK, len(x)):

@@ -1,4 +1,4 @@
-"""What can be told from statistics and ranges: how well a tensor fits its grid, and what is odd."""
+"""Health of ranges: SQNR, clipping and warning flags, estimated from histograms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec
 
-#: A bin is looked at in so many places: where few bins make a step, its middle tells too little.
+#: Sample points per bin: with few bins per quantization step, the centre alone is too coarse.
 _PLACES = 8
 #: Beyond these a range gets a warning.
 LEAST_SQNR, MOST_CLIPPED, MOST_UNSTEADY = 15.0, 0.01, 16.0
@@ -39,7 +39,7 @@ class Health:
 
 
 def examine(histogram: Histogram, amax: float, spec: QuantSpec) -> Health:
-    """Health of what a quantizer saw, at a range."""
+    """Computes the health of a quantizer's inputs under a range."""
     if histogram.amax == 0:
         return Health(math.nan, 0.0, 1.0, ('dead',))
     sqnr, clipped = fit(histogram, amax, spec)
@@ -52,11 +52,11 @@ def examine(histogram: Histogram, amax: float, spec: QuantSpec) -> Health:
         clipped=clipped > MOST_CLIPPED,
         noisy=sqnr < LEAST_SQNR,
     )
-    return Health(sqnr, clipped, unsteady, tuple(name for name, found in odd.items() if found))
+    return Health(sqnr, clipped, unsteady, tuple(name for name, is_odd in odd.items() if is_odd))
 
 
 def fit(histogram: Histogram, amax: float, spec: QuantSpec) -> tuple[float, float]:
-    """SQNR in dB and share of clipped values, values spread evenly over each bin.
+    """Estimates SQNR in dB and share of clipped values, with values spread evenly over each bin.
 
     The one negative number that the grid has more is not used.
     """
@@ -74,20 +74,20 @@ def fit(histogram: Histogram, amax: float, spec: QuantSpec) -> tuple[float, floa
 
 
 def weak_weights(model: nn.Module) -> list[str]:
-    """What is wrong with the weights and buffers of a model, before any batch.
+    """Finds weights and buffers of a model, other than ranges, that have NaN or infinity.
 
     Returns:
-        A sentence per tensor with NaN or infinity.
+        List of str, one message per tensor.
     """
     ranges = {f'{name}._amax' for name in quantizers(model)}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    found = []
+    messages = []
     for name, tensor in tensors.items():
         if name not in ranges and tensor.is_floating_point():
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
-                found.append(f'{name}: {bad} of {tensor.numel()} values are NaN or infinite')
-    return found
+                messages.append(f'{name}: {bad} of {tensor.numel()} values are NaN or infinite')
+    return messages
 
 
 def dead(health: Sequence[tuple[str, Health]]) -> list[str]:

@@ -33,7 +33,7 @@ class Histogram:
     so that a GPU is never waited for.
 
     Args:
-        name: How errors call the tensor.
+        name: Name of the tensor in error messages.
 
     Attributes:
         counts: int64 (4096,).
@@ -50,7 +50,7 @@ class Histogram:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Resets to the histogram of no tensors."""
         self.counts = torch.zeros(NUM_BINS, dtype=torch.int64)
         self.exponent = torch.tensor(_LEAST, dtype=torch.int32)
         self.lowest = torch.tensor(float('inf'))
@@ -61,23 +61,23 @@ class Histogram:
 
     @classmethod
     def of(cls, x: Tensor) -> Histogram:
-        """Statistics of one tensor of any shape, floating type and device.
+        """Computes the histogram of one tensor of any shape, floating type and device.
 
         Where it contains NaN or infinity, so do ``lowest`` and ``highest``.
         """
-        found = cls()
+        result = cls()
         flat = _flat(x.detach()).float()
         if flat.numel() == 0:
-            return found
-        found.lowest, found.highest = torch.aminmax(flat)
-        found.least_peak = torch.maximum(-found.lowest, found.highest)
-        found.num_elements, found.num_tensors = flat.numel(), 1
-        if flat.device.type == 'cpu' and not found.finite:
-            return found
+            return result
+        result.lowest, result.highest = torch.aminmax(flat)
+        result.least_peak = torch.maximum(-result.lowest, result.highest)
+        result.num_elements, result.num_tensors = flat.numel(), 1
+        if flat.device.type == 'cpu' and not result.finite:
+            return result
         # frexp: peak = m * 2**e with m in [0.5, 1), so peak < 2**e strictly.
-        found.exponent = torch.frexp(found.least_peak).exponent.clamp(min=_LEAST)
-        found.counts = count(flat, found.exponent, NUM_BINS)
-        return found
+        result.exponent = torch.frexp(result.least_peak).exponent.clamp(min=_LEAST)
+        result.counts = count(flat, result.exponent, NUM_BINS)
+        return result
 
     def collect(self, x: Tensor) -> None:
         """Adds a tensor.
@@ -95,7 +95,7 @@ class Histogram:
         self.merge(other)
 
     def merge(self, other: Histogram) -> None:
-        """Adds other statistics, exactly; ``other`` is not changed."""
+        """Adds another histogram, exactly; ``other`` is not changed."""
         if other.num_tensors == 0:
             return
         if self.counts.device != other.counts.device:
@@ -117,26 +117,33 @@ class Histogram:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the name; tensors on a CPU and plain numbers."""
+        """Returns everything but the name as CPU tensors and plain numbers."""
         state: dict[str, Any] = {name: getattr(self, name).cpu() for name in TENSORS}
         return dict(state, num_elements=self.num_elements, num_tensors=self.num_tensors)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Becomes what :meth:`state_dict` told."""
+        """Restores the histogram from a :meth:`state_dict`."""
         vars(self).update(state)
 
     @property
     def amax(self) -> float:
-        """Largest absolute value seen, exact; 0 before the first."""
+        """Largest absolute value seen, exact; 0 without tensors."""
         return max(-float(self.lowest), float(self.highest), 0.0) if self.num_tensors else 0.0
 
     @property
     def finite(self) -> bool:
-        """Whether no NaN or infinity was seen."""
+        """True if no NaN or infinity was seen."""
         return bool(torch.isfinite(self.lowest) & torch.isfinite(self.highest))
 
     def require_finite(self, name: str | None = None) -> None:
-        """Raises :class:`NonFiniteError` where NaN or infinity was seen."""
+        """Checks that no NaN or infinity was seen.
+
+        Args:
+            name: Name of the tensor in the message, instead of the histogram's.
+
+        Raises:
+            NonFiniteError: If one was.
+        """
         if self.num_tensors and not self.finite:
             raise NonFiniteError(
                 f'{name or self.name} is the first tensor with NaN or infinity: check the input '
@@ -158,13 +165,13 @@ TENSORS = ('counts', 'exponent', 'lowest', 'highest', 'least_peak')
 
 
 def _flat(x: Tensor) -> Tensor:
-    """All values in one dimension, in whatever order needs no copy."""
+    """Flattens a tensor in the order of its memory, without a copy where possible."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     return x.permute(order).reshape(-1)
 
 
 def _coarsen(counts: Tensor, doublings: Tensor) -> Tensor:
-    """Counts of the same values when the range is doubled ``doublings`` times."""
+    """Merges bins for a range that is doubled ``doublings`` times."""
     if counts.device.type == 'cpu' and not doublings:
         return counts
     bins = torch.arange(NUM_BINS, device=counts.device) >> doublings.clamp(max=_BITS)

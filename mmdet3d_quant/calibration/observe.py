@@ -1,4 +1,4 @@
-"""Statistics of a model's tensors: what each quantizer saw, in which batches."""
+"""Statistics of a model's activations: histograms per quantizer, collected batch by batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Statistics:
 
     Attributes:
         histograms: By name.
-        batches: Numbers of the batches that were seen.
+        batches: Numbers of the batches in the histograms.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -39,7 +39,7 @@ class Statistics:
         self.batches: set[int] = set()
 
     def merge(self, other: Statistics) -> None:
-        """Adds statistics of other batches; an interrupt leaves it done or not begun.
+        """Adds the statistics of other batches; an interrupt cannot leave it half done.
 
         Raises:
             ValueError: If some batches are in both, or the quantizers differ.
@@ -55,7 +55,7 @@ class Statistics:
         vars(self).update(histograms=merged, batches=self.batches | other.batches)
 
     def gathered(self) -> Statistics:
-        """The statistics of all processes together; a copy."""
+        """Merges the statistics of all processes into new ones."""
         total = Statistics(self.histograms)
         for state in all_gather_object(self.state_dict()):
             part = Statistics(self.histograms)
@@ -64,17 +64,17 @@ class Statistics:
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and stacked tensors on a CPU, for ``torch.save``."""
+        """Returns plain values and stacked CPU tensors, for ``torch.save``."""
         states = [h.state_dict() for h in self.histograms.values()]
         stacked = {n: torch.stack([s[n] for s in states]) for n in TENSORS} if states else {}
         counts = {n: [s[n] for s in states] for n in ('num_elements', 'num_tensors')}
         return dict(stacked, **counts, names=list(self.histograms), batches=sorted(self.batches))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Becomes what :meth:`state_dict` told.
+        """Restores the statistics from a :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is of other quantizers.
+            ValueError: If it has other quantizers.
         """
         if list(state['names']) != list(self.histograms):
             raise ValueError('these statistics are of a model with other quantizers')
@@ -85,7 +85,7 @@ class Statistics:
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Those that see activations, by name; without those kept float."""
+    """Activation quantizers by name, without those kept float."""
     weights = set(weight_layers(model))
     return {
         n: q for n, q in quantizers(model).items() if q.float_reason is None and n not in weights
@@ -93,7 +93,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 def weight_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """Layers by the name of their weight quantizer; without those kept float."""
+    """Quantized layers by the name of their weight quantizer, without those kept float."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
     return {
         f'{n}._weight_quantizer' if n else '_weight_quantizer': m
@@ -108,7 +108,7 @@ def observe(
     statistics: Statistics,
     forward: Forward | None = None,
 ) -> Iterator[int]:
-    """Runs batches through the float model; adds what its quantizers see to the statistics.
+    """Runs batches through the float model and adds the quantizers' inputs to the statistics.
 
     A generator: every step is a batch; between steps the statistics are complete and the model is
     as before. During a batch BN is folded into the convolutions, as in what is exported: the same
@@ -121,25 +121,25 @@ def observe(
         forward: See :func:`mmdet3d_quant.calibrate`.
 
     Yields:
-        The number of each batch, after it.
+        Number of each batch, once it is in the statistics.
 
     Raises:
         NonFiniteError: If a tensor has NaN or infinity; names the first quantizer that saw it.
             The statistics are then without that batch.
     """
-    found = activation_quantizers(model)
+    observed = activation_quantizers(model)
     with evaluating(model):
         folded = without_bn(model)
     for number, batch in batches:
-        part = Statistics(found)
+        part = Statistics(observed)
         seen = _Seen()
         try:
             for name, histogram in part.histograms.items():
-                found[name]._calibrator = _Collector(histogram, seen)
+                observed[name]._calibrator = _Collector(histogram, seen)
             with set_mode(model, 'observe'), evaluating(model), folded, torch.no_grad():
                 (forward or run)(model, batch)
         finally:
-            for quantizer in found.values():
+            for quantizer in observed.values():
                 quantizer._calibrator = None
         seen.require_finite()
         part.batches = {number}
@@ -148,13 +148,14 @@ def observe(
 
 
 class _Seen:
-    """Histograms of the tensors of a batch: one that several quantizers read is counted once."""
+    """Cache of the histograms of a batch: a tensor with several quantizers is counted once."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, Histogram]] = {}
         self.order: list[Histogram] = []
 
     def of(self, x: Tensor) -> Histogram:
+        """Histogram of a tensor, from the cache if the same tensor was counted before."""
         ref, version, histogram = self._known.get(id(x), (None, -1, None))
         if histogram is None or ref is None or ref() is not x or version != x._version:
             histogram = Histogram.of(x)
@@ -162,7 +163,11 @@ class _Seen:
         return histogram
 
     def require_finite(self) -> None:
-        """One look at all tensors of the batch, where they are on a GPU."""
+        """Checks all GPU tensors of the batch with one synchronisation.
+
+        Raises:
+            NonFiniteError: If one has NaN or infinity; names the first.
+        """
         if self.order and self.order[0].counts.device.type != 'cpu':
             ends = torch.stack([torch.stack((h.lowest, h.highest)) for h in self.order])
             for i in torch.isfinite(ends).all(1).logical_not().nonzero().flatten().tolist():
@@ -170,7 +175,7 @@ class _Seen:
 
 
 class _Collector:
-    """The calibrator of one quantizer for one batch."""
+    """Calibrator of one quantizer for one batch: adds its inputs to a histogram."""
 
     def __init__(self, histogram: Histogram, seen: _Seen) -> None:
         self.histogram, self.seen = histogram, seen
@@ -183,7 +188,7 @@ class _Collector:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, then every module's training flag as it was."""
+    """Puts a model into eval mode, and restores every module's training flag afterwards."""
     before = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -194,7 +199,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """The forward that fits the type of a batch."""
+    """Runs a model on a batch: a tensor, a mapping, or a sequence of arguments.
+
+    A mapping goes to ``test_step`` if the model has one, else it is passed as keyword arguments.
+    """
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):

@@ -1,4 +1,4 @@
-"""Which method chooses the range of which quantizer."""
+"""Calibration plan: the method of each quantizer, by name patterns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Plan:
 
     @classmethod
     def parse(cls, method: PlanLike, weights: str = 'max') -> Plan:
-        """Reads a plan.
+        """Parses a plan.
 
         Args:
             method: A method; several texts, ``'mse'`` or ``'pattern=mse'``; a mapping from
@@ -58,21 +58,27 @@ class Plan:
         return cls(default, tuple(overrides), weights)
 
     def methods(self, names: Iterable[str]) -> dict[str, Method]:
-        """The method of every quantizer.
+        """Looks up the method of each quantizer.
+
+        Args:
+            names: Names of the activation quantizers.
+
+        Returns:
+            Dict of methods by name.
 
         Raises:
             ValueError: If a pattern fits none of them.
         """
-        found = dict.fromkeys(names, self.default)
+        methods = dict.fromkeys(names, self.default)
         for pattern, method in self.overrides:
-            fitting = select(found, pattern)
+            fitting = select(methods, pattern)
             if not fitting:
                 raise ValueError(
                     f'calibration method {pattern}={method}: the pattern fits no activation '
-                    f'quantizer; there are {", ".join(list(found)[:3])}, ...'
+                    f'quantizer; there are {", ".join(list(methods)[:3])}, ...'
                 )
-            found.update(dict.fromkeys(fitting, method))
-        return found
+            methods.update(dict.fromkeys(fitting, method))
+        return methods
 
     def __str__(self) -> str:
         parts = [str(self.default), *(f'{p}={m}' for p, m in self.overrides)]
@@ -81,5 +87,6 @@ class Plan:
 
 
 def _split(text: str) -> tuple[str, str]:
+    """Splits ``'pattern=method'``; the pattern is empty without an equals sign."""
     pattern, equals, method = text.rpartition('=')
     return (pattern, method) if equals else ('', text)

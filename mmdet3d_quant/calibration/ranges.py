@@ -1,4 +1,4 @@
-"""From statistics to a range for every quantizer, equal within each tie group."""
+"""Range search from statistics: one range per tie group."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Unit:
     """Quantizers that get one range: a tie group, or one on its own.
 
     Attributes:
-        names: The quantizers.
-        method: How their range is chosen: that of the first, where a pattern cuts a group.
-        histogram: Everything they saw.
+        names: Names of the quantizers.
+        method: Method of their range; the first quantizer's, where a pattern cuts a group.
+        histogram: Merged histogram of their inputs.
         spec: Their grid.
     """
 
@@ -40,18 +40,21 @@ def units(
     methods: Mapping[str, Method],
     specs: Mapping[str, QuantSpec],
 ) -> list[Unit]:
-    """Tie groups with their merged statistics, and the quantizers in none, in model order.
+    """Merges the statistics of each tie group; other quantizers become units of their own.
 
     Args:
-        statistics: Of all quantizers.
-        groups: Names that share a range.
-        methods: By name.
-        specs: By name.
+        statistics: Statistics of all quantizers.
+        groups: Names of the quantizers that share a range, per group.
+        methods: Methods by name.
+        specs: Grids by name.
+
+    Returns:
+        List of :class:`Unit` in the order of the model.
     """
     group_of = {name: group for group in groups for name in group}
-    found = dict.fromkeys(group_of.get(name, (name,)) for name in statistics.histograms)
+    members = dict.fromkeys(group_of.get(name, (name,)) for name in statistics.histograms)
     result = []
-    for names in found:
+    for names in members:
         total = Histogram(names[0])
         for name in names:
             total.merge(statistics.histograms[name])
@@ -60,10 +63,14 @@ def units(
 
 
 def search(units: list[Unit], method: Method | None = None) -> list[float]:
-    """Range of each unit by its method, or of all by another; ``auto`` counts as ``mse``.
+    """Searches the range of each unit.
+
+    Args:
+        units: The units.
+        method: Method for all units instead of their own; ``auto`` counts as ``mse``.
 
     Returns:
-        One amax per unit.
+        List of float, one amax per unit.
     """
     result = [u.histogram.amax for u in units]
     batches: dict[tuple[Method, QuantSpec], list[int]] = {}
@@ -73,7 +80,7 @@ def search(units: list[Unit], method: Method | None = None) -> list[float]:
         if wanted.name != 'max' and result[i] > 0:  # max is known more exactly than its bin
             batches.setdefault((wanted, unit.spec), []).append(i)
     for (wanted, spec), indices in batches.items():
-        found = search_many([units[i].histogram.trimmed() for i in indices], wanted, spec)
-        for i, amax in strict_zip(indices, found):
+        ranges = search_many([units[i].histogram.trimmed() for i in indices], wanted, spec)
+        for i, amax in strict_zip(indices, ranges):
             result[i] = amax
     return result

@@ -1,4 +1,4 @@
-"""The part of a calibration that is done, on disk, so that stopping loses nothing."""
+"""Statistics of an unfinished calibration on disk, so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.calibration.stability import Stability
 from mmdet3d_quant.files.outputs import whole
 
-#: Seconds between two writes: what a power cut may cost.
+#: Least seconds between two writes; a power cut loses no more.
 INTERVAL = 2.0
 
 
 class ResumeError(ValueError):
-    """An interrupted calibration cannot be gone on with, or would be thrown away."""
+    """Unfinished statistics do not fit this run, are damaged, or are there without ``resume``."""
 
 
 class Progress:
@@ -38,28 +38,29 @@ class Progress:
         self._written = time.monotonic()
 
     def load(self, statistics: Statistics, stability: Stability, resume: bool) -> int:
-        """Adds what earlier processes left, whatever their number, to the statistics.
+        """Merges the files of an earlier run (any number of processes) into ``statistics``.
 
-        It is one file then. Call it in one process, before the others write theirs.
+        Rewrites them as this process's file. Call it on rank 0, before any other rank saves.
 
         Args:
-            statistics: To add to.
-            stability: Takes over the looks at the ranges.
-            resume: Whether it is wanted.
+            statistics: Statistics to add to.
+            stability: Gets the looks of the earlier run.
+            resume: Whether files of an earlier run may be there.
 
         Returns:
-            Number of batches found.
+            Number of batches in ``statistics`` afterwards.
 
         Raises:
-            ResumeError: If files are there and not wanted, or belong to something else.
+            ResumeError: If there are files and ``resume`` is False, or a file is damaged or has
+                another key.
         """
-        found = sorted(self.folder.glob('rank*.pth'))
-        if found and not resume:
+        files = sorted(self.folder.glob('rank*.pth'))
+        if files and not resume:
             raise ResumeError(
                 f'{self.folder} holds an unfinished calibration: go on with --resume, or delete '
                 'the folder to start again'
             )
-        for path in found:
+        for path in files:
             try:
                 saved = torch.load(path, weights_only=True)
                 key, state, looks = saved['key'], saved['statistics'], saved['looks']
@@ -73,19 +74,25 @@ class Progress:
                 )
             part = Statistics(statistics.histograms)
             part.load_state_dict(state)
-            if not part.batches <= statistics.batches:  # else stopped while doing what follows
+            if not part.batches <= statistics.batches:  # else an earlier load was cut off
                 statistics.merge(part)
             if len(looks) > len(stability.looks):
                 stability.load_state_dict(looks)
-        if found:
+        if files:
             self.save(statistics, stability, now=True)
-            for path in found:
+            for path in files:
                 if path != self.path:
                     path.unlink()
         return len(statistics.batches)
 
     def save(self, statistics: Statistics, stability: Stability, now: bool = False) -> None:
-        """Writes the statistics of this process, if the last time is long enough ago."""
+        """Writes this process's file, unless the last write is less than ``INTERVAL`` ago.
+
+        Args:
+            statistics: Statistics to write.
+            stability: Looks to write.
+            now: Write in any case.
+        """
         if not now and time.monotonic() - self._written < INTERVAL:
             return
         with whole(self.path) as part:
@@ -94,7 +101,7 @@ class Progress:
         self._written = time.monotonic()
 
     def clear(self) -> None:
-        """Removes the folder: the output is there."""
+        """Removes the folder, once the output is written."""
         for path in self.folder.glob('rank*.pth'):
             path.unlink()
         if self.folder.is_dir():

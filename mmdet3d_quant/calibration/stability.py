@@ -1,4 +1,4 @@
-"""Whether more batches would still move the ranges."""
+"""Convergence of the ranges with the number of batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmdet3d_quant.core.compat import strict_zip
 
 #: A range has settled when it moved less than this, relatively.
 TOLERANCE = 0.02
-#: So many of the ranges must have settled, and for so many looks in a row.
+#: Share of the ranges that must have settled, and the number of looks in a row.
 _SHARE, _LOOKS = 0.95, 2
 
 
@@ -40,7 +40,7 @@ class Stability:
         tolerance: Relative change below which a range has settled.
 
     Attributes:
-        looks: So far.
+        looks: The looks so far.
     """
 
     def __init__(self, tolerance: float = TOLERANCE) -> None:
@@ -51,11 +51,16 @@ class Stability:
 
     @staticmethod
     def due(rounds: int) -> bool:
-        """Whether it is time: after 1, 2, 4, 8, ... rounds."""
+        """True after 1, 2, 4, 8, ... rounds, when a look is due."""
         return rounds > 0 and rounds & (rounds - 1) == 0
 
     def look(self, num_batches: int, ranges: list[float]) -> None:
-        """Notes the ranges at a number of batches."""
+        """Compares ranges with those of the last look and appends a look.
+
+        Args:
+            num_batches: Batches in the statistics; a number that has a look adds none.
+            ranges: amax per unit.
+        """
         if self.looks and self.looks[-1].num_batches == num_batches:
             return
         if not self.looks:
@@ -72,18 +77,18 @@ class Stability:
         self.looks.append(Look(num_batches, tuple(ranges), median, high, moved))
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The looks, as plain values."""
+        """Returns the looks as plain values."""
         return [asdict(look) for look in self.looks]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Takes over looks."""
+        """Restores the looks from a :meth:`state_dict`."""
         self.looks = [Look(**{**look, 'ranges': tuple(look['ranges'])}) for look in state]
 
     @property
     def settled_at(self) -> int | None:
-        """Number of batches from which on every look but the first found settled ranges.
+        """Number of batches at the look before the trailing run of settled looks.
 
-        None while the last looks did not.
+        None unless that run has at least 2 looks.
         """
         settled = 0
         for look in reversed(self.looks):

@@ -1,4 +1,4 @@
-"""How well the ranges of sparse layers fit near the sensor and far from it.
+"""Clipping and SQNR of sparse layers by distance from the sensor.
 
 Most voxels lie near the sensor, so a range that is best for all of them may cut or blur the few
 far ones, on which the hard objects depend.
@@ -65,19 +65,18 @@ def by_distance(
     forward: Forward | None = None,
     sensor: Sequence[float] = (0.5, 0.5),
 ) -> list[Strata]:
-    """Measures the inputs of all sparse layers at the chosen ranges, by distance.
+    """Measures clipping and SQNR of the inputs of all sparse layers, by distance from the sensor.
 
-    The model runs in float; what its layers read is quantized beside it.
+    The model runs in float; the inputs are fake-quantized for the measurement only.
 
     Args:
         model: A calibrated model. Its sparse encoders are the modules with a ``height_axis``.
-        batch: A batch to measure on.
+        batch: Batch to measure on.
         forward: See :func:`mmdet3d_quant.calibrate`.
         sensor: Where the sensor is, as a share of the grid along x and y.
 
     Returns:
-        One entry per quantized layer that was reached, in the order of the model; none for a
-        model without sparse layers.
+        List of :class:`Strata`, one per quantized sparse layer that ran, in the order of the model.
     """
     sums: dict[str, Tensor] = {}
     layers = dict(_sparse_layers(model))
@@ -86,17 +85,17 @@ def by_distance(
     with set_mode(model, 'float'), evaluating(model), torch.no_grad():
         with _measured(layers, sensor, sums):
             (forward or run)(model, batch)
-    found = []
+    strata = []
     for name, (layer, _) in layers.items():
         if name in sums:
             rows = strict_zip(BANDS, sums[name].tolist())
             bands = tuple(_band(band, *row) for (band, _), row in rows)
-            found.append(Strata(name, float(layer._input_quantizer._amax), bands))
-    return found
+            strata.append(Strata(name, float(layer._input_quantizer._amax), bands))
+    return strata
 
 
 def _sparse_layers(model: nn.Module) -> Iterator[tuple[str, tuple[QuantLayer, int]]]:
-    """Layers with a range by the name of their input quantizer, and the axis that points up."""
+    """Yields the name of each calibrated input quantizer, its layer and the vertical axis."""
     for prefix, encoder in model.named_modules():
         if hasattr(encoder, 'height_axis'):
             for name, layer in encoder.named_modules(prefix=prefix):
@@ -108,10 +107,12 @@ def _sparse_layers(model: nn.Module) -> Iterator[tuple[str, tuple[QuantLayer, in
 def _measured(
     layers: dict[str, tuple[QuantLayer, int]], sensor: Sequence[float], sums: dict[str, Tensor]
 ) -> Iterator[None]:
-    """Adds up, while the model runs, voxels, values, clipped ones, error and power.
+    """Hooks layers to add up voxels, values, clipped values, squared error and power per band.
 
     Args:
-        sums: Gets float64 (bands, 5) per layer.
+        layers: Layers and their vertical axis, by name of the input quantizer.
+        sensor: Position of the sensor, as a share of the grid along x and y.
+        sums: Gets a float64 tensor (bands, 5) per layer while the model runs.
     """
 
     def hook_of(name: str, layer: QuantLayer, height_axis: int) -> Any:
@@ -134,9 +135,9 @@ def _measured(
             total = rows.new_zeros(len(BANDS), rows.shape[1]).index_add_(0, band, rows)
             sums[name] = sums[name] + total if name in sums else total
 
-        return layer.register_forward_pre_hook(hook)  # type: ignore[attr-defined]
+        return layer.register_forward_pre_hook(hook)
 
-    handles = [hook_of(name, *found) for name, found in layers.items()]
+    handles = [hook_of(name, layer, axis) for name, (layer, axis) in layers.items()]
     try:
         yield
     finally:
@@ -145,12 +146,12 @@ def _measured(
 
 
 def bands_of(x: Any, height_axis: int, sensor: Sequence[float] = (0.5, 0.5)) -> Tensor:
-    """Band of each active site of a sparse tensor.
+    """Assigns each active site of a sparse tensor to a band.
 
     The distance along each axis is a share of that from the sensor to the farther end of the grid.
 
     Returns:
-        Indices into :data:`BANDS`, int64 (n,).
+        int64 (n,), indices into :data:`BANDS`.
     """
     axes = (0, 1) if height_axis == 2 else (2, 1)  # of a grid x, y, z, or else z, y, x
     squares = []
@@ -165,6 +166,7 @@ def bands_of(x: Any, height_axis: int, sensor: Sequence[float] = (0.5, 0.5)) -> 
 def _band(
     band: str, voxels: float, count: float, clipped: float, error: float, power: float
 ) -> Band:
+    """Computes a band's measures from its sums."""
     if not count or not power:
         return Band(band, int(voxels), clipped / count if count else math.nan, math.nan)
     sqnr = 10 * math.log10(power / error) if error else math.inf

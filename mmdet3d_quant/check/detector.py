@@ -1,4 +1,4 @@
-"""A detector that runs its exported files: what they score, not what torch simulates."""
+"""A detector whose exported parts run in an engine, to score the files themselves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine_detector(
     engine: Callable[[Path], Engine] = OpenVINO,
     scn: bool = False,
 ) -> nn.Module:
-    """Puts the exported files of a detector in the place of its layers.
+    """Copies a detector with its exported parts run by an engine.
 
     Everything that is not exported stays in torch: preprocessing, voxels, sparse encoder, depth
     maps, BEV pooling, decoding of boxes.
@@ -37,7 +37,7 @@ def engine_detector(
     Args:
         detector: The BEVFusion detector in eval mode; left unchanged.
         folder: Its files, from ``export_suite``.
-        engine: Makes an engine of a file.
+        engine: Constructor of the engine, from a file.
         scn: Also take the LiDAR encoder's file, as libspconv would compute it.
 
     Returns:
@@ -59,7 +59,7 @@ def engine_detector(
             raise ExportError(f'{path} does not exist; make it with tools/export_onnx.py')
         parts[name] = EnginePart(engine(path))
 
-    result = copy.deepcopy(detector)
+    result: Any = copy.deepcopy(detector)
     if 'camera.backbone' in parts:
         if 'camera.vtransform' in parts:
             result.view_transform.downsample = _Downsample(parts['camera.vtransform'])
@@ -84,14 +84,14 @@ def engine_detector(
 
 
 def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
-    """The torch model that exported files stand for: unsigned where they are.
+    """Copies a detector with those quantizers unsigned that are unsigned in its files.
 
     Args:
         detector: The BEVFusion detector; left unchanged.
         folder: Its files, from ``export_suite``.
 
     Returns:
-        A copy, or the detector itself where all is signed.
+        The copy, or the detector itself if no quantizer is unsigned.
     """
     unsigned = {
         cut.name: unsigned_names(onnx.load(str(path), load_external_data=False))
@@ -107,7 +107,7 @@ def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a folder of exported files.
+    """Reads the manifest of a folder of exported files.
 
     Raises:
         ExportError: If it is missing or damaged.
@@ -125,7 +125,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def manifest_problems(
     manifest: dict[str, Any], folder: str | Path, checkpoint: str | Path
 ) -> list[str]:
-    """What speaks against the files of a folder being what was exported from a checkpoint.
+    """Checks that the files of a folder come from a checkpoint and were not changed since.
+
+    Returns:
+        List of str, one message per problem.
 
     Raises:
         CheckpointError: If the checkpoint does not exist.
@@ -149,10 +152,10 @@ def manifest_problems(
 
 
 class EnginePart(nn.Module):
-    """An engine between tensors; takes a batch sample by sample, since graphs have a batch of one.
+    """Module that runs an engine, sample by sample, since graphs have a batch of one.
 
     Args:
-        engine: Runs the graph.
+        engine: Engine with the graph.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -163,11 +166,11 @@ class EnginePart(nn.Module):
         """Runs the graph on every sample.
 
         Args:
-            **inputs: By the graph's names, (B, ...).
+            **inputs: Tensors (B, ...) by name of the graph's input.
 
         Returns:
-            Outputs by the graph's names, those of the samples joined along the first axis, on the
-            device of the inputs.
+            Dict of tensors by name of the graph's output, on the device of the inputs; those of the
+            samples are joined along the first axis.
         """
         device = next(iter(inputs.values())).device
         arrays = {name: x.detach().cpu().numpy() for name, x in inputs.items()}

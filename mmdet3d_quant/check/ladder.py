@@ -1,14 +1,14 @@
-"""The parity ladder: at which step between float model and engine do numbers part, and where?
+"""Parity ladder: finds the step from float model to engine, and the layer, where results diverge.
 
 The steps are float, fake-quant, reloaded, folded, and one per engine. From fake-quant on all of
-them should compute the same. Two things are held against that:
+them should compute the same. Two checks are made:
 
-* The outputs. A rounding tie that falls the other way in one layer spreads in a deep network (see
-  docs/design.md), so two correct runs differ there; but by less than quantization costs. An output
+* Outputs. A rounding tie that falls the other way in one layer spreads in a deep network (see
+  docs/design.md), so two correct runs differ there, but by less than quantization costs: an output
   must be closer to the step before than fake-quant is to float.
-* Every layer by itself. What enters each activation quantizer is replaced by what fake-quant has
-  there, so that nothing spreads, and what the layer before it made of its own replaced inputs is
-  compared. Correct layers agree to :data:`LAYER_DB` or better; a scale that is 5 % off does not.
+* Each layer alone. The input of each activation quantizer is replaced by that of fake-quant, so
+  that differences do not spread, and the tensor that arrives at it is compared. Correct layers
+  agree to :data:`LAYER_DB` or better; a layer with a scale that is 5 % off does not.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from mmdet3d_quant.engines import Arrays, Engine
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.layers.fold import fold_bn
 
-#: Least SQNR of a layer with equal inputs. Seen in correct ones: a weight on a rounding tie, which
-#: folding or an engine tips over, leaves 67 dB or more.
+#: Least SQNR of a layer with equal inputs. Correct layers reach 67 dB or more, even with a weight
+#: on a rounding tie that folding or an engine rounds the other way.
 LAYER_DB = 55.0
 #: Least SQNR of an output where nothing is quantized.
 FLOAT_DB = 60.0
-#: How much closer than fake-quant is to float.
+#: How much closer an output must be to the step before than fake-quant is to float.
 MARGIN_DB = 1.0
 
 
@@ -49,9 +49,9 @@ class Rung:
         stage: ``float``, ``fake-quant``, ``reloaded``, ``folded`` or an engine.
         to_previous: SQNR of every output against the step before, in dB.
         to_float: SQNR of every output against float, in dB.
-        layers: SQNR of every layer with equal inputs, in dB, by the tensor that it makes, in the
-            order of the graph; empty where nothing is quantized.
-        fault: What is wrong, or empty.
+        layers: SQNR of every layer with equal inputs, in dB, by the point that its output arrives
+            at, in the order of the graph; empty where nothing is quantized.
+        fault: Description of the fault, or empty.
     """
 
     cut: str
@@ -62,17 +62,17 @@ class Rung:
     fault: str = ''
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Converts to plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a step computed.
+    """Results of one step.
 
     Attributes:
-        outputs: By name, nothing replaced.
-        layers: What arrives at each point while all points are replaced.
+        outputs: Outputs by name, with no point replaced.
+        layers: Tensor that arrives at each point, by point, with all points replaced.
     """
 
     outputs: Arrays
@@ -93,12 +93,12 @@ def climb(
         cut: The cut, its module in eval mode on the CPU.
         reloaded: The same part of a detector that was built anew and loaded from a file.
         path: The file exported from the cut.
-        engines: Make an engine of a file, by name, in the order of the steps.
+        engines: Constructors of engines by name, in the order of the steps.
         quantized: Whether the file has Q/DQ nodes.
-        tell: Called with every step before it runs.
+        tell: Called with the name of every step before it runs.
 
     Returns:
-        The rungs, up to the last engine, faults or not.
+        List of :class:`Rung`, one per step, with and without faults.
     """
     mode = 'quant' if quantized else 'float'
     tell('float')
@@ -152,7 +152,7 @@ def _fault(
     cost: dict[str, float],
     makers: dict[str, list[str]],
 ) -> str:
-    """The first layer that is off; else the outputs, by the rule of the module's docstring."""
+    """Describes the first layer, else the first output, below its limit; empty if none is."""
     for name, value in layers.items():
         if not value >= LAYER_DB:  # NaN is off too
             made = ', '.join(makers[name]) or 'no layer'
@@ -172,6 +172,7 @@ def _engine_run(
     cut: Cut,
     fed: Arrays,
 ) -> Run:
+    """Runs the file, and the graph cut at its points, in an engine."""
     inputs = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
     outputs = make(Path(path))(inputs)
     if not fed:
@@ -181,11 +182,11 @@ def _engine_run(
         file = Path(folder) / 'pieces.onnx'
         onnx.save(cutting, str(file))
         engine = make(file)
-        found = engine({**inputs, **{name: fed[point] for name, point in replaced.items()}})
-    return Run(outputs, {point: found[tensor] for point, tensor in arriving.items()})
+        pieces = engine({**inputs, **{name: fed[point] for name, point in replaced.items()}})
+    return Run(outputs, {point: pieces[tensor] for point, tensor in arriving.items()})
 
 
 def first_fault(rungs: Sequence[Rung]) -> Rung | None:
-    """The earliest step at which something is wrong."""
+    """Finds the rung with a fault at the earliest step; None without faults."""
     order = list(dict.fromkeys(r.stage for r in rungs))
     return min((r for r in rungs if r.fault), key=lambda r: order.index(r.stage), default=None)

@@ -1,4 +1,4 @@
-"""Points at which a model and its file are compared: wherever an activation is quantized."""
+"""Comparison points of a model and its file: the inputs of activation quantizers, and outputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from mmdet3d_quant.export.cuts import Cut
 
 
 def torch_points(cut: Cut, mode: str, fed: Arrays | None = None, outputs: bool = False) -> Arrays:
-    """What arrives at every activation quantizer that is active, in the order of execution.
+    """Records the input of every active activation quantizer, in the order of execution.
 
     Args:
         cut: The part, with its inputs.
-        mode: Of the quantizers.
-        fed: Replaces what arrives, by point.
-        outputs: Add the outputs of the graph.
+        mode: Mode of the quantizers.
+        fed: Arrays by point that replace the inputs after they are recorded.
+        outputs: Whether to add the outputs of the graph.
 
     Returns:
-        By point: name of the quantizer; its second call is ``name#2``.
+        Dict of arrays by point. A point is the name of the quantizer; its second call is
+        ``name#2``.
     """
     seen: Arrays = {}
 
@@ -44,17 +45,17 @@ def torch_points(cut: Cut, mode: str, fed: Arrays | None = None, outputs: bool =
         if quantizer.float_reason is None and not name.endswith('_weight_quantizer')
     ]
     try:
-        found = run_torch(cut, mode)
+        results = run_torch(cut, mode)
     finally:
         for hook in hooks:
             hook.remove()
     if outputs:
-        seen.update({output_point(name): value for name, value in found.items()})
+        seen.update({output_point(name): value for name, value in results.items()})
     return seen
 
 
 def _numbered(name: str, taken: Iterable[str]) -> str:
-    """``name``, or ``name#2`` and so on if it is taken."""
+    """Returns ``name``, or the first of ``name#2``, ``name#3``, ... that is not taken."""
     point, count = name, 1
     while point in taken:
         count += 1
@@ -63,11 +64,12 @@ def _numbered(name: str, taken: Iterable[str]) -> str:
 
 
 def output_point(name: str) -> str:
+    """Point of an output of the graph."""
     return f'output {name}'
 
 
 def points_of(model: onnx.ModelProto, known: Iterable[str]) -> dict[str, str]:
-    """Which activation quantizer of the model each QuantizeLinear of a file is.
+    """Maps each activation QuantizeLinear of a file to the point of its quantizer in the model.
 
     Node names spell the path of the module: ``/neck/blocks/blocks.0/_input_quantizer/Quantize...``
     is ``neck.blocks.0._input_quantizer``, possibly without the names of modules whose ``forward``
@@ -78,13 +80,13 @@ def points_of(model: onnx.ModelProto, known: Iterable[str]) -> dict[str, str]:
         known: Points of the torch model.
 
     Returns:
-        Point by name of the node's output; nodes of weights, and nodes without a counterpart, are
-        left out.
+        Dict of points by name of the node's output, without nodes of weights and nodes without a
+        counterpart.
     """
     known = list(known)
     constants = {i.name for i in model.graph.initializer}
     constants |= {n.output[0] for n in model.graph.node if n.op_type == 'Constant'}
-    found: dict[str, str] = {}
+    points: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type != 'QuantizeLinear' or node.input[0] in constants:
             continue
@@ -94,14 +96,14 @@ def points_of(model: onnx.ModelProto, known: Iterable[str]) -> dict[str, str]:
             if names:
                 break
         if len(names) == 1:
-            point = _numbered(names[0], found.values())
+            point = _numbered(names[0], points.values())
             if point in known:
-                found[node.output[0]] = point
-    return found
+                points[node.output[0]] = point
+    return points
 
 
 def module_name(node: str) -> str:
-    """The dotted name of the module that a node of torch's exporter comes from.
+    """Converts the name of a node of torch's exporter to the dotted name of its module.
 
     >>> module_name('/layer1/layer1.0/conv1/_input_quantizer/QuantizeLinear')
     'layer1.0.conv1._input_quantizer'
@@ -118,15 +120,16 @@ def module_name(node: str) -> str:
 def cut_at_points(
     model: onnx.ModelProto, fed: Arrays
 ) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
-    """Takes a graph apart where activations are quantized.
+    """Cuts a graph at its activation quantizers: each reads a new input of the graph.
 
     Args:
         model: The file; not changed.
-        fed: Tensors by point, for their shapes.
+        fed: Arrays by point; their shapes and signs decide the new inputs.
 
     Returns:
-        The graph in pieces: quantizers read new inputs, and what they read before are outputs;
-        the points by name of the new input; the tensors that arrive, by point.
+        Tuple of the cut graph, which also outputs the tensors that the quantizers read before; a
+        dict of points by name of the new input; a dict of the names of those outputs, and of the
+        graph's own, by point.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -144,7 +147,7 @@ def cut_at_points(
         node.input[0] = name
         replaced[name], arriving[point] = point, tensor
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, fed[point].shape))
-        if fed[point].min() >= 0:  # engines take other kernels where they can tell
+        if fed[point].min() >= 0:  # tells engines, which take other kernels for such tensors
             node.input[0] = f'{name} rectified'
             rectified.append(helper.make_node('Relu', [name], [node.input[0]]))
         if tensor not in outputs:
@@ -159,20 +162,20 @@ def cut_at_points(
 
 
 def makers_of(model: onnx.ModelProto, fed: Arrays) -> dict[str, list[str]]:
-    """The layers that make each tensor, between it and the quantizers before.
+    """Lists the layers between each point and the points before it.
 
     Args:
         model: The file.
-        fed: Tensors by point.
+        fed: Arrays by point.
 
     Returns:
-        Names of convolutions and linear layers (without those, of all nodes) by point, in the
-        order of the graph.
+        Dict of lists of names by point, in the order of the graph: names of convolutions and linear
+        layers, or of all nodes where there are none of those.
     """
     cutting, replaced, arriving = cut_at_points(model, fed)
     nodes = list(cutting.graph.node)
     number = {o: i for i, n in enumerate(nodes) for o in n.output}
-    found = {}
+    makers = {}
     for point, tensor in arriving.items():
         piece, todo = set(), [tensor]
         while todo:
@@ -183,5 +186,5 @@ def makers_of(model: onnx.ModelProto, fed: Arrays) -> dict[str, list[str]]:
         inside = [nodes[i] for i in sorted(piece) if nodes[i].op_type != 'Constant']
         layers = [n for n in inside if n.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')]
         names = dict.fromkeys(module_name(n.name) or n.name for n in layers or inside if n.name)
-        found[max(piece, default=-1), point] = list(names)
-    return {point: found[i, point] for i, point in sorted(found)}
+        makers[max(piece, default=-1), point] = list(names)
+    return {point: makers[i, point] for i, point in sorted(makers)}

@@ -1,4 +1,4 @@
-"""Does the file for libspconv compute what the encoder computes?"""
+"""Comparison of the file for libspconv with its encoder by SQNR."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def verify_lidar(
     coors: Tensor,
     quantized: bool = True,
 ) -> tuple[float, float]:
-    """Runs a file in torch, with tensors in FP16 as libspconv keeps them, and its encoder.
+    """Compares a file, run in torch with FP16 tensors as libspconv keeps them, with its encoder.
 
     Args:
         encoder: The encoder that was exported, in eval mode.
@@ -32,10 +32,9 @@ def verify_lidar(
         quantized: Whether the file is.
 
     Returns:
-        Signal-to-noise ratios in dB: what quantization costs (the encoder fake-quantized against
-        itself in float; infinite if not quantized), and the file against the encoder that was
-        exported. Fake quantization on FP16 weights moves some of them by a step, so the second
-        is about as large as the first.
+        Two floats, SQNR in dB: of the fake-quantized encoder against itself in float (infinite if
+        not quantized), and of the file against the encoder that was exported. Fake quantization
+        on FP16 weights moves some of them by a step, so the second is about as large as the first.
 
     Raises:
         ScnError: If the file cannot be read or the voxels do not fit it.
@@ -46,10 +45,11 @@ def verify_lidar(
     with set_mode(encoder, 'quant' if quantized else 'float'):
         wanted = _map(encoder, features, coors)
     at = coors if program.order == order_of(encoder) else coors[:, [0, 3, 2, 1]]
-    found = ScnNetwork(program, fp16_tensors=True)(features.cpu(), at.cpu())
-    return sqnr(plain, wanted), sqnr(wanted, found)
+    result = ScnNetwork(program, fp16_tensors=True)(features.cpu(), at.cpu())
+    return sqnr(plain, wanted), sqnr(wanted, result)
 
 
 def _map(encoder: nn.Module, features: Tensor, coors: Tensor) -> Tensor:
+    """Runs an encoder on one frame; returns its map on the CPU."""
     out = encoder(features, coors, 1)
     return (out if isinstance(out, Tensor) else out[0]).cpu()

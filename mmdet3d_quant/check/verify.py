@@ -1,4 +1,4 @@
-"""Does the exported graph compute what the model computes?"""
+"""Comparison of exported graphs with their torch models by SQNR."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ class Agreement:
 
 
 def sqnr(reference: np.ndarray | Tensor, value: np.ndarray | Tensor) -> float:
-    """``10 log10(sum(reference**2) / sum((reference - value)**2))`` in dB.
+    """Computes ``10 log10(sum(reference**2) / sum((reference - value)**2))``.
 
     Args:
         reference: The signal, any shape.
-        value: What came out instead, same shape.
+        value: The signal with noise, same shape.
 
     Returns:
-        Infinity for equal arrays, -infinity for a zero signal, NaN if ``value`` is not finite.
+        Float, dB: infinity for equal arrays, -infinity for a zero signal, NaN if ``value`` is not
+        finite.
     """
     ref, val = np.asarray(reference, np.float64), np.asarray(value, np.float64)
     noise, signal = float(np.sum((ref - val) ** 2)), float(np.sum(ref**2))
@@ -60,7 +61,7 @@ def sqnr(reference: np.ndarray | Tensor, value: np.ndarray | Tensor) -> float:
 
 @torch.no_grad()
 def run_torch(cut: Cut, mode: str) -> Arrays:
-    """Outputs of a cut in a mode of its quantizers, by name."""
+    """Runs a cut in a mode of its quantizers; returns its outputs by name."""
     with set_mode(cut.module, mode):
         outputs = cut.module(*cut.inputs.values())
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
@@ -76,7 +77,7 @@ def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement
         quantized: Whether the file has Q/DQ nodes.
 
     Returns:
-        One entry per output.
+        List of :class:`Agreement`, one per output.
     """
     expected = run_torch(cut, 'quant' if quantized else 'float')
     unquantized = run_torch(cut, 'float')
@@ -98,7 +99,7 @@ def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement
 
 
 def align(expected: Arrays, found: Arrays) -> Arrays:
-    """Puts the queries of a head into the order of another run.
+    """Reorders the queries of a head to match another run.
 
     Queries are the highest peaks in falling order; where two are equal but for the last bit, two
     engines order them differently.

@@ -1,4 +1,4 @@
-"""Engines that run an exported graph, by name: a new one is a file here and a line in the table."""
+"""Table of the engines that run exported graphs; a new one is a file here and a line in it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ ENGINES: dict[str, type] = {
 
 
 def make_engine(name: str, path: str | Path, num_threads: int = 2) -> Engine:
-    """An engine by name.
+    """Creates an engine by name.
 
     Args:
         name: A key of :data:`ENGINES`.
         path: File to run.
         num_threads: CPU threads.
+
+    Returns:
+        Engine with the file loaded.
 
     Raises:
         EngineError: If the name is unknown, the engine is not installed, or the file cannot be

@@ -1,4 +1,4 @@
-"""The protocol of engines, and how to time them; :mod:`mmdet3d_quant.engines` has their table."""
+"""Protocol of engines, and their latency; :mod:`mmdet3d_quant.engines` has the table of engines."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class Engine(Protocol):
         ...
 
     def int8_convolutions(self) -> tuple[int, int] | None:
-        """Convolutions that run in INT8, and all; None where the engine does not tell."""
+        """Counts convolutions: those that run in INT8, and all; None if the engine cannot tell."""
         ...
 
 
 def latency(engine: Engine, inputs: Arrays, runs: int = 10) -> float:
-    """Median seconds of a run, after one to warm up."""
+    """Measures the median seconds of ``runs`` runs, after one to warm up."""
     return float(np.median(list(race({'': engine}, inputs, runs))))
 
 
 def race(engines: Mapping[str, Engine], inputs: Arrays, runs: int) -> Iterator[list[float]]:
-    """Engines take turns, so that the machine's moods hit all of them.
+    """Times engines in turns, so that other load on the machine affects all of them alike.
 
     Args:
-        engines: By name.
-        inputs: Same for all.
-        runs: Rounds, after one to warm up.
+        engines: Engines by name.
+        inputs: Arrays by name, the same for all engines.
+        runs: Number of rounds, after one to warm up.
 
     Yields:
-        Seconds of every engine, in order, round by round.
+        Per round a list of seconds, one per engine in the order of ``engines``.
     """
     for engine in engines.values():
         engine(inputs)

@@ -1,4 +1,4 @@
-"""What can be wrong with a file that an engine shall run, and with what it is given."""
+"""Checks and error messages for the files and inputs of engines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ class EngineError(ValueError):
 
 @contextmanager
 def reading(path: str | Path, engine: str) -> Iterator[None]:
-    """Turns whatever an engine says about a file into an error that names file and cause."""
+    """Converts any exception of an engine that loads a file to an error with file and cause.
+
+    Args:
+        path: The file.
+        engine: Name of the engine, for the message.
+
+    Raises:
+        EngineError: If the file does not exist, is too large for ONNX, or the block raises.
+    """
     path = Path(path)
     if not path.is_file():
         raise EngineError(f'{path} does not exist; make it with tools/export_onnx.py')
@@ -36,7 +44,7 @@ def reading(path: str | Path, engine: str) -> Iterator[None]:
 
 
 def _diagnosis(path: Path, err: Exception) -> str:
-    """Why a file cannot be read: the file's own fault first, else what the engine said."""
+    """Finds the cause of a loading error: a defect of the file, else the engine's message."""
     if path.suffix != '.onnx':
         return _line(err)
     import onnx
@@ -58,7 +66,7 @@ def _diagnosis(path: Path, err: Exception) -> str:
 
 
 def _line(err: Exception) -> str:
-    """What an error says, on one line; OpenVINO begins with places in its source and a title."""
+    """Shortens a message to one line, without OpenVINO's leading source locations and title."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(('Exception from', 'Check '))]
     told = told or lines or [type(err).__name__]
@@ -66,6 +74,15 @@ def _line(err: Exception) -> str:
 
 
 def check_inputs(inputs: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[Any, ...]]) -> None:
+    """Checks names and shapes of the inputs of a graph.
+
+    Args:
+        inputs: Arrays by name.
+        shapes: Shapes of the graph's inputs, by name; text where a size is open.
+
+    Raises:
+        ValueError: If an input is missing or has another shape.
+    """
     for name, shape in shapes.items():
         if name not in inputs:
             raise ValueError(f'input {name!r} is missing; the graph takes {", ".join(shapes)}')

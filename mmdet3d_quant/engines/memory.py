@@ -1,4 +1,4 @@
-"""Memory that an engine takes: ``python -m mmdet3d_quant.engines.memory ENGINE FILE INPUTS``."""
+"""Memory of an engine: ``python -m mmdet3d_quant.engines.memory ENGINE FILE INPUTS THREADS``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from mmdet3d_quant.engines import Arrays, make_engine
 
 
 def added_memory(engine: str, path: str | Path, inputs: Path, num_threads: int) -> float:
-    """Megabytes by which loading and running a file raises the peak of a fresh process.
+    """Measures by how many megabytes an engine raises the peak memory of a fresh process.
+
+    The engine loads the file and runs it twice.
 
     Args:
         engine: A key of ``ENGINES``.
         path: The file.
         inputs: Its inputs, ``.npz``.
         num_threads: CPU threads.
+
+    Returns:
+        Float, megabytes of 10**6 bytes.
 
     Raises:
         QuantError: If the process ends with an error; carries its last line.
@@ -43,7 +48,7 @@ def _measure(engine: str, path: str, inputs: Arrays, num_threads: int) -> float:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process ever held."""
+    """Reads the peak resident memory of this process, in bytes."""
     status = Path('/proc/self/status')
     if status.is_file():  # Linux: getrusage counts the parent's peak too
         line = next(x for x in status.read_text().splitlines() if x.startswith('VmHWM'))

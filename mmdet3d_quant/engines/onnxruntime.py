@@ -40,4 +40,4 @@ class ONNXRuntime:
         return dict(strict_zip(names, self._session.run(names, inputs)))
 
     def int8_convolutions(self) -> None:
-        """None: ONNX Runtime does not tell."""
+        """Returns None: ONNX Runtime does not report it."""

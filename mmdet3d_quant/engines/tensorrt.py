@@ -69,11 +69,11 @@ class TensorRT:
         return {n: self._buffers[n].cpu().numpy() for n in outputs}
 
     def int8_convolutions(self) -> None:
-        """None: not asked here; ``trtexec --exportLayerInfo`` tells."""
+        """Returns None: not implemented; ``trtexec --exportLayerInfo`` reports it."""
 
 
 def _build(path: str | Path, logger: Any) -> bytes:
-    """An ONNX file as a serialized engine."""
+    """Builds a serialized engine from an ONNX file."""
     import tensorrt as trt
 
     builder = trt.Builder(logger)

@@ -1,4 +1,4 @@
-"""Which tensors of a graph can never be negative, whatever the input: a proof, not a measurement.
+"""Proof, op by op, that tensors of a graph are non-negative for every input.
 
 A tensor is non-negative if the op that makes it never returns less than 0 (:data:`ALWAYS`), or
 passes on the sign of its data (:data:`PASSING`) and all of these are non-negative. Inputs of the
@@ -31,13 +31,14 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorPro
 
 
 def nonnegative_tensors(graph: onnx.GraphProto) -> set[str]:
-    """Names of the tensors that are never negative.
+    """Finds the tensors that are never negative.
 
     Args:
-        graph: Sorted, as ONNX demands; its main part, not what branches and loops hold inside.
+        graph: Graph with sorted nodes, as ONNX demands; bodies of branches and loops are not
+            visited.
 
     Returns:
-        Names of outputs of nodes and of constants. Empty (optional) names never are among them.
+        Set of the names of outputs of nodes and of constants, without empty (optional) ones.
     """
     values = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     known = {name for name, value in values.items() if _all_nonnegative(value)}
@@ -54,6 +55,13 @@ def nonnegative_tensors(graph: onnx.GraphProto) -> set[str]:
 
 
 def _is_nonnegative(node: NodeProto, known: set[str], values: dict[str, np.ndarray]) -> bool:
+    """True if the outputs of a node are non-negative.
+
+    Args:
+        node: The node.
+        known: Names of the tensors before it that are non-negative.
+        values: Constants by name.
+    """
     kind = node.op_type
     if node.domain not in ('', 'ai.onnx'):
         return False
@@ -61,7 +69,7 @@ def _is_nonnegative(node: NodeProto, known: set[str], values: dict[str, np.ndarr
         return True
     if kind == 'Clip':
         return node.input[0] in known or _least(node, 1, values) >= 0
-    if kind == 'Max':  # of one that is enough
+    if kind == 'Max':  # one non-negative input is enough
         return any(i in known for i in node.input)
     if kind == 'Where':
         return all(i in known for i in node.input[1:])
@@ -86,16 +94,17 @@ def _is_nonnegative(node: NodeProto, known: set[str], values: dict[str, np.ndarr
 
 
 def _least(node: NodeProto, index: int, values: dict[str, np.ndarray]) -> float:
-    """Least value of an optional constant input; -infinity if it is absent or computed."""
+    """Minimum of an optional constant input; -infinity if it is absent or computed."""
     name = node.input[index] if len(node.input) > index else ''
     return float(values[name].min()) if name in values else -np.inf
 
 
 def _constant(node: NodeProto) -> np.ndarray | None:
+    """Value of a Constant node; None if it is not stored as a tensor."""
     given = node.attribute[0]
     return numpy_helper.to_array(given.t) if given.name == 'value' else None
 
 
 def _all_nonnegative(value: np.ndarray) -> bool:
-    # Strings and such are no numbers. NaN is not >= 0 either.
+    """True if an array has numbers >= 0 only: no strings, no NaN."""
     return value.dtype.kind in 'fiub' and bool(np.all(value >= 0))

@@ -1,8 +1,9 @@
-"""Changes of a graph that leave its meaning: tidying, opsets, how weights are stored."""
+"""Graph passes that keep results: clean-up, constant shapes, opsets, storage of weights."""
 
 from __future__ import annotations
 
 import warnings
+from typing import cast
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ OPSETS = range(13, 22)
 
 
 def drop_identities(graph: onnx.GraphProto) -> None:
-    """Lets the readers of a copied constant read the constant.
+    """Removes Identity nodes of constants; their readers read the constants.
 
     torch stores equal parameters once and copies them with Identity nodes.
     """
@@ -32,7 +33,7 @@ def drop_identities(graph: onnx.GraphProto) -> None:
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:
-    """Removes constants that nobody reads."""
+    """Removes constants without readers."""
     read = {i for node in graph.node for i in node.input} | {o.name for o in graph.output}
     kept = [n for n in graph.node if n.op_type != 'Constant' or n.output[0] in read]
     stored = [i for i in graph.initializer if i.name in read]
@@ -52,10 +53,10 @@ _SHAPE_SIZE = 64
 
 
 def fold_shapes(model: onnx.ModelProto) -> None:
-    """Computes what depends on shapes alone, in place; for graphs with one size.
+    """Constant-folds the computation of shapes, in place; for graphs with static shapes.
 
     torch's tracer writes every ``x.shape`` as a chain of nodes. Engines fold them too, but tools
-    that only infer shapes stop at them. Each round knows more shapes than the one before.
+    that only infer shapes stop at them. Passes are repeated, since each makes more shapes known.
     """
     constants = {i.name: i for i in model.graph.initializer}
     for node in model.graph.node:
@@ -65,14 +66,16 @@ def fold_shapes(model: onnx.ModelProto) -> None:
     opset = onnx.helper.make_opsetid('', model.opset_import[0].version)
     while True:
         shapes = _known_shapes(model)
-        kept, folded = [], {}
+        kept: list[onnx.NodeProto] = []
+        folded: dict[str, np.ndarray] = {}
         for node in model.graph.node:
             if node.op_type == 'Shape' and node.input[0] in shapes and not node.attribute:
                 folded[node.output[0]] = np.asarray(shapes[node.input[0]], np.int64)
             elif node.op_type in _SHAPE_OPS and all(i in values for i in node.input):
-                (value,) = ReferenceEvaluator(_alone(node, opset)).run(
+                outputs = ReferenceEvaluator(_alone(node, opset)).run(
                     None, {i: values[i] for i in node.input}
                 )
+                (value,) = cast('list[np.ndarray]', outputs)  # a dict is for intermediate ones
                 if value.size > _SHAPE_SIZE:
                     kept.append(node)
                     continue
@@ -92,21 +95,23 @@ def fold_shapes(model: onnx.ModelProto) -> None:
 
 
 def _is_small(tensor: onnx.TensorProto) -> bool:
+    """True if a constant may be a shape: few elements, and no quantized weights."""
     return int(np.prod(tensor.dims)) <= _SHAPE_SIZE and tensor.data_type != TensorProto.INT8
 
 
 def _known_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Infers the static shapes of tensors, by name."""
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    found = {i.name: list(i.dims) for i in graph.initializer}
+    shapes = {i.name: list(i.dims) for i in graph.initializer}
     for value in (*graph.value_info, *graph.input, *graph.output):
         tensor = value.type.tensor_type
         if tensor.HasField('shape') and all(d.HasField('dim_value') for d in tensor.shape.dim):
-            found[value.name] = [d.dim_value for d in tensor.shape.dim]
-    return found
+            shapes[value.name] = [d.dim_value for d in tensor.shape.dim]
+    return shapes
 
 
 def _alone(node: onnx.NodeProto, opset: onnx.OperatorSetIdProto) -> onnx.ModelProto:
-    """A model of one node, whose types nobody checks."""
+    """Wraps one node in a model without types."""
     inputs = [onnx.helper.make_empty_tensor_value_info(i) for i in dict.fromkeys(node.input)]
     outputs = [onnx.helper.make_empty_tensor_value_info(o) for o in node.output]
     graph = onnx.helper.make_graph([node], 'node', inputs, outputs)
@@ -114,7 +119,7 @@ def _alone(node: onnx.NodeProto, opset: onnx.OperatorSetIdProto) -> onnx.ModelPr
 
 
 def to_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
-    """The same graph in another opset, by ONNX's own converter."""
+    """Converts a model to another opset by ONNX's own converter."""
     if model.opset_import[0].version == version:
         return model
     props = {p.key: p.value for p in model.metadata_props}
@@ -152,18 +157,18 @@ def store_int8_weights(graph: onnx.GraphProto) -> None:
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights and arithmetic in FP16, inputs and outputs still float32; by ONNX Runtime's tool."""
+    """Converts weights and arithmetic to FP16 by ONNX Runtime's tool; inputs and outputs stay."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # values below FP16's least become that
+        warnings.simplefilter('ignore')  # about values that are clamped to FP16's least
         converted = convert_float_to_float16(model, keep_io_types=True)
-    sort_nodes(converted.graph)  # it appends its casts
+    sort_nodes(converted.graph)  # the tool appends its casts at the end
     return converted
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:
-    """Puts every node behind those whose outputs it reads, as ONNX demands."""
+    """Sorts the nodes topologically, as ONNX demands, in place."""
     maker = {o: i for i, node in enumerate(graph.node) for o in node.output}
     order: list[int] = []
     done: set[int] = set()
@@ -185,5 +190,5 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:
-    """Whether there is any DequantizeLinear."""
+    """True if the graph has a DequantizeLinear."""
     return any(n.op_type == 'DequantizeLinear' for n in model.graph.node)

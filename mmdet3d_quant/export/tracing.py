@@ -1,7 +1,7 @@
-"""From a torch module to an ONNX graph: the one place that knows how torch exports.
+"""Tracing of a torch module to an ONNX graph with Q/DQ pairs.
 
-Another exporter (torch's dynamo) needs its own :func:`trace` and nothing else: it gets a module
-with quantizers, and returns a graph with Q/DQ pairs and the names of their quantizers.
+To support another exporter (torch's dynamo), only :func:`trace` has to be replaced: it gets a
+module with quantizers, and returns a graph with Q/DQ pairs and the names of their quantizers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TORCH_OPSET = 17
 #: Attribute that carries a quantizer's name through torch's exporter; ONNX's checker lets names
 #: with two underscores pass.
 _NAME = '__quantizer'
-#: Asks newer torches for the exporter that traces; theirs, by default, drops quantizers.
+#: Selects the tracing exporter in newer versions of torch, whose default drops quantizers.
 TRACED = {'dynamo': False} if 'dynamo' in signature(torch.onnx.export).parameters else {}
 
 
@@ -45,21 +45,21 @@ def trace(
     dynamic_batch: bool = False,
     layernorm: str = 'standard',
 ) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """Traces a module in eval mode, batch norm folded, every quantizer a Q/DQ pair.
+    """Traces a module in eval mode, with batch norm folded and a Q/DQ pair for every quantizer.
 
     Args:
-        module: Left unchanged.
+        module: Module to trace; left unchanged.
         inputs: Example inputs.
         path: Scratch file, which this overwrites.
         input_names: Names of the inputs.
         output_names: Names of the outputs.
         opset_version: 13 to :data:`TORCH_OPSET`.
         quantized: False leaves the quantizers out.
-        dynamic_batch: Lets the first dimension of inputs and outputs vary.
+        dynamic_batch: Whether the first dimension of inputs and outputs may vary.
         layernorm: ``'standard'`` or ``'custom'``, the layer of NVIDIA's runtime.
 
     Returns:
-        The graph, and the name of the quantizer by name of the QuantizeLinear node.
+        Tuple of the graph and a dict of names of quantizers by name of the QuantizeLinear node.
     """
     module = copy.deepcopy(module)
     module.eval()
@@ -77,8 +77,8 @@ def trace(
     axes.update({n: {0: f'batch_{n}'} for n in output_names})
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore', torch.jit.TracerWarning)  # shapes are fixed
-        warnings.filterwarnings('ignore', 'Constant folding')  # which it leaves out, says it
-        warnings.filterwarnings('ignore', 'The shape inference of')  # of ops that it does not know
+        warnings.filterwarnings('ignore', 'Constant folding')  # constants it did not fold
+        warnings.filterwarnings('ignore', 'The shape inference of')  # ops it does not know
         torch.onnx.export(
             module,
             tuple(inputs),
@@ -96,21 +96,21 @@ def trace(
 
 
 def _take_names(graph: onnx.GraphProto) -> dict[str, str]:
-    """Names of the quantizers by name of their QuantizeLinear; they leave the graph."""
-    found = {}
+    """Removes the names of quantizers from the graph; returns them by name of QuantizeLinear."""
+    names = {}
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.name == _NAME:
-                found[node.name] = attribute.s.decode()
+                names[node.name] = attribute.s.decode()
                 node.attribute.remove(attribute)
                 break
-    return found
+    return names
 
 
 def _fix_output_shapes(
     graph: onnx.GraphProto, module: nn.Module, inputs: Sequence[Tensor], dynamic_batch: bool
 ) -> None:
-    """Writes the shapes of outputs that torch's exporter could not tell (slices, gathers)."""
+    """Sets the shapes of outputs that torch's exporter left open (slices, gathers)."""
     skip = 1 if dynamic_batch else 0
     shapes = [output.type.tensor_type.shape.dim[skip:] for output in graph.output]
     if all(dim.HasField('dim_value') for shape in shapes for dim in shape):
@@ -123,7 +123,7 @@ def _fix_output_shapes(
 
 
 class _QDQ(nn.Module):
-    """A quantizer with its scale as a constant, for tracing."""
+    """Quantizer with a constant scale, for tracing."""
 
     def __init__(self, quantizer: Quantizer, name: str):
         super().__init__()
@@ -139,7 +139,7 @@ class _QDQ(nn.Module):
 
 
 class _QDQFunction(torch.autograd.Function):
-    """Only traced, never run for its values: an identity that becomes two nodes."""
+    """Identity that is traced to a Q/DQ pair; its values are not used."""
 
     @staticmethod
     def forward(ctx, x, scale, spec, name):
@@ -187,7 +187,7 @@ class _CustomLayerNormFunction(torch.autograd.Function):
 
 
 def _unflatten(g, x, dim, sizes, *names):  # torch 2.0 cannot read annotations here
-    """``Tensor.unflatten``, which torch 2.0's attention calls and its exporter does not know."""
+    """Exports ``Tensor.unflatten``, which torch 2.0's attention calls and its exporter lacks."""
     dim = symbolic_helper._get_const(dim, 'i', 'dim')
     sizes = symbolic_helper._maybe_get_const(sizes, 'is')
     if symbolic_helper._is_packed_list(sizes):
@@ -210,6 +210,7 @@ if torch.__version__.startswith('2.0.'):
 
 
 def _quantizers_to_qdq(module: nn.Module) -> None:
+    """Replaces quantizers by :class:`_QDQ`, and those kept float by identities."""
     for name, quantizer in quantizers(module).items():
         kept = quantizer.float_reason is not None
         _replace(module, name, nn.Identity() if kept else _QDQ(quantizer, name))

@@ -25,15 +25,17 @@ UMAX = 255
 UNSIGNED_KEY = 'mmdet3d_quant.unsigned'
 
 
-def to_unsigned(model: onnx.ModelProto, names: Mapping[str, str], ranges: Mapping[str, float]):
-    """Gives unsigned grids to quantizers whose tensors are never negative, in place.
+def to_unsigned(
+    model: onnx.ModelProto, names: Mapping[str, str], ranges: Mapping[str, float]
+) -> None:
+    """Makes the quantizers of non-negative tensors unsigned, in place.
 
     Quantizers that share a scale keep sharing it: they become unsigned all or not at all. Which
     share one is read off the scales themselves, so the groups are at least the tie groups.
 
     Args:
         model: A graph whose activations have signed Q/DQ pairs with constant scales. The names of
-            the quantizers that became unsigned are noted under :data:`UNSIGNED_KEY`.
+            the quantizers made unsigned are stored under :data:`UNSIGNED_KEY`.
         names: Name of the quantizer by name of the QuantizeLinear node; of activations only.
         ranges: amax by name of the quantizer.
     """
@@ -47,8 +49,8 @@ def to_unsigned(model: onnx.ModelProto, names: Mapping[str, str], ranges: Mappin
     for node in graph.node:
         if node.name in names:
             groups[ranges[names[node.name]]].append(node)
-    chosen = []
-    zero = numpy_helper.from_array(np.uint8(0), 'unsigned_zero')
+    chosen: list[str] = []
+    zero = numpy_helper.from_array(np.array(0, np.uint8), 'unsigned_zero')
     for amax, group in groups.items():
         if not all(node.input[0] in safe for node in group):
             continue
@@ -64,21 +66,24 @@ def to_unsigned(model: onnx.ModelProto, names: Mapping[str, str], ranges: Mappin
 
 
 def unsigned_scale(amax: float) -> np.ndarray:
-    """Step size of the unsigned grid, ``amax / 255``, float32, kept away from zero."""
+    """Computes the step size of the unsigned grid, ``amax / 255``, float32 without dimensions.
+
+    It is kept away from zero.
+    """
     return np.asarray(np.float32(max(amax, MIN_AMAX)) / np.float32(UMAX))
 
 
 def unsigned_names(model: onnx.ModelProto) -> list[str]:
-    """Names of the unsigned quantizers of an exported file, relative to the exported module."""
-    found = {p.key: p.value for p in model.metadata_props}
-    return json.loads(found.get(UNSIGNED_KEY, '[]'))
+    """Reads the names of a file's unsigned quantizers, relative to the exported module."""
+    props = {p.key: p.value for p in model.metadata_props}
+    return json.loads(props.get(UNSIGNED_KEY, '[]'))
 
 
 class UnsignedQuantizer(Quantizer):
-    """A calibrated quantizer on the unsigned grid, to compare an exported file with; not trained.
+    """Quantizer with an unsigned grid, to compare with exported files; not for training.
 
     Args:
-        quantizer: Per tensor, with a range.
+        quantizer: Quantizer to copy, per tensor, with a range.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -95,7 +100,7 @@ class UnsignedQuantizer(Quantizer):
 
 
 def with_unsigned(module: nn.Module, names: Collection[str]) -> Any:
-    """A copy of a module in which the named quantizers are unsigned."""
+    """Copies a module with the named quantizers unsigned."""
     module = copy.deepcopy(module)
     make_unsigned(module, names)
     return module
@@ -103,7 +108,7 @@ def with_unsigned(module: nn.Module, names: Collection[str]) -> Any:
 
 def make_unsigned(module: nn.Module, names: Collection[str]) -> None:
     """Makes the named quantizers of a module unsigned, in place."""
-    found = quantizers(module)
+    signed = quantizers(module)
     for name in names:
         parent, _, child = name.rpartition('.')
-        setattr(module.get_submodule(parent), child, UnsignedQuantizer(found[name]))
+        setattr(module.get_submodule(parent), child, UnsignedQuantizer(signed[name]))

@@ -1,4 +1,4 @@
-"""What all layers with a quantized input and a quantized weight share."""
+"""Base of the layers with a quantized input and a quantized weight."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class QuantLayer(QuantMixin):
     weight: Tensor
 
     def add_quantizers(self) -> None:
-        """Creates the quantizers; called once the weight exists."""
+        """Creates the quantizers; to be called once the weight exists."""
         shape = tuple(self.weight.shape)
         kind = f'{type(self).__name__} with weight {shape}'
         self._input_quantizer = Quantizer(label=f'input of {kind}')
@@ -39,7 +39,7 @@ class QuantLayer(QuantMixin):
         )
 
     def weight_amax(self, method: str = 'max') -> Tensor:
-        """Range of each output channel.
+        """Computes the range of the weight of each output channel.
 
         Args:
             method: ``'max'``, the largest absolute weight, or ``'mse'``, the share of it, in

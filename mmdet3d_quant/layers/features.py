@@ -1,4 +1,4 @@
-"""The values of a tensor, dense or sparse, for code that serves both."""
+"""Access to the values of dense and sparse tensors alike."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from torch import Tensor
 
 
 def values(x: Any) -> Tensor:
-    """A tensor itself, or what a sparse tensor has at its active sites, (sites, channels)."""
+    """Returns a dense tensor itself, or the features (sites, channels) of a sparse one."""
     return x if isinstance(x, Tensor) else x.features
 
 
 def with_values(x: Any, new: Tensor) -> Any:
-    """The same sites with other values; ``x`` is not changed.
+    """Replaces the values of a tensor; ``x`` is not changed.
 
     Args:
         x: A tensor, or a ``SparseConvTensor`` of spconv 2 or mmcv.
         new: Values of the shape that :func:`values` has, or with another number of channels.
+
+    Returns:
+        ``new``, or a sparse tensor with the sites of ``x`` and these features.
     """
     if isinstance(x, Tensor):
         return new

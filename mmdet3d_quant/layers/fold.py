@@ -53,11 +53,11 @@ def fold_bn(model: nn.Module) -> nn.Module:
 
 
 class without_bn(AbstractContextManager):  # noqa: N801 - reads as a function
-    """A float model with its BN folded for a while: the same function in less time.
+    """Folds the BN of a float model while the context is entered, which makes forwards faster.
 
     Folded weights are computed once, in ``__init__``; entering and leaving only swaps them in
-    and out, and the parameters are the very same objects again afterwards. Weight ranges are left
-    alone: it serves models that observe, not ones that quantize. What cannot be folded stays.
+    and out, and the parameters are the very same objects again afterwards. Weight ranges are not
+    scaled, so the model must not quantize meanwhile. A BN that cannot be folded stays.
 
     Args:
         model: Module in eval mode.
@@ -88,6 +88,7 @@ class without_bn(AbstractContextManager):  # noqa: N801 - reads as a function
 
 
 def _pairs(parent: nn.Module) -> Iterator[tuple[nn.Module, str, _BatchNorm]]:
+    """Yields each convolution with the name and module of the BN that follows it in a parent."""
     order = getattr(parent, 'order', ())  # ConvModule's
     if 'norm' in order and order.index('norm') < order.index('conv'):
         return
@@ -105,7 +106,7 @@ def _out_channels(conv: nn.Module) -> int:
 
 
 def _problem(conv: nn.Module, bn: _BatchNorm) -> str | None:
-    """Why a pair cannot be folded."""
+    """Reason why a pair cannot be folded; None if it can."""
     if bn.training or bn.running_mean is None:
         return 'it is in training mode; call model.eval()'
     if isinstance(conv, _TRANSPOSED) and conv.groups > 1:
@@ -115,7 +116,7 @@ def _problem(conv: nn.Module, bn: _BatchNorm) -> str | None:
 
 @torch.no_grad()
 def _folded(conv: nn.Module, bn: _BatchNorm) -> tuple[nn.Parameter, nn.Parameter, Tensor]:
-    """Weight, bias, and the factor of the weight shaped to broadcast along its channels."""
+    """Computes folded weight and bias, and the weight's factor, shaped to broadcast with it."""
     assert bn.running_mean is not None and bn.running_var is not None
     factor = torch.rsqrt(bn.running_var + bn.eps)
     shift = -bn.running_mean * factor
@@ -136,4 +137,5 @@ def _output_axis(conv: nn.Module) -> int:
 
 
 def _along(values: Tensor, axis: int, ndim: int) -> Tensor:
+    """Reshapes a vector to broadcast along one axis of an ``ndim``-dimensional tensor."""
     return values.reshape([-1 if i == axis else 1 for i in range(ndim)])

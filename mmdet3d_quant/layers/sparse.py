@@ -32,7 +32,7 @@ else:
 
 
 def adds_bias(layer: nn.Module) -> bool:
-    """Whether a layer can: spconv's own refuse to on a CPU, those of `parents.sparse_conv` do."""
+    """True if a layer adds a bias: spconv's own refuse to on a CPU, ours do not."""
     if not HAS_SPCONV2 or not isinstance(layer, SparseConvolution):
         return True
     return layer.weight.is_cuda or isinstance(layer, (PortableSparseConv3d, PortableSubMConv3d))
@@ -54,7 +54,7 @@ class _QuantSparse(QuantLayer):
 
 
 class _WithWeight:
-    """A module, seen with another weight: for a ``forward`` that reads ``self.weight``."""
+    """Proxy of a module with another weight, for a ``forward`` that reads ``self.weight``."""
 
     def __init__(self, module: Any, weight: Tensor):
         self._module, self.weight = module, weight
@@ -100,7 +100,7 @@ if HAS_SPCONV2:
             self, training: bool, input: Any, weight: Tensor, bias: Tensor | None, *args: Any,
             **kwargs: Any,
         ) -> Any:  # fmt: skip
-            return super()._conv_forward(  # type: ignore[misc]
+            return super()._conv_forward(
                 training, self._quantized(input), self._weight_quantizer(weight), bias, *args,
                 **kwargs,
             )  # fmt: skip

@@ -18,7 +18,7 @@ Skip = Union[str, Iterable[str], Mapping[str, str]]
 CONVS = dict.fromkeys((None, 'Conv', 'Conv2d', 'QuantConv2d'), 'QuantConv2d')
 UPSAMPLES = dict.fromkeys(('deconv', 'deconv2d', 'QuantConvTranspose2d'), 'QuantConvTranspose2d')
 #: The same of sparse blocks, whose float encoders name types, and have them as types, too.
-SPARSE_CONVS = {
+SPARSE_CONVS: dict[str | type | None, type] = {
     known: quantized
     for name, quantized in QUANT_SPARSE.items()
     for known in (name, f'Quant{name}', PortableSparseEncoder.convs[name], quantized)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmdet3d.models.layers import SparseBasicBlock
 from mmdet3d.registry import MODELS
@@ -64,12 +65,18 @@ class QuantSparseBasicBlock(SparseBasicBlock):
         return with_values(out, self.relu(total))
 
 
-class _QuantEncoder:
+if TYPE_CHECKING:
+    _Encoder = PortableSparseEncoder
+else:
+    _Encoder = object
+
+
+class _QuantEncoder(_Encoder):
     """Builds a float encoder out of quantized layers and blocks."""
 
-    float_encoder: type[nn.Module]
-    convs = QUANT_SPARSE
-    block = QuantSparseBasicBlock
+    float_encoder: ClassVar[type[nn.Module]]
+    convs: ClassVar[Mapping[str, type]] = QUANT_SPARSE
+    block: ClassVar[type] = QuantSparseBasicBlock
 
     def __init__(
         self, *args: Any, skip: Skip = FIRST_FLOAT, learn_amax: bool = False, **kwargs: Any

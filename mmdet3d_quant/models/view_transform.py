@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmdet3d.registry import MODELS
 from torch import nn
@@ -11,8 +11,13 @@ from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.models.base import Skip, finish
 from mmdet3d_quant.parents import DepthLSSTransform, LSSTransform
 
+if TYPE_CHECKING:
+    from mmdet3d_quant.parents.view_base import ViewTransform as _View
+else:
+    _View = object
 
-class _QuantView:
+
+class _QuantView(_View):
     """Quantizes the per-image convolutions, and the BEV ones only when asked."""
 
     def __init__(

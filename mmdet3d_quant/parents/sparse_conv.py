@@ -9,7 +9,7 @@ GPU these classes are spconv's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,13 @@ def _sum(rows: Tensor, groups: tuple[Tensor, Tensor]) -> Tensor:
     return F.embedding_bag(order, rows, begins, mode='sum')
 
 
-class _Portable:
+if TYPE_CHECKING:
+    from spconv.pytorch.conv import SparseConvolution as _Convolution
+else:
+    _Convolution = object
+
+
+class _Portable(_Convolution):
     """Takes over on the CPU; the constructor and the parameters are spconv's."""
 
     def _conv_forward(

@@ -192,13 +192,13 @@ class BEVFusionSparseEncoder(PortableSparseEncoder):
             ``c * z + k`` is channel c at height k. With ``return_middle_feats`` a tuple of it
             and the sparse tensor of each stage (none for an empty cloud).
         """
+        middle: list[Any] = []
         if len(voxel_features) == 0:
-            middle, dense = [], self._empty(voxel_features, int(batch_size))
+            dense = self._empty(voxel_features, int(batch_size))
         else:
             x = SparseConvTensor(
                 voxel_features, coors.int(), list(self.sparse_shape), int(batch_size)
             )
-            middle = []
             x = self.conv_input(x)
             for stage in self.encoder_layers:
                 x = stage(x)

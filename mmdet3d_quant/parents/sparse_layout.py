@@ -58,17 +58,17 @@ def layout_of(shapes: Iterable[Sequence[int]]) -> str:
     Raises:
         LayoutError: If neither layout fits all weights, or both do.
     """
-    shapes = [tuple(shape) for shape in shapes]
+    known = {tuple(shape) for shape in shapes}
     fit = [
         layout
         for layout, where in KERNEL.items()
-        if all(side in _KERNEL_SIZES for shape in shapes for side in shape[where])
+        if all(side in _KERNEL_SIZES for shape in known for side in shape[where])
     ]
     if len(fit) != 1:
         raise LayoutError(
             f'the sparse convolutions could be stored in {"either" if fit else "no known"} layout '
             '(expected kernel x, y, z, in, out as in spconv 1, or out, kernel x, y, z, in as in '
-            f'spconv 2, the same for all); shapes found: {sorted(set(shapes))}'
+            f'spconv 2, the same for all); shapes found: {sorted(known)}'
         )
     return fit[0]
 

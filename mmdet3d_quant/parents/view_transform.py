@@ -86,7 +86,7 @@ class DepthLSSTransform(ViewTransform):
         self.depthnet = nn.Sequential(*layers)
 
     def depth_map(
-        self,
+        self: ViewTransform,  # so that others can borrow it
         points: Sequence[Tensor],
         lidar2image: Tensor,
         img_aug_matrix: Tensor,
@@ -109,32 +109,9 @@ class DepthLSSTransform(ViewTransform):
             (B, N, 1, H, W), float32, metres; 0 where no point falls.
         """
         matrices = (lidar2image, img_aug_matrix, lidar_aug_matrix)
-        maps = [self._sample_depth(p, *m) for p, *m in strict_zip(points, *matrices)]
-        return torch.stack(maps).view(len(maps), num_cams, 1, *self.image_size)
-
-    def _sample_depth(
-        self, points: Tensor, lidar2image: Tensor, img_aug: Tensor, lidar_aug: Tensor
-    ) -> Tensor:
-        """Depths of one sample's points, (N, H*W)."""
-        height, width = self.image_size
-        xyz = (points[:, :3].float() - lidar_aug[:3, 3]).T
-        xyz = torch.inverse(lidar_aug[:3, :3]) @ xyz
-        cam = lidar2image[:, :3, :3] @ xyz + lidar2image[:, :3, 3:]
-        depth = cam[:, 2].clamp(1e-5, 1e5)
-        pixel = torch.cat([cam[:, :2] / depth[:, None], depth[:, None]], dim=1)
-        pixel = img_aug[:, :3, :3] @ pixel + img_aug[:, :3, 3:]
-        col, row = pixel[:, 0], pixel[:, 1]
-        inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-
-        cam_id, point_id = inside.nonzero(as_tuple=True)
-        target = (cam_id * height + row[inside].long()) * width + col[inside].long()
-        # One winner per pixel, whatever the order in which a device writes.
-        winner = point_id.new_full((len(inside) * height * width,), -1)
-        winner.scatter_reduce_(0, target, point_id, 'amax')
-        winner = winner.view(len(inside), -1)
-        if len(points) == 0:
-            return depth.new_zeros(winner.shape)
-        return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0)
+        size = self.image_size
+        maps = [_sample_depth(size, p, *m) for p, *m in strict_zip(points, *matrices)]
+        return torch.stack(maps).view(len(maps), num_cams, 1, *size)
 
     def lift(self, x: Tensor, depth_map: Tensor) -> tuple[Tensor, Tensor]:
         """Context and depth distribution of every pixel.
@@ -189,3 +166,32 @@ class DepthLSSTransform(ViewTransform):
         return self._project(
             lifted, camera_intrinsics, camera2lidar, img_aug_matrix, lidar_aug_matrix
         )
+
+
+def _sample_depth(
+    image_size: Sequence[int],
+    points: Tensor,
+    lidar2image: Tensor,
+    img_aug: Tensor,
+    lidar_aug: Tensor,
+) -> Tensor:
+    """Depths of one sample's points, (N, H*W)."""
+    height, width = image_size
+    xyz = (points[:, :3].float() - lidar_aug[:3, 3]).T
+    xyz = torch.inverse(lidar_aug[:3, :3]) @ xyz
+    cam = lidar2image[:, :3, :3] @ xyz + lidar2image[:, :3, 3:]
+    depth = cam[:, 2].clamp(1e-5, 1e5)
+    pixel = torch.cat([cam[:, :2] / depth[:, None], depth[:, None]], dim=1)
+    pixel = img_aug[:, :3, :3] @ pixel + img_aug[:, :3, 3:]
+    col, row = pixel[:, 0], pixel[:, 1]
+    inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
+
+    cam_id, point_id = inside.nonzero(as_tuple=True)
+    target = (cam_id * height + row[inside].long()) * width + col[inside].long()
+    # One winner per pixel, whatever the order in which a device writes.
+    winner = point_id.new_full((len(inside) * height * width,), -1)
+    winner.scatter_reduce_(0, target, point_id, 'amax')
+    winner = winner.view(len(inside), -1)
+    if len(points) == 0:
+        return depth.new_zeros(winner.shape)
+    return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0)

@@ -1,4 +1,4 @@
-"""Distillation: the quantized model is also taught by its float self."""
+"""Distillation of the float model into the quantized one while it is trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmdet3d_quant.runs import from_config as fc
 
 @HOOKS.register_module()
 class DistillHook(Hook):
-    """Adds, to the losses of a detector, how far features are from those of the float model.
+    """Adds losses for the distance of a detector's features from those of the float model.
 
     The teacher is built from the run's own config, with the weights of ``checkpoint``, in float
     and evaluation mode; it is no part of the trained model, nor of its checkpoints. It sees the
@@ -48,7 +48,7 @@ class DistillHook(Hook):
         self._seen: dict[str, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Builds the teacher and listens to both models.
+        """Builds the teacher and registers forward hooks on both models.
 
         Raises:
             CheckpointError: If the checkpoint does not fit the config.
@@ -95,7 +95,7 @@ class DistillHook(Hook):
 
 
 def distance(student: Any, teacher: Any) -> Tensor:
-    """Mean over samples of ``||student - teacher||^2 / ||teacher||^2``.
+    """Computes the mean over samples of ``||student - teacher||^2 / ||teacher||^2``.
 
     Args:
         student: A tensor (B, ...), or any nesting of lists, tuples and dicts of such.

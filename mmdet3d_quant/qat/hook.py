@@ -1,4 +1,4 @@
-"""The hook that makes a training run of mmengine quantization-aware."""
+"""mmengine hook for quantization-aware training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.qat.ranges import LearnedRanges, WeightRanges
 
-#: Where a checkpoint keeps what the hook needs to go on.
+#: Key of the hook's state in a checkpoint.
 KEY = 'qat'
 
 
@@ -115,14 +115,14 @@ class QATHook(Hook):
         )
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seeds what loads data in this process."""
+        """Seeds random, numpy and torch for data that this process loads."""
         seed = _seed(runner)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Sets modes and batch norm, which the loop puts into training mode, and seeds."""
+        """Sets the schedule's modes, freezes batch norm, and seeds torch."""
         model = _bare(runner)
         by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
         now = runner.iter if by_iter else runner.epoch
@@ -136,28 +136,29 @@ class QATHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Ranges of weights follow; without a step of the optimizer that changes nothing.
+        """Recomputes weight ranges from the weights (a no-op between accumulation steps).
 
         Raises:
-            RuntimeError: If learned ranges were trained without what keeps them right.
+            RuntimeError: If learned ranges were trained without the optimizer's step hooks.
         """
         self._weights.follow()
         self._learned.check()
 
     def _set_modes(self, model: nn.Module, now: int) -> None:
+        """Applies the last stage of the schedule that has begun, if it is a new one."""
         past = [time for time in self.schedule if time <= now]
         stage = self.schedule[max(past)] if past else {}
         if stage == self._stage:
             return
         self._stage = stage
-        found = quantizers(model)
+        by_name = quantizers(model)
         set_mode(model, 'quant')
         for pattern, mode in stage.items():
-            for name in select(found, pattern):
-                found[name].mode = mode
+            for name in select(by_name, pattern):
+                by_name[name].mode = mode
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
-        """Validates without quantization, where asked to."""
+        """Repeats the validation without quantization if ``validate_float`` is set."""
         if not self.validate_float:
             return
         loop = runner.val_loop
@@ -170,27 +171,27 @@ class QATHook(Hook):
                 runner.message_hub.update_scalar(f'val/float/{name}', value)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Adds what resuming needs: plain tensors."""
+        """Stores the ratios of weight ranges, which resuming needs."""
         checkpoint[KEY] = dict(weight_ratios=self._weights.ratios)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keeps what a former run saved."""
+        """Reads the state that a former run stored."""
         self._saved = checkpoint.get(KEY) or {}
 
 
 def _bare(runner: Runner) -> nn.Module:
-    """The model of the config, whatever it is wrapped in."""
+    """Unwraps the runner's model."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _seed(runner: Runner) -> int:
-    """Differs by run, step and process."""
+    """Computes a seed that differs by run, step and process."""
     step = (runner.seed or 0) * 1_000_003 + runner.iter
     return (step * get_world_size() + get_rank()) % 2**63
 
 
 def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer, runner: Runner) -> None:
-    """That the optimizer has all learned ranges, and does not shrink them."""
+    """Checks that the optimizer trains all learned ranges; warns if weight decay shrinks them."""
     groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
     for name, quantizer in quantizers(model).items():
         if not quantizer.learned:

@@ -1,4 +1,4 @@
-"""Ranges while weights move: those of weights follow them, those of activations may be learned."""
+"""Ranges in training: those of weights follow the weights, those of activations may be learned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmdet3d_quant.layers.base import QuantLayer
 
 
 class WeightRanges:
-    """Keeps the ranges of weights in the proportion to the largest weight that calibration chose.
+    """Keeps the ratio of each weight range to the largest weight that calibration chose.
 
     Args:
         model: A calibrated model.
@@ -45,7 +45,7 @@ class WeightRanges:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Sets all ranges anew; without synchronisation with a GPU."""
+        """Recomputes all ranges from the weights, without synchronisation with a GPU."""
         for name, layer in self._layers.items():
             quantizer = layer._weight_quantizer
             quantizer._amax.copy_(layer.weight_amax() * self.ratios[name])
@@ -70,18 +70,18 @@ class LearnedRanges:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = {n: q for n, q in quantizers(model).items() if q.float_reason is None}
+        active = {n: q for n, q in quantizers(model).items() if q.float_reason is None}
         tied = ties(model)
         for group in tied:
-            fixed = [name for name in group if not found[name].learned]
+            fixed = [name for name in group if not active[name].learned]
             if 0 < len(fixed) < len(group):
                 raise ValueError(
                     f'only some ranges of a tie group are learned, not that of {fixed[0]}: give '
                     f'learn_amax=True to all models of {", ".join(group)}, or to none'
                 )
         members = {name for group in tied for name in group}
-        groups = [*tied, *((name,) for name in found if name not in members)]
-        self._groups = [[found[n]._amax for n in g] for g in groups if found[g[0]].learned]
+        groups = [*tied, *((name,) for name in active if name not in members)]
+        self._groups = [[active[n]._amax for n in g] for g in groups if active[g[0]].learned]
         self._before: list[Tensor] = []
         self._start = [group[0].detach().clone() for group in self._groups]
         self._called = False
@@ -90,12 +90,12 @@ class LearnedRanges:
         return len(self._groups)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Hooks round the steps of an optimizer that all the ranges are in."""
+        """Registers step hooks on an optimizer that has all the ranges."""
         optimizer.register_step_pre_hook(self._prepare)
         optimizer.register_step_post_hook(self._apply)
 
     def check(self) -> None:
-        """Makes sure, after a step, that the hooks were called.
+        """Checks, after a step, that the hooks were called.
 
         Raises:
             RuntimeError: If ranges moved without them. torch 2.1 takes the step hooks off all
@@ -112,6 +112,7 @@ class LearnedRanges:
 
     @torch.no_grad()
     def _prepare(self, *_: Any) -> None:
+        """Replaces gradients by those of ``ln(amax)``, summed over each group."""
         self._called = True
         self._before = [group[0].detach().clone() for group in self._groups]
         for group, amax in strict_zip(self._groups, self._before):
@@ -123,6 +124,7 @@ class LearnedRanges:
 
     @torch.no_grad()
     def _apply(self, *_: Any) -> None:
+        """Applies the step to ``ln(amax)`` and copies the result to all members of a group."""
         for group, before in strict_zip(self._groups, self._before):
             after = before * (group[0] - before).exp()
             for member in group:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import matplotlib
@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from mmengine.dataset import BaseDataset
 from mmengine.structures import InstanceData
-from torch.utils.data import Dataset
 
 from mmdet3d_quant.core.compat import removeprefix
 
@@ -57,7 +57,7 @@ class Frame:
 
 
 def load_frame(
-    dataset: Dataset,
+    dataset: BaseDataset,
     index: int,
     detections: Mapping[str, Sequence[Mapping[str, Any]]],
     threshold: float,
@@ -147,7 +147,7 @@ def _draw_camera(axes: Axes, frame: Frame, name: str) -> None:
     height, width = image.shape[:2]
     for who, corners in frame.boxes.items():
         colour, thickness, dashes = line_of(who, frame.boxes)
-        segments = project_edges(corners, frame.lidar2img[name])
+        segments = list(project_edges(corners, frame.lidar2img[name]))
         axes.add_collection(
             LineCollection(segments, colors=colour, linewidths=thickness * 0.7, linestyles=dashes)
         )
@@ -227,7 +227,7 @@ def draw_ap(ap: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: str | Path, dpi: int = 100) -> None:
+def save(figure: Figure, path: str | Path | BinaryIO, dpi: int = 100) -> None:
     """Writes a figure as PNG."""
     with matplotlib.rc_context({'savefig.facecolor': 'auto'}):
         figure.savefig(path, format='png', dpi=dpi)

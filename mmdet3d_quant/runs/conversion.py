@@ -126,8 +126,7 @@ def convert(state: Mapping[str, Tensor], to: str) -> tuple[dict[str, Tensor], di
     side, layout = TARGETS[to]
     if all(name.startswith('module.') for name in state):  # a wrapper for several GPUs
         state = {removeprefix(name, 'module.'): value for name, value in state.items()}
-    names = {name: rename(name, to) for name in state}
-    _check_names(state, names, to)
+    names = _new_names(state, to)
     ours = {name: new if to == 'mmdet3d' else name for name, new in names.items()}
 
     sparse = {n for n, our in ours.items() if our.startswith(_SPARSE) and state[n].dim() == 5}
@@ -159,14 +158,20 @@ def convert(state: Mapping[str, Tensor], to: str) -> tuple[dict[str, Tensor], di
     return new_state, parts
 
 
-def _check_names(state: Mapping[str, Tensor], names: dict[str, str | None], to: str) -> None:
+def _new_names(state: Mapping[str, Tensor], to: str) -> dict[str, str]:
+    """Maps every entry's name to its name in the target's layout.
+
+    Raises:
+        ConversionError: If an entry has no place or two share one.
+    """
+    names = {name: new for name in state if (new := rename(name, to)) is not None}
     back = 'mit' if to == 'mmdet3d' else 'mmdet3d'
-    lost = {n: str(tuple(state[n].shape)) for n, new in names.items() if new is None}
-    if len(lost) == len(names) and any(rename(name, back) for name in lost):
+    lost = {n: str(tuple(state[n].shape)) for n in state if n not in names}
+    if not names and any(rename(name, back) for name in lost):
         raise ConversionError(f'the checkpoint has the names of {to} already', {})
     if lost:
         raise ConversionError(f'{len(lost)} entries have no place in {to}:', lost)
-    if _CONV in names and _NORM not in names:
+    if _CONV in state and _NORM not in state:
         raise ConversionError(
             "batch norm is folded into the convolutions, as NVIDIA's ptq.py does: convert the "
             'float checkpoint that this one was made from, then run tools/calibrate.py; missing',
@@ -176,6 +181,7 @@ def _check_names(state: Mapping[str, Tensor], names: dict[str, str | None], to: 
         places = list(names.values())
         twice = {n: f'-> {new}' for n, new in names.items() if places.count(new) > 1}
         raise ConversionError('entries share a place:', twice)
+    return names
 
 
 def _recode_box(value: Tensor, head: str) -> Tensor:

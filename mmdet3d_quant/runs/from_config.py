@@ -245,7 +245,7 @@ def numbered_batches(
     """
     part = DataLoader(
         loader.dataset,
-        batch_sampler=list(indices.values()),
+        batch_sampler=[list(batch) for batch in indices.values()],
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         worker_init_fn=loader.worker_init_fn,

@@ -72,7 +72,7 @@ def lit_ground(
             foot = (foot - foot.mean(0)) * 0.3 + foot.mean(0)
         cast = np.concatenate([foot, foot - slope * min(height, 4.0)])
         pixels = ((cast + GROUND_SIZE / 2) * scale * 16).astype(np.int32)
-        cv2.fillConvexPoly(shade, cv2.convexHull(pixels), 1, shift=4)
+        cv2.fillConvexPoly(shade, cv2.convexHull(pixels), (1,), shift=4)
     sunny = light.direct * light.sun[2] if light.direct.any() else np.zeros(3)
     lit = np.where(shade[..., None], light.ambient * 0.6, light.ambient + sunny)
     if light.head:

@@ -33,7 +33,9 @@ def expose(
     """
     height, width = image.shape[:2]
     small = cv2.resize(image, (width // 4, height // 4), interpolation=cv2.INTER_AREA)
-    bright = cv2.GaussianBlur(cv2.subtract(small, (200, 200, 200, 0)), (0, 0), 4)
+    # cv2's stubs do not know that a scalar may be subtracted.
+    bright = cv2.subtract(small, (200, 200, 200, 0))  # type: ignore[call-overload]
+    bright = cv2.GaussianBlur(bright, (0, 0), 4)
     bloom = bright.astype(np.float32) * 1.5
     if light.glare:
         yaw = ego.yaw + math.radians(camera.yaw)

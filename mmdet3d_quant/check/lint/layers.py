@@ -1,10 +1,12 @@
-"""Which convolutions an engine runs in INT8, and how much of the arithmetic that is."""
+"""Convolutions that an engine runs in INT8, and their share of the arithmetic."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from onnx import NodeProto
 
 from mmdet3d_quant.check.lint.graph import LAYERS, Graph
 
@@ -25,7 +27,7 @@ class Layer:
 
 
 def layers(graph: Graph) -> list[Layer]:
-    """All convolutions in the order of the file."""
+    """Lists all convolutions in the order of the file."""
     return [
         Layer(
             graph.name(node),
@@ -37,14 +39,17 @@ def layers(graph: Graph) -> list[Layer]:
 
 
 def coverage(found: Iterable[Layer]) -> float:
-    """Share of the multiply-accumulates that is in INT8; NaN without convolutions."""
+    """Computes the share of multiply-accumulates in INT8, 0 to 1; NaN without convolutions."""
     found = list(found)
     total = sum(layer.macs for layer in found)
     return sum(layer.macs for layer in found if layer.int8) / total if total else math.nan
 
 
-def _macs(graph: Graph, node) -> int:
-    """Positions times weights: of the output, of a transposed convolution the input."""
+def _macs(graph: Graph, node: NodeProto) -> int:
+    """Counts multiply-accumulates: elements of the weight times positions of the output.
+
+    Of a transposed convolution, positions of the input.
+    """
     where = node.input[0] if node.op_type == 'ConvTranspose' else node.output[0]
     shape = graph.shapes.get(where, [])
     batch, *_ = shape or [1]

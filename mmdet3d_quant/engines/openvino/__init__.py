@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: the engine, and what its graphs need before they are compiled."""
+"""OpenVINO on the CPU: the engine, and the graph transformations before compilation."""
 
 from mmdet3d_quant.engines.openvino.engine import LayerTime, OpenVINO
 

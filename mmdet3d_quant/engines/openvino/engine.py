@@ -61,7 +61,7 @@ class OpenVINO:
         return list(self.input_shapes)
 
     def int8_convolutions(self) -> tuple[int, int]:
-        """Convolutions that the engine runs in INT8, and all of them."""
+        """Counts the convolutions of the compiled graph: those in INT8, and all."""
         precisions = []
         for op in self._compiled.get_runtime_model().get_ops():
             info = op.get_rt_info()
@@ -73,11 +73,14 @@ class OpenVINO:
         return sum(p in ('i8', 'u8') for p in precisions), len(precisions)
 
     def profile(self, inputs: Arrays, runs: int = 10) -> list[LayerTime]:
-        """Time of every layer that the engine made of the graph; needs ``profiling=True``.
+        """Measures the time of every layer of the compiled graph; needs ``profiling=True``.
 
         Args:
-            inputs: By name.
-            runs: The median of so many counts.
+            inputs: Arrays by name.
+            runs: Number of runs, of which the median is taken.
+
+        Returns:
+            List of :class:`LayerTime`, one per layer.
         """
         request = self._compiled.create_infer_request()
         counts: dict[str, list[float]] = {}
@@ -95,10 +98,10 @@ class OpenVINO:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """How long one layer of an engine takes.
+    """Run time of one layer of a compiled graph.
 
     Attributes:
-        name: As the engine calls it.
+        name: Name of the layer in the compiled graph.
         kind: Type of the operation.
         kernel: Implementation and precision.
         seconds: Median time of a run.

@@ -1,7 +1,7 @@
-"""What OpenVINO's kernels can do in one pass over memory, put so that they do.
+"""Graph rewrites that save OpenVINO passes over memory: fused adds, split convolutions.
 
-Without these steps the camera branch of a ResNet-50 BEVFusion spends a fifth of its time on copies:
-residual adds in float32, and a result that is cut apart channel by channel. No value changes.
+Without them the camera branch of a ResNet-50 BEVFusion spends a fifth of its time on copies:
+residual adds in float32, and a result that is sliced by channels. No value changes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from mmdet3d_quant.engines.openvino.nodes import (
     value,
 )
 
-#: Steps of a FakeQuantize that are as fine as float32 itself.
+#: Levels of a FakeQuantize that is as fine as float32 itself.
 _FLOAT_LEVELS = 2**24
 
 
 def fuse_adds(model: Any) -> None:
-    """Lets a residual add be part of the convolution before it.
+    """Makes OpenVINO fuse a residual add into the convolution before it.
 
     OpenVINO fuses an add into a convolution if the two are neighbours or a FakeQuantize stands
-    between them. What it puts there itself, a multiplication into units of the other summand's
-    steps, keeps them apart: the convolution then writes float32, and the add is a pass over
-    memory of its own. So a FakeQuantize goes there that changes nothing, with the steps of float32
-    over all that the convolution can give.
+    between them. Its own passes insert a multiplication there, by the scale of the other summand,
+    which prevents the fusion: the convolution then writes float32, and the add is a pass over
+    memory of its own. So this inserts a FakeQuantize over the convolution's whole output range
+    with as many levels as float32, which changes no value.
 
     Args:
         model: An ``openvino.Model``, changed in place.
@@ -57,22 +57,22 @@ def fuse_adds(model: Any) -> None:
 
 
 def split_convolutions(model: Any) -> None:
-    """Computes the groups of channels that a result is cut into by a convolution each.
+    """Splits a convolution whose output is only sliced by channels: one convolution per slice.
 
     Args:
         model: An ``openvino.Model``, changed in place.
     """
     for node in model.get_ordered_ops():
         slices = [i.get_node() for o in node.outputs() for i in o.get_target_inputs()]
-        if not slices or any(found.get_type_name() != 'Slice' for found in slices):
+        if not slices or any(part.get_type_name() != 'Slice' for part in slices):
             continue
         layer = _layer(node.output(0))
         if layer is None or layer.integers is None:
             continue
-        groups = [_channels(found, len(layer.weights)) for found in slices]
+        groups = [_channels(part, len(layer.weights)) for part in slices]
         if None not in groups:
-            for found, channels in strict_zip(slices, groups):
-                replace(found, layer.part(channels))
+            for part, channels in strict_zip(slices, groups):
+                replace(part, layer.part(channels))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Layer:
 
     Attributes:
         node: The convolution.
-        largest: What no number that it reads exceeds.
+        largest: Upper bound of the absolute input values.
         weights: Its weights, dequantized, (out, in, kH, kW).
         bias: (1, out, 1, 1), or None.
     """
@@ -92,32 +92,32 @@ class _Layer:
     bias: np.ndarray | None
 
     def limit(self) -> float:
-        """A number that no result exceeds."""
+        """Upper bound of the absolute output values."""
         sums = self.largest * np.abs(self.weights).reshape(len(self.weights), -1).sum(1)
         return float(sums.max() + (0 if self.bias is None else np.abs(self.bias).max()))
 
     @cached_property
     def scale(self) -> np.ndarray | None:
-        """Steps of the weights, (out, 1, 1, 1), or None where they are not integers times that."""
+        """Scales of the weights, (out, 1, 1, 1); None if they are not stored as integers."""
         multiply = self.node.input(1).get_source_output().get_node()
         if multiply.get_type_name() != 'Multiply':
             return None
-        found = value(multiply.input(1).get_source_output())
+        scale = value(multiply.input(1).get_source_output())
         shape = len(self.weights), *(1,) * (self.weights.ndim - 1)
-        return np.broadcast_to(found, shape) if found.size in (1, len(self.weights)) else None
+        return np.broadcast_to(scale, shape) if scale.size in (1, len(self.weights)) else None
 
     @cached_property
     def integers(self) -> np.ndarray | None:
-        """The weights in steps, int8, or None where they have none."""
+        """Quantized weights, int8 (out, in, kH, kW); None if they are no multiples of the scale."""
         if self.scale is None:
             return None
         steps = self.weights / self.scale
-        found = np.rint(steps)
-        same = np.abs(found - steps).max() < 1e-3 and np.abs(found).max() <= 127
-        return found.astype(np.int8) if same else None
+        integers = np.rint(steps)
+        same = np.abs(integers - steps).max() < 1e-3 and np.abs(integers).max() <= 127
+        return integers.astype(np.int8) if same else None
 
     def part(self, channels: slice) -> Any:
-        """The layer for some of its output channels."""
+        """Creates the convolution, with bias, for a slice of the output channels."""
         opset13 = operators()
 
         assert self.integers is not None and self.scale is not None
@@ -139,7 +139,11 @@ class _Layer:
 
 
 def _layer(output: Any) -> _Layer | None:
-    """The layer that ends in a tensor, or None if it is another or no layer."""
+    """Matches the convolution that makes a tensor; None for any other node.
+
+    Args:
+        output: Tensor after the convolution, or after the addition of its bias.
+    """
     node, bias = output.get_node(), None
     if node.get_type_name() == 'Add':
         shaped = node.input(1).get_source_output()
@@ -158,18 +162,18 @@ def _layer(output: Any) -> _Layer | None:
 
 
 def _largest(node: Any) -> float | None:
-    """What no number of a rounded tensor exceeds; None if a tensor is not rounded."""
+    """Largest absolute value of a rounded tensor; None if the tensor is not rounded."""
     if is_rounder(node):
         return float(np.abs(range_of(node)).max())
     if node.get_type_name() not in ('Concat', 'MaxPool'):
         return None
     parts = [_largest(i.get_source_output().get_node()) for i in node.inputs()]
-    found = [part for part in parts if part is not None]
-    return max(found) if len(found) == len(parts) else None
+    known = [part for part in parts if part is not None]
+    return max(known) if len(known) == len(parts) else None
 
 
 def _channels(node: Any, count: int) -> slice | None:
-    """The channels that a Slice takes, or None if it takes something else."""
+    """Channels that a Slice takes; None if it has computed bounds, another axis or another step."""
     numbers = [i.get_source_output().get_node() for i in node.inputs()[1:]]
     if len(numbers) != 4:
         return None

@@ -1,11 +1,10 @@
-"""What is done to a Q/DQ graph before OpenVINO compiles it: other nodes, the same numbers.
+"""Transformations of a Q/DQ graph before OpenVINO compiles it; they change no value.
 
 OpenVINO's kernels want unsigned activations, while TensorRT's files have signed ones. On a CPU
 without VNNI it is more than a matter of speed: with signed activations (and with unsigned ones
 above 127) sums of two products overflow 16 bits and are cut off, which leaves 10 to 30 dB of a
 layer. So tensors that cannot be negative are quantized onto 0..127 of an unsigned grid, where
-nothing overflows, and rounding is put where it can be part of the layer before. Every step leaves
-all values as they are.
+nothing overflows, and rounding is put where OpenVINO fuses it into the layer before.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from mmdet3d_quant.engines.openvino.nodes import (
     value,
 )
 
-#: Operators that never give a negative number, and those that give none if they get none.
+#: Operators with non-negative outputs, and those with non-negative outputs for such inputs.
 _RECTIFIERS = ('Relu', 'Sigmoid', 'SoftMax', 'Softmax', 'Exp', 'Abs')
 _PASSING = ('MaxPool', 'AvgPool', 'Concat', 'Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Add')
 
 
 def prepare(model: Any) -> None:
-    """Rewrites an ``openvino.Model`` in place.
+    """Applies all transformations to an ``openvino.Model`` in place.
 
     Args:
-        model: As read from an ONNX file; one without Q/DQ nodes stays as it is.
+        model: Model as read from an ONNX file; one without Q/DQ nodes stays as it is.
     """
     _join_pairs(model)
     _share_equal(model)
@@ -54,12 +53,12 @@ def prepare(model: Any) -> None:
 
 
 def _join_pairs(model: Any) -> None:
-    """Makes each activation's Q/DQ pair one FakeQuantize of equal meaning.
+    """Replaces each activation's Q/DQ pair by one equivalent FakeQuantize.
 
-    OpenVINO reads QuantizeLinear as a FakeQuantize onto integers, followed by the steps that
-    DequantizeLinear undoes. Its INT8 concat takes the integers' range for the real one and
-    rounds to steps of about 2.0 (seen in 2024.6 to 2026.4: 10 dB instead of 130 dB). One
-    FakeQuantize from reals to reals does not lead it there.
+    OpenVINO reads QuantizeLinear as a FakeQuantize onto integers, followed by the subtraction and
+    multiplication of DequantizeLinear. Its INT8 concat takes the integers' range for the real one
+    and rounds to steps of about 2.0 (seen in 2024.6 to 2026.4: 10 dB instead of 130 dB). A
+    FakeQuantize with equal input and output range avoids that.
     """
     opset13 = operators()
 
@@ -80,7 +79,7 @@ def _join_pairs(model: Any) -> None:
 
 
 def _round_before_pooling(model: Any) -> None:
-    """Rounds before a max pooling instead of after it: the largest number stays the largest."""
+    """Moves a rounder from behind a max pooling before it; the two commute."""
     for node in rounders(model):
         pool = source(node)
         if pool.get_type_name() != 'MaxPool' or len(pool.output(0).get_target_inputs()) > 1:
@@ -92,7 +91,7 @@ def _round_before_pooling(model: Any) -> None:
 
 
 def _share_equal(model: Any) -> None:
-    """Lets readers of one tensor with one scale read one rounded tensor."""
+    """Merges the rounders of one tensor that have equal ranges."""
     first: dict[tuple, Any] = {}
     for node in rounders(model):
         data = node.input(0).get_source_output()
@@ -104,7 +103,7 @@ def _share_equal(model: Any) -> None:
 
 
 def _round_once(model: Any) -> None:
-    """Takes away the rounding of what is joined from parts with the same rounding."""
+    """Removes a rounder behind a concat whose inputs all come from rounders of the same range."""
     for node in rounders(model):
         joined = source(node)
         if joined.get_type_name() != 'Concat':
@@ -115,7 +114,7 @@ def _round_once(model: Any) -> None:
 
 
 def _make_unsigned(model: Any) -> None:
-    """Quantizes onto 0..127 of an unsigned grid what is never negative: the same steps."""
+    """Moves the rounders of non-negative tensors to 0..127 of an unsigned grid of equal steps."""
     opset13 = operators()
 
     for node in rounders(model):
@@ -125,13 +124,13 @@ def _make_unsigned(model: Any) -> None:
             continue
         rectifier = data.get_node()
         if rectifier.get_type_name() == 'Relu' and len(data.get_target_inputs()) == 1:
-            data = rectifier.input(0).get_source_output()  # limiting rectifies too
+            data = rectifier.input(0).get_source_output()  # the clamp below rectifies, too
         limited = opset13.clamp(data, 0.0, high)
         replace(node, make_rounder(limited.output(0), 0.0, 255 * (high / 127), node))
 
 
 def _keep_signed_float(model: Any) -> None:
-    """Gives float weights, of the same values, to convolutions that read signed activations."""
+    """Dequantizes the weights of layers that read signed activations, so that they run in float."""
     opset13 = operators()
 
     for node in rounders(model):
@@ -144,6 +143,7 @@ def _keep_signed_float(model: Any) -> None:
 
 
 def _layers_after(node: Any) -> Iterator[Any]:
+    """Yields the layers with weights that read a node, directly or through concat and pooling."""
     for target in node.output(0).get_target_inputs():
         kind = target.get_node().get_type_name()
         if kind in ('Convolution', 'ConvolutionBackpropData', 'MatMul'):
@@ -154,7 +154,7 @@ def _layers_after(node: Any) -> Iterator[Any]:
 
 @lru_cache(maxsize=None)
 def overflows() -> bool:
-    """Whether this CPU cuts off sums of signed products: tried out on one convolution."""
+    """True if 16-bit sums of INT8 products saturate on this CPU; tested on one convolution."""
     import openvino as ov
 
     opset13 = operators()
@@ -168,11 +168,12 @@ def overflows() -> bool:
     compiled = ov.compile_model(
         ov.Model([y], [x]), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': 1}
     )
-    found = compiled(np.full((1, 64, 8, 8), 127, np.float32))[0]
-    return bool(np.abs(found / (64 * 127 * 127) - 1).max() > 1e-3)
+    sums = compiled(np.full((1, 64, 8, 8), 127, np.float32))[0]
+    return bool(np.abs(sums / (64 * 127 * 127) - 1).max() > 1e-3)
 
 
 def _never_negative(output: Any) -> bool:
+    """True if a tensor is non-negative for every input of the graph."""
     node = output.get_node()
     kind = node.get_type_name()
     if kind == 'FakeQuantize':

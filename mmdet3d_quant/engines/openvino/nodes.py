@@ -1,4 +1,7 @@
-"""Questions to ask of an ``openvino.Model``'s nodes, and how to put others in their place."""
+"""Queries, creation and replacement of nodes in an ``openvino.Model``.
+
+A rounder is the FakeQuantize of an activation; see :func:`is_rounder`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 
 
 def operators() -> Any:
-    """OpenVINO's operators by name; 2024 and before have them in another module."""
+    """Imports OpenVINO's ``opset13``, which OpenVINO 2024 and before have in another module."""
     try:
         from openvino import opset13
     except ImportError:
@@ -18,7 +21,7 @@ def operators() -> Any:
 
 
 def source(node: Any) -> Any:
-    """The node that makes the first input, or None where there is no input."""
+    """Producer of a node's first input; None for a node without inputs."""
     return node.input(0).get_source_output().get_node() if node.inputs() else None
 
 
@@ -27,7 +30,7 @@ def _readers(node: Any) -> Any:
 
 
 def replace(node: Any, other: Any) -> None:
-    """Lets the readers of a node read another one, results by the names that they had."""
+    """Redirects all readers of a node's output to another node; results keep their names."""
     names = node.output(0).get_names()
     if any(reader.get_node().get_type_name() == 'Result' for reader in _readers(node)):
         node.output(0).set_names(set())  # OpenVINO before 2025 does not carry them along
@@ -37,7 +40,7 @@ def replace(node: Any, other: Any) -> None:
 
 
 def is_constant(output: Any) -> bool:
-    """Whether no input of the graph has a part in a tensor."""
+    """True if the tensor is constant (no Parameter upstream)."""
     waiting, seen = [output.get_node()], set()
     while waiting:
         node = waiting.pop()
@@ -50,19 +53,19 @@ def is_constant(output: Any) -> bool:
 
 
 def value(output: Any) -> np.ndarray:
-    """What a tensor without a part of the graph's inputs is."""
+    """Value of a constant tensor, by compiling and running its subgraph."""
     import openvino as ov
 
     return ov.compile_model(ov.Model([output], []), 'CPU')([])[0]
 
 
 def rounders(model: Any) -> Iterator[Any]:
-    """All of them, in the order of computation."""
+    """All activation FakeQuantize nodes in topological order."""
     return filter(is_rounder, model.get_ordered_ops())
 
 
 def is_rounder(node: Any) -> bool:
-    """Whether a node is a FakeQuantize of an activation with one range of 256 steps."""
+    """True if a node is a per-tensor FakeQuantize of an activation with 256 levels."""
     return (
         node.get_type_name() == 'FakeQuantize'
         and node.get_attributes()['levels'] == 256
@@ -74,14 +77,14 @@ def is_rounder(node: Any) -> bool:
 
 
 def range_of(node: Any) -> tuple[float, float]:
-    """Least and largest number that a rounder gives."""
+    """Least and largest output value of a rounder."""
     low, high = single(node, 1), single(node, 2)
     assert low is not None and high is not None
     return low, high
 
 
 def single(node: Any, index: int) -> float | None:
-    """The number that an input is, or None if it is several or computed."""
+    """Value of a scalar constant input; None if it is computed or has several elements."""
     constant = node.input(index).get_source_output().get_node()
     if constant.get_type_name() != 'Constant' or constant.data.size != 1:
         return None
@@ -89,7 +92,14 @@ def single(node: Any, index: int) -> float | None:
 
 
 def make_rounder(data: Any, low: float, high: float, like: Any) -> Any:
-    """A FakeQuantize of 256 steps, named like another."""
+    """Creates a per-tensor FakeQuantize with 256 levels.
+
+    Args:
+        data: Output to quantize.
+        low: Least value of the grid.
+        high: Largest value of the grid.
+        like: Node whose name the new one takes.
+    """
     opset13 = operators()
 
     ends = np.float32(low), np.float32(high)
