@@ -30,7 +30,8 @@ examples:
 """
 #: What the package and its tests need beside torch and mmcv.
 NEEDS = (
-    'mmengine>=0.10,<0.11', 'mmdet>=3.2,<3.4', 'mmdet3d>=1.4,<1.5', 'pytorch-quantization>=2.1.3,<2.2',
+    'mmengine>=0.10,<0.11', 'mmdet>=3.2,<3.4', 'mmdet3d>=1.4,<1.5',
+    'pytorch-quantization>=2.1.3,<2.2',
     'numpy<2', 'rich>=12', 'jinja2>=3', 'matplotlib', 'onnx>=1.14', 'onnxruntime>=1.16',
     'openvino>=2024.0', 'psutil', 'spconv', 'pytest>=8',
 )  # yapf: disable  # fmt: skip

@@ -11,7 +11,7 @@ from mmcv.ops import Voxelization
 from mmdet3d.models import Base3DDetector
 from mmdet3d.registry import MODELS
 from mmdet3d.structures import Det3DDataSample
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet3d_quant.bevfusion.matrices import stack_matrices
 
@@ -78,7 +78,7 @@ class BEVFusion(Base3DDetector):
                 'a fusion_layer if both are given'
             )
 
-        self.pts_voxel_layer = None
+        self.pts_voxel_layer: Any = None
         if pts_middle_encoder is not None:
             self.pts_voxel_layer = _voxel_layer(voxelize_cfg)
         self.pts_voxel_encoder = _build(pts_voxel_encoder)
@@ -218,14 +218,9 @@ class BEVFusion(Base3DDetector):
                     "BEVFusion was built with img_backbone and expects inputs['imgs']; got "
                     f'inputs with {sorted(batch_inputs_dict)}'
                 )
-            features.append(
-                self.extract_img_feat(
-                    imgs,
-                    batch_inputs_dict.get('points'),
-                    *stack_matrices(batch_input_metas, imgs),
-                    batch_input_metas,
-                )
-            )
+            points = batch_inputs_dict.get('points')
+            inputs = imgs, points, *stack_matrices(batch_input_metas, imgs), batch_input_metas
+            features.append(self.extract_img_feat(*inputs))
         if self.pts_middle_encoder is not None:
             features.append(self.extract_pts_feat(batch_inputs_dict))
         x = features[0] if self.fusion_layer is None else self.fusion_layer(features)
@@ -276,7 +271,8 @@ class BEVFusion(Base3DDetector):
         return losses
 
 
-def _build(cfg: dict | None) -> nn.Module | None:
+def _build(cfg: dict | None) -> Any:
+    """A part of the detector, or None; what it is called with is between it and its neighbours."""
     return None if cfg is None else MODELS.build(cfg)
 
 

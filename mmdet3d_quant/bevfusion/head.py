@@ -25,7 +25,7 @@ _NORM = dict(type='BN1d')
 _SHARED = ('query_heatmap_score', 'query_labels', 'dense_heatmap')
 
 
-class TransFusionHead(HeadLosses, nn.Module):
+class TransFusionHead(HeadLosses):
     """TransFusion head.
 
     Args:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from mmdet3d.structures import Det3DDataSample
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet3d_quant.bevfusion.targets import make_targets
 
@@ -17,12 +17,16 @@ from mmdet3d_quant.bevfusion.targets import make_targets
 Outputs = Tuple[List[Dict[str, Tensor]]]
 
 
-class HeadLosses:
-    """Adds the losses to a TransFusion head; a mixin.
+class HeadLosses(nn.Module):
+    """Losses of a TransFusion head, which subclasses this and sets the attributes."""
 
-    Reads the head's ``losses``, ``bbox_assigner``, ``bbox_coder``, ``train_cfg``,
-    ``num_proposals``, ``sync_avg_factor`` and ``class_encoding``.
-    """
+    losses: dict[str, Any]
+    bbox_assigner: Any
+    bbox_coder: Any
+    train_cfg: Any
+    num_proposals: int
+    sync_avg_factor: bool
+    class_encoding: nn.Module
 
     def loss(
         self, batch_feats: Tensor | Sequence[Tensor], batch_data_samples: list[Det3DDataSample]

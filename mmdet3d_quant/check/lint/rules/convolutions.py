@@ -124,10 +124,9 @@ def _reached(graph: Graph, forward: bool) -> set[int]:
     found: set[int] = set()
     for node in graph.nodes if forward else reversed(graph.nodes):
         if forward:
-            near = [graph.producer.get(t) for t in node.input]
+            near = [graph.producer[t] for t in node.input if t in graph.producer]
         else:
             near = [n for t in node.output for n, _ in graph.readers[t]]
-        near = [n for n in near if n is not None]
         if any(id(n) in found or (n.op_type in LAYERS and is_int8(graph, n)) for n in near):
             found.add(id(node))
     return found

@@ -86,8 +86,10 @@ def _not_positive(graph: Graph) -> Found:
 )
 def _tiny(graph: Graph) -> Found:
     for node, scale, _ in _grids(graph):
-        small = scale is not None and scale[(scale > 0) & (scale < 0.99 * DEAD)]
-        if scale is not None and len(small):
+        if scale is None:
+            continue
+        small = scale[(scale > 0) & (scale < 0.99 * DEAD)]
+        if len(small):
             yield node, f'scale {small[0]:.3g}'
 
 
@@ -99,8 +101,10 @@ def _tiny(graph: Graph) -> Found:
 )
 def _huge(graph: Graph) -> Found:
     for node, scale, _ in _grids(graph):
-        large = scale is not None and scale[np.isfinite(scale) & (scale > HUGE)]
-        if scale is not None and len(large):
+        if scale is None:
+            continue
+        large = scale[np.isfinite(scale) & (scale > HUGE)]
+        if len(large):
             yield node, f'scale {large[0]:.3g}'
 
 
