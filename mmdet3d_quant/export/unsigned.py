@@ -81,6 +81,8 @@ class UnsignedQuantizer(Quantizer):
         quantizer: Per tensor, with a range.
     """
 
+    grid = None  # no signed one may stand in for it
+
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer.spec, label=quantizer.label)
         self.amax = quantizer._amax.detach()
