@@ -317,15 +317,15 @@ def _all_but_last(items: Iterable[Any], last: list[Any]) -> Iterator[Any]:
 @contextmanager
 def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Gives the quantizers back their ranges and modes when something fails."""
-    before: list[tuple[Quantizer, Tensor | None, bool, str]] = [
-        (q, copy.deepcopy(q._amax), q.calibrated, q.mode) for q in quantizers(model).values()
+    before: list[tuple[Quantizer, Tensor | None, bool, tuple[bool, ...]]] = [
+        (q, copy.deepcopy(q._amax), q.calibrated, q.switches) for q in quantizers(model).values()
     ]
     try:
         yield
     except BaseException:
-        for quantizer, amax, calibrated, mode in before:
+        for quantizer, amax, calibrated, switches in before:
             if amax is not None:
                 quantizer._amax.copy_(amax)
                 quantizer._calibrated = calibrated
-            quantizer.mode = mode
+            quantizer.switches = switches
         raise

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.joined import Grid, grid_of, quantize
-from mmdet3d_quant.core.spec import QuantSpec, check_mode
+from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec, check_mode
+from mmdet3d_quant.core.switches import Switches
 
 HOW_TO_CALIBRATE = (
     'Calibrate first: `python tools/calibrate.py CONFIG CHECKPOINT --out FILE` and load FILE, '
@@ -35,7 +36,7 @@ class UncalibratedError(QuantError):
         )
 
 
-class Quantizer(TensorQuantizer):
+class Quantizer(Switches):
     """pytorch-quantization's ``TensorQuantizer`` that always knows whether it is calibrated.
 
     The range lives in the buffer ``_amax``, present from the start and NaN until calibrated, so
@@ -61,11 +62,10 @@ class Quantizer(TensorQuantizer):
         ndim: int = 0,
         label: str = 'quantizer',
     ):
-        spec = spec or QuantSpec()
+        self.spec = spec = spec or QuantSpec()
+        self.label = label
         super().__init__(QuantDescriptor(num_bits=spec.num_bits, axis=spec.axis))
         self._calibrator = None
-        self.spec = spec
-        self.label = label
         self.float_reason: str | None = None
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
         self.register_buffer('_amax', torch.full(shape, float('nan')))
@@ -103,17 +103,20 @@ class Quantizer(TensorQuantizer):
 
     @property
     def mode(self) -> str:
-        """``'float'``, ``'observe'`` or ``'quant'``."""
-        if self._disabled:
+        """``'float'``, ``'observe'`` or ``'quant'``, as the library's switches say.
+
+        Setting ``'float'`` is ``disable()``, which here ``enable_quant()`` ends, too.
+        """
+        if self._disabled or self.float_reason is not None:
             return 'float'
-        return 'observe' if self._if_calib else 'quant'
+        if self._if_calib:
+            return 'observe'
+        return 'quant' if self._if_quant else 'float'
 
     @mode.setter
     def mode(self, mode: str) -> None:
         check_mode(mode)
-        self._disabled = mode == 'float' or self.float_reason is not None
-        self._if_calib = mode == 'observe'
-        self._if_quant = mode == 'quant'
+        self.switches = mode == 'float', mode == 'observe', mode != 'observe', mode == 'float'
 
     def keep_float(self, reason: str) -> None:
         """Makes this quantizer an identity for good.
@@ -159,6 +162,8 @@ class Quantizer(TensorQuantizer):
             return x
         if not self._calibrated:
             raise UncalibratedError([self.label])
+        if self.use_fb_fake_quant and torch.onnx.is_in_onnx_export():  # the library's own export
+            return self._fb_fake_quant(x, self._amax.clamp(min=MIN_AMAX))
         return quantize(x, self._amax, self.spec)
 
     @property

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pytorch_quantization.nn.modules._utils import QuantMixin
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.fake_quant import largest, scale_of
 from mmdet3d_quant.core.joined import untouched
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import WEIGHT_METHODS, QuantSpec
+from mmdet3d_quant.core.switches import DESCRIPTORS
 
 #: The smallest range of a weight that is tried, in percent of its largest value.
 _LEAST_PERCENT = 20
@@ -38,6 +42,17 @@ class QuantLayer(QuantMixin):
             ndim=len(shape),
             label=f'weight of {kind}',
         )
+
+    @classmethod
+    def set_default_quant_desc_input(cls, value: Any) -> None:
+        """Refuses, and says how bits and method are chosen.
+
+        Raises:
+            QuantError: Always.
+        """
+        raise QuantError(f'{cls.__name__}: {DESCRIPTORS}')
+
+    set_default_quant_desc_weight = set_default_quant_desc_input
 
     def weight_amax(self, method: str = 'max') -> Tensor:
         """Range of each output channel.
