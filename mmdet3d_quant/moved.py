@@ -28,6 +28,7 @@ MOVED = {
     'counting': 'calibration.counting',
     'checkpoint': 'files.checkpoint',
     'fold': 'layers.fold',
+    'layers.once': 'core.joined',
     'conversion': 'runs.conversion',
     'from_config': 'runs.from_config',
     'provenance': 'runs.provenance',

@@ -143,10 +143,10 @@ def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[s
 @contextmanager
 def _quantized(quantizer: Quantizer) -> Iterator[None]:
     """Puts a quantizer into mode ``quant`` for a while, unless it is kept float."""
-    before = quantizer.mode
+    before = quantizer.switches
     if quantizer.float_reason is None:
         quantizer.mode = 'quant'
     try:
         yield
     finally:
-        quantizer.mode = before
+        quantizer.switches = before

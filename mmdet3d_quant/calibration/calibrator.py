@@ -207,8 +207,8 @@ class Calibrator:
 @contextmanager
 def _unchanged_on_error(model: nn.Module, weights: bool) -> Iterator[None]:
     """Gives quantizers their ranges and modes back when something fails; if asked, weights too."""
-    before: list[tuple[Quantizer, Tensor | None, bool, str]] = [
-        (q, copy.deepcopy(q._amax), q.calibrated, q.mode) for q in quantizers(model).values()
+    before: list[tuple[Quantizer, Tensor | None, bool, tuple[bool, ...]]] = [
+        (q, copy.deepcopy(q._amax), q.calibrated, q.switches) for q in quantizers(model).values()
     ]
     state = copy.deepcopy(model.state_dict()) if weights else None
     try:
@@ -217,9 +217,9 @@ def _unchanged_on_error(model: nn.Module, weights: bool) -> Iterator[None]:
         if state is not None:
             for name, value in model.state_dict().items():
                 value.copy_(state[name])
-        for quantizer, amax, calibrated, mode in before:
+        for quantizer, amax, calibrated, switches in before:
             if amax is not None:
                 quantizer._amax.copy_(amax)
                 quantizer._calibrated = calibrated
-            quantizer.mode = mode
+            quantizer.switches = switches
         raise

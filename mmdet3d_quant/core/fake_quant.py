@@ -16,25 +16,25 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec
 
-#: On a CPU so many values take all steps before the next ones do: they stay in its cache.
+#: Values of a piece. On a CPU a large tensor is computed piece by piece: they stay in the cache.
 _CHUNK = 2**19
-#: Integers as long as a float, by bytes: one more is the next float.
+#: Integer type of the same width as a float, by bytes: adding 1 to the bits gives the next float.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compiling() -> bool:
-    """Whether torch.compile is looking: at the code, or at what layers do with fake tensors."""
+    """Tells whether torch.compile traces this code or runs it on fake tensors."""
     if torch._dynamo.is_compiling():
         return True
     return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
 def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
-    """Step size of the grid, ``amax / qmax``, kept away from zero by :data:`MIN_AMAX`.
+    """Computes the step size, ``amax / qmax``, kept away from zero by :data:`MIN_AMAX`.
 
     Args:
         amax: Range limit(s), float32, any shape, >= 0.
-        spec: The grid.
+        spec: Gives ``qmax``.
 
     Returns:
         Tensor of the shape of ``amax``, float32, > 0.
@@ -43,10 +43,7 @@ def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def largest(x: Tensor, dims: list[int]) -> Tensor:
-    """Largest absolute value over some dimensions, which are kept with size 1.
-
-    Unlike ``x.abs().amax(dims)`` it writes no tensor of the size of ``x``.
-    """
+    """Computes ``x.abs().amax(dims, keepdim=True)`` without a tensor of the size of ``x``."""
     return torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
 
 
@@ -58,27 +55,30 @@ def fake_quantize(
     value: float | None = None,
     inside: bool = False,
 ) -> Tensor:
-    """Rounds ``x`` to the grid and back, ``clamp(round(x / scale), qmin, qmax) * scale``.
+    """Quantizes and dequantizes ``x``: ``clamp(round(x / scale), qmin, qmax) * scale``.
 
-    Rounds half to even; a GPU is not waited for.
+    Halves round to even. A GPU is not synchronized with.
 
-    Backward, as in pytorch-quantization, the gradient passes where ``|x| <= amax`` and is 0
-    elsewhere. Where ``amax`` needs a gradient it gets that of LSQ (Esser et al., 2020) in terms of
-    the range instead of the step: ``sum(g * (y - x)) / amax`` inside and ``sum(g * y) / amax``
-    outside, times ``1 / sqrt(n * qmax)``, where n is what the paper calls features: the values per
-    index of the first dimension (per sample, so that the gradient is a sum over samples), or with
-    an axis the values per range.
+    The gradient of ``x`` is that of pytorch-quantization: it passes where ``|x| <= amax`` and is 0
+    elsewhere.
+
+    The gradient of ``amax``, if it needs one, is that of LSQ (Esser et al., 2020), taken with
+    respect to the range instead of the step: the sum of ``g * (y - x) / amax`` where
+    ``|x| <= amax`` and of ``g * y / amax`` elsewhere, times ``1 / sqrt(n * qmax)``. Here n is the
+    number of features, as the paper calls them: per tensor, the values of one sample (an index of
+    the first dimension), so that the gradient is a sum over samples; with an axis, the values of
+    one range.
 
     Args:
-        x: Tensor of any floating type; computed in float32, or in float64 if it is float64
-            (to check identities that float32 rounding blurs; not fused).
+        x: Tensor of any floating type. Computed in float32; a float64 one in float64, for tests of
+            identities that hold up to rounding only.
         amax: float32 with one element (per tensor), or one element per index of ``spec.axis``.
-        spec: The grid.
-        rectify: Round ``relu(x)`` instead, forward and backward in the passes over memory that
-            rounding takes anyway.
-        value: The range as a number, where one is known: saves passes over memory on a GPU.
-        inside: All of ``x`` is known to be within the range, so that its gradient needs no mask;
-            without effect where the range is learned.
+        spec: Bits and axis.
+        rectify: Quantize ``relu(x)`` instead, without passes over memory for the ReLU.
+        value: ``amax`` as a Python number, if the caller knows it; on a GPU that saves passes over
+            memory.
+        inside: Promises ``|x| <= amax`` everywhere: the gradient of ``x`` is not masked. Ignored
+            if ``amax`` needs a gradient.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
@@ -97,6 +97,7 @@ def fake_quantize(
 def _rounded(
     x: Tensor, amax: Tensor, spec: QuantSpec, rectify: bool = False, value: float | None = None
 ) -> Tensor:
+    """Computes the values of :func:`fake_quantize`, with the operator that is fast for a device."""
     exact = x if x.dtype == torch.float64 else x.float()
     ends = 0 if rectify else spec.qmin, spec.qmax
     if x.device.type == 'cpu' or exact.dtype == torch.float64 or spec.axis is not None:
@@ -113,7 +114,10 @@ def _rounded(
 
 
 def _rounded_by_steps(x: Tensor, scale: Tensor, ends: tuple[int, int]) -> Tensor:
-    """Vectorised: torch's fused operator visits values one by one on a CPU. float64 stays so."""
+    """Computes ``clamp(round(x / scale), *ends) * scale``, keeping float64.
+
+    On a CPU these steps are vectorised, while torch's fused operator visits values one by one.
+    """
     inverse = 1 / scale
     if not _in_pieces(x, scale):
         return (x * inverse).round_().clamp_(*ends).mul_(scale)
@@ -130,16 +134,19 @@ def _rounded_by_steps(x: Tensor, scale: Tensor, ends: tuple[int, int]) -> Tensor
 
 
 def _in_pieces(x: Tensor, amax: Tensor) -> bool:
-    """Whether a tensor is worth visiting piece by piece."""
+    """Tells whether to compute piece by piece: on a CPU, of a large contiguous tensor."""
     large = x.device.type == 'cpu' and x.numel() > _CHUNK
     by_rows = amax.numel() in (1, amax.shape[0])
     return large and by_rows and x.is_contiguous() and not compiling()
 
 
 class _FakeQuantize(Function):
-    """Saves its input and, for a learned range, its output. A convolution that reads the output
-    keeps it anyway, and so does a ReLU the input that it made; with ``rectify`` the input is that
-    of the ReLU, which nothing else keeps."""
+    """Fake quantization with gradients.
+
+    It saves its input and, for a learned range, its output. Mostly others keep those anyway: the
+    input is the output of a ReLU, and the output the input of a convolution. With ``rectify`` the
+    input is that of the ReLU, and saving it takes memory.
+    """
 
     @staticmethod
     def forward(
@@ -174,7 +181,12 @@ class _FakeQuantize(Function):
 def _slope(
     grad: Tensor, x: Tensor, y: Tensor, amax: Tensor, rectify: bool
 ) -> tuple[Tensor, Tensor]:
-    """``grad`` inside the range, else 0; and ``sum(grad * y - that * x)`` for each range."""
+    """Computes the gradient of ``x``, and of ``amax`` before it is scaled.
+
+    Returns:
+        ``grad_x``, which is ``grad`` inside the range and 0 elsewhere, and
+        ``sum(grad * y - grad_x * x)`` for each range.
+    """
     contiguous = all(t.is_contiguous() for t in (grad, x, y))
     if amax.numel() > 1 or x.element_size() < 4 or not contiguous:
         grad_x = _inside(grad, x, amax, rectify)
@@ -193,18 +205,22 @@ def _slope(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """``(a * b).sum()`` of contiguous tensors, which writes nothing of their size."""
+    """Computes ``(a * b).sum()`` of contiguous tensors without a tensor of their size."""
     return torch.dot(a.view(-1), b.view(-1))
 
 
 def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:
+    """Computes ``1 / (amax * sqrt(n * qmax))``, where n counts features."""
     # At least 1: a sparse tensor may have no sites left, and its range a gradient of zero then.
     features = max(1, x.numel() / max(1, x.shape[0] if amax.numel() == 1 else amax.numel()))
     return 1 / (amax.clamp(min=MIN_AMAX) * (features * qmax) ** 0.5)
 
 
 def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
-    """The same out of differentiable operations: the value, plus zeros with the gradients."""
+    """Computes :func:`fake_quantize` from operations that autograd and torch.compile know.
+
+    The result is the value without gradient, plus terms that are zero and have the gradients.
+    """
     fixed = x.detach()
     inside = fixed.abs() <= amax.detach()
     y = _rounded(fixed, amax.detach(), spec)
@@ -216,7 +232,7 @@ def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
 def _inside(
     grad: Tensor, x: Tensor, amax: Tensor, rectify: bool, value: float | None = None
 ) -> Tensor:
-    """``grad`` where ``|x| <= amax`` (of what is rectified, where ``0 < x <= amax``), else 0."""
+    """Masks ``grad``: kept where ``|x| <= amax``, with ``rectify`` where ``0 < x <= amax``."""
     on_cpu = x.device.type == 'cpu'
     if on_cpu and amax.numel() == 1:
         value = amax.item()
@@ -229,18 +245,19 @@ def _inside(
     if on_cpu and amax.numel() > 1:
         others = [i for i in range(x.dim()) if amax.shape[i] == 1]
         if (largest(x, others) <= amax).all():
-            return grad  # of weights as a rule, whose ranges follow them
+            return grad  # as it mostly is with weights, whose ranges follow them
     return torch.where(x.abs() <= amax, grad, 0)
 
 
 @lru_cache(maxsize=4096)
 def _step(amax: float, spec: QuantSpec) -> float:
+    """Computes :func:`scale_of` for a number, in float32."""
     return scale_of(torch.tensor(amax, dtype=torch.float32), spec).item()
 
 
 @lru_cache(maxsize=4096)
 def _beyond(value: float, dtype: torch.dtype) -> float:
-    """The smallest number of a type that is larger than a float32 >= 0."""
+    """Finds the smallest number of ``dtype`` above ``value``, which is a float32 >= 0."""
     near = torch.tensor(value, dtype=dtype)
     if near.item() <= value:
         near = (near.view(_BITS[near.element_size()]) + 1).view(dtype)

@@ -77,13 +77,13 @@ class set_mode(AbstractContextManager):  # noqa: N801 - reads as the function it
 
     def __init__(self, model: nn.Module, mode: str):
         check_mode(mode)
-        self._before = [(q, q.mode) for q in quantizers(model).values()]
+        self._before = [(q, q.switches) for q in quantizers(model).values()]
         for q, _ in self._before:
             q.mode = mode
 
     def __exit__(self, *exc_info: object) -> None:
-        for q, mode in self._before:
-            q.mode = mode
+        for q, switches in self._before:
+            q.switches = switches
 
 
 def name_quantizers(model: nn.Module) -> None:

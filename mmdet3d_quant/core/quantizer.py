@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Tuple
+from typing import Any
 
 import torch
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.core.fake_quant import compiling, fake_quantize
-from mmdet3d_quant.core.spec import QuantSpec, check_mode
+from mmdet3d_quant.core.joined import Grid, grid_of, quantize
+from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec, check_mode
+from mmdet3d_quant.core.switches import Switches
 
 HOW_TO_CALIBRATE = (
     'Calibrate first: `python tools/calibrate.py CONFIG CHECKPOINT --out FILE` and load FILE, '
     'or `mmdet3d_quant.calibrate(model, batches)`. To run the model unquantized: '
     "`mmdet3d_quant.set_mode(model, 'float')`."
 )
-
-
-Grid = Tuple[QuantSpec, Any]
-#: Of rounded tensors: their version then, and the grid.
-_marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class UncalibratedError(QuantError):
@@ -41,7 +36,7 @@ class UncalibratedError(QuantError):
         )
 
 
-class Quantizer(TensorQuantizer):
+class Quantizer(Switches):
     """pytorch-quantization's ``TensorQuantizer`` that always knows whether it is calibrated.
 
     The range lives in the buffer ``_amax``, present from the start and NaN until calibrated, so
@@ -50,7 +45,7 @@ class Quantizer(TensorQuantizer):
     :meth:`learn` the range is a parameter of the same name.
 
     Args:
-        spec: The grid.
+        spec: Bits and axis; INT8 per tensor by default.
         channels: Number of ranges along ``spec.axis``; needed when an axis is given.
         ndim: Number of dimensions of the tensor; ``_amax`` then has shape
             ``(1, ..., channels, ..., 1)``, as in pytorch-quantization.
@@ -67,19 +62,14 @@ class Quantizer(TensorQuantizer):
         ndim: int = 0,
         label: str = 'quantizer',
     ):
-        spec = spec or QuantSpec()
+        self.spec = spec = spec or QuantSpec()
+        self.label = label
         super().__init__(QuantDescriptor(num_bits=spec.num_bits, axis=spec.axis))
         self._calibrator = None
-        self.spec = spec
-        self.label = label
         self.float_reason: str | None = None
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
         self.register_buffer('_amax', torch.full(shape, float('nan')))
         self._calibrated = False
-        #: The range when it was last read, its place, version and value.
-        self._read: tuple[Tensor, int, int, float] | None = None
-        #: A tensor that the range covers, mostly the weight; the range; the versions of both.
-        self._covered: tuple[Tensor, Tensor, int, int] | None = None
 
     @property
     def amax(self) -> Tensor | None:
@@ -113,17 +103,20 @@ class Quantizer(TensorQuantizer):
 
     @property
     def mode(self) -> str:
-        """``'float'``, ``'observe'`` or ``'quant'``."""
-        if self._disabled:
+        """``'float'``, ``'observe'`` or ``'quant'``, as the library's switches say.
+
+        Setting ``'float'`` is ``disable()``, which here ``enable_quant()`` ends, too.
+        """
+        if self._disabled or self.float_reason is not None:
             return 'float'
-        return 'observe' if self._if_calib else 'quant'
+        if self._if_calib:
+            return 'observe'
+        return 'quant' if self._if_quant else 'float'
 
     @mode.setter
     def mode(self, mode: str) -> None:
         check_mode(mode)
-        self._disabled = mode == 'float' or self.float_reason is not None
-        self._if_calib = mode == 'observe'
-        self._if_quant = mode == 'quant'
+        self.switches = mode == 'float', mode == 'observe', mode != 'observe', mode == 'float'
 
     def keep_float(self, reason: str) -> None:
         """Makes this quantizer an identity for good.
@@ -160,85 +153,30 @@ class Quantizer(TensorQuantizer):
         Raises:
             UncalibratedError: In mode quant without a range.
         """
-        if self._disabled:
+        mode = self.mode
+        if mode == 'float':
             return x
-        if self._if_calib:
+        if mode == 'observe':
             if self._calibrator is not None:
                 self._calibrator.collect(x)
             return x
         if not self._calibrated:
             raise UncalibratedError([self.label])
-        if compiling():  # nothing is noted there
-            return fake_quantize(x, self._amax, self.spec)
-        if self._covers(x):
-            return fake_quantize(x, self._amax, self.spec, inside=True)
-        grid = self.grid
-        if grid is not None and _grid_of(x) == grid:
-            return x
-        return self._on_grid(x, grid)
-
-    def rectified(self, x: Tensor) -> Tensor:
-        """What the quantizer gives for ``relu(x)``, in one pass over memory; in mode quant."""
-        return self._on_grid(x, self.grid, rectify=True)
+        if self.use_fb_fake_quant and torch.onnx.is_in_onnx_export():  # the library's own export
+            return self._fb_fake_quant(x, self._amax.clamp(min=MIN_AMAX))
+        return quantize(x, self._amax, self.spec)
 
     @property
     def grid(self) -> Grid | None:
-        """What it rounds to: quantizers of equal grids round alike.
+        """Key that is equal for two quantizers iff one may stand in for the other.
 
-        A learned range equals no other, since it wants a gradient of its own. None where it does
-        not round, has a range per channel or one without a version (made in inference mode), and
-        in traced or compiled code, which shall show every quantizer.
-
-        Reading a range on a GPU waits for it: that is done once for every change, as far as the
-        version of the tensor tells (so not of one through ``.data``).
+        None (never shared) if not in mode quant or uncalibrated, and where
+        :func:`~mmdet3d_quant.core.joined.grid_of` says so: per channel, for an inference tensor,
+        while tracing or compiling. A learned range is equal to itself only.
         """
-        if compiling() or torch.jit.is_tracing():
+        if self.mode != 'quant' or not self._calibrated:
             return None
-        if self.mode != 'quant' or not self._calibrated or self._amax.numel() > 1:
-            return None
-        if self._amax.is_inference():  # which has no version
-            return None
-        if self.learned:
-            return self.spec, (id(self), self._amax._version)
-        if self._amax.is_cpu:
-            return self.spec, self._amax.item()
-        now = self._amax.data_ptr(), self._amax._version
-        if self._read is None or self._read[0] is not self._amax or self._read[1:3] != now:
-            self._read = (self._amax, *now, self._amax.item())
-        return self.spec, self._read[3]
-
-    def mark(self, x: Tensor) -> None:
-        """Notes that the values of a tensor are on the grid already, so that it may pass.
-
-        Holds for this tensor, not for what is made of it, copies included, nor for what becomes
-        of it in place, as far as its version tells: writes through ``.data`` and collectives of
-        torch.distributed leave that as it is.
-        """
-        _mark(x, self.grid)
-
-    def cover(self, x: Tensor) -> None:
-        """Notes that nothing in a tensor is beyond the range, until a version of either changes.
-
-        Args:
-            x: What will be quantized, for which the caller has made sure of that.
-        """
-        self._covered = x, self._amax, x._version, self._amax._version
-
-    def _covers(self, x: Tensor) -> bool:
-        if self._covered is None or self._covered[0] is not x:
-            return False
-        _, amax, *versions = self._covered
-        return amax is self._amax and versions == [x._version, amax._version]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was noted: a copy counts versions anew."""
-        return {**self.__dict__, '_read': None, '_covered': None}
-
-    def _on_grid(self, x: Tensor, grid: Grid | None, rectify: bool = False) -> Tensor:
-        value = None if grid is None or self.learned else grid[1]
-        y = fake_quantize(x, self._amax, self.spec, rectify, value)
-        _mark(y, grid)
-        return y
+        return grid_of(self._amax, self.spec)
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: grid, range and mode, or why the layer is float."""
@@ -278,16 +216,3 @@ class Quantizer(TensorQuantizer):
             return
         amax = state_dict[key]
         self._calibrated = bool((torch.isfinite(amax) & (amax >= 0)).all())
-
-
-def _mark(x: Tensor, grid: Grid | None) -> None:
-    if grid is not None and not x.is_inference():  # which has no version
-        _marks[x] = x._version, grid
-
-
-def _grid_of(x: Tensor) -> Grid | None:
-    """The grid that a tensor is marked to be on."""
-    if x.is_inference():
-        return None
-    version, grid = _marks.get(x, (None, None))
-    return grid if version == x._version else None

@@ -86,6 +86,8 @@ class UnsignedQuantizer(Quantizer):
         quantizer: Quantizer to copy, per tensor, with a range.
     """
 
+    grid = None  # no signed one may stand in for it
+
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer.spec, label=quantizer.label)
         self.amax = quantizer._amax.detach()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pytorch_quantization.nn.modules._utils import QuantMixin
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.fake_quant import largest, scale_of
+from mmdet3d_quant.core.joined import untouched
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import WEIGHT_METHODS, QuantSpec
+from mmdet3d_quant.core.switches import DESCRIPTORS
 
 #: The smallest range of a weight that is tried, in percent of its largest value.
 _LEAST_PERCENT = 20
@@ -37,6 +42,17 @@ class QuantLayer(QuantMixin):
             ndim=len(shape),
             label=f'weight of {kind}',
         )
+
+    @classmethod
+    def set_default_quant_desc_input(cls, value: Any) -> None:
+        """Refuses, and says how bits and method are chosen.
+
+        Raises:
+            QuantError: Always.
+        """
+        raise QuantError(f'{cls.__name__}: {DESCRIPTORS}')
+
+    set_default_quant_desc_weight = set_default_quant_desc_input
 
     def weight_amax(self, method: str = 'max') -> Tensor:
         """Computes the range of the weight of each output channel.
@@ -71,3 +87,29 @@ class QuantLayer(QuantMixin):
             chosen = torch.where(error < best, amax, chosen)
             best = torch.minimum(error, best)
         return chosen
+
+
+def input_quantizer(module: nn.Module) -> list[Quantizer]:
+    """Finds the quantizer through which a module reads its input.
+
+    Args:
+        module: A quantized layer or a quantizer; any other module has none.
+
+    Returns:
+        A list with it, or an empty one.
+    """
+    quantizer = module._input_quantizer if isinstance(module, QuantLayer) else module
+    return [quantizer] if isinstance(quantizer, Quantizer) else []
+
+
+def readers_of(*modules: nn.Module) -> list[Quantizer]:
+    """Finds the quantizers of all that read a tensor, for :mod:`mmdet3d_quant.core.joined`.
+
+    Args:
+        modules: Everything that reads it: quantized layers, or quantizers.
+
+    Returns:
+        Their quantizers; none if one of the modules has none or is not untouched.
+    """
+    found = [q for module in modules if untouched(module) for q in input_quantizer(module)]
+    return found if len(found) == len(modules) else []

@@ -8,6 +8,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.joined import mark
 from mmdet3d_quant.core.quantizer import Quantizer
 
 
@@ -28,8 +29,8 @@ class QuantConcat(nn.Module):
         """Concatenates any number of tensors, quantized alike."""
         y = torch.cat([self._input_quantizer(t) for t in tensors], self.dim)
         alike = len({t.dtype for t in tensors}) == 1  # or some are rounded to another type, too
-        if alike and isinstance(self._input_quantizer, Quantizer):
-            self._input_quantizer.mark(y)
+        if alike:
+            mark(y, self._input_quantizer)
         return y
 
     def extra_repr(self) -> str:

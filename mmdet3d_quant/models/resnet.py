@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.models.layers import ResLayer
@@ -11,13 +11,27 @@ from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmdet3d_quant.core.joined import rectified, rounded_once, untouched
 from mmdet3d_quant.core.quantizer import Quantizer
-from mmdet3d_quant.layers import QuantConv2d
-from mmdet3d_quant.layers.once import input_quantizer, rectified, rounded_once, untouched
+from mmdet3d_quant.layers.base import input_quantizer, readers_of
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
 
 
-class _QuantBlock:
+# Mixed into blocks of mmdet, which give these.
+if TYPE_CHECKING:
+
+    class _Block(nn.Module):
+        conv1: nn.Module
+        downsample: Any
+        relu: nn.Module
+        with_cp: bool
+
+        def _main_branch(self, x: Tensor) -> Tensor: ...
+else:
+    _Block = object
+
+
+class _QuantBlock(_Block):
     """A ResNet block whose identity branch is quantized before the add.
 
     Attributes:
@@ -38,21 +52,13 @@ class _QuantBlock:
 
     def quant_ties(self) -> list[list[str]]:
         """Every quantizer that reads the input of the block."""
-        readers = ['conv1._input_quantizer']
-        if self.downsample is None:
-            readers.append('residual_quantizer')
-        elif isinstance(self.downsample[0], QuantConv2d):  # else an average pool comes first
-            readers.append('downsample.0._input_quantizer')
-        return [readers]
+        names = {module: name for name, module in self.named_modules()}
+        return [[names[q] for module in self.readers() for q in input_quantizer(module)]]
 
-    def input_quantizers(self) -> list[nn.Module]:
-        """All that read the input of the block; none if something else reads it, too."""
-        main = input_quantizer(self.conv1)
-        if self.downsample is None:
-            identity: list[nn.Module] = [self.residual_quantizer]
-        else:
-            identity = input_quantizer(self.downsample[0])  # none of an average pool
-        return [*main, *identity] if main and identity else []
+    def readers(self) -> list[nn.Module]:
+        """Both modules that read the input of the block; one may be an average pool."""
+        identity = self.residual_quantizer if self.downsample is None else self.downsample[0]
+        return [self.conv1, identity]
 
     def forward(self, x: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor:
         """Output of the block for an (N, C, H, W) input.
@@ -69,14 +75,14 @@ class _QuantBlock:
         return rectified(out, self.relu, readers)
 
     def _sum(self, x: Tensor) -> Tensor:
-        x = rounded_once(x, self.input_quantizers())
+        x = rounded_once(x, readers_of(*self.readers()))
         out = self._main_branch(x)
         identity = x if self.downsample is None else self.downsample(x)
         return out + self.residual_quantizer(identity)
 
     def _activated(self, x: Tensor, conv: nn.Module) -> Tensor:
         """``x`` rectified, for a convolution to read."""
-        return rectified(x, self.relu, input_quantizer(conv))
+        return rectified(x, self.relu, readers_of(conv))
 
 
 @MODELS.register_module()
@@ -124,7 +130,7 @@ class QuantResLayer(ResLayer):
         for i, block in enumerate(blocks):
             pair = blocks[i : i + 2]
             if len(pair) == 2 and all(isinstance(b, _QuantBlock) and untouched(b) for b in pair):
-                x = block(x, pair[1].input_quantizers())
+                x = block(x, readers_of(*pair[1].readers()))
             else:
                 x = block(x)
         return x

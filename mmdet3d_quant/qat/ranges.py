@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.joined import cover
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.layers.base import QuantLayer
@@ -50,7 +51,7 @@ class WeightRanges:
             quantizer = layer._weight_quantizer
             quantizer._amax.copy_(layer.weight_amax() * self.ratios[name])
             if self._covering[name]:
-                quantizer.cover(layer.weight)
+                cover(layer.weight, quantizer._amax)
 
 
 class LearnedRanges:

@@ -10,11 +10,11 @@ from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdet3d_quant import calibrate, quantizers, set_mode
-from mmdet3d_quant.core import quantizer as quantizer_module
+from mmdet3d_quant import calibrate, quantizers, set_mode, ties
+from mmdet3d_quant.core import joined
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.quantizer import Quantizer
-from mmdet3d_quant.layers import QuantConcat, QuantConv2d, once
+from mmdet3d_quant.layers import QuantConcat, QuantConv2d
 from mmdet3d_quant.models.resnet import QuantBasicBlock, QuantBottleneck, QuantResLayer
 
 
@@ -46,21 +46,21 @@ def blocks(kind, **options):
 def roundings(monkeypatch):
     """Whether a ReLU was part of it, for each rounding of activations."""
     calls = []
-    genuine = quantizer_module.fake_quantize
+    genuine = joined.fake_quantize
 
     def noted(x, amax, spec, rectify=False, *rest, **kwargs):
         if spec.axis is None:
             calls.append(rectify)
         return genuine(x, amax, spec, rectify, *rest, **kwargs)
 
-    monkeypatch.setattr(quantizer_module, 'fake_quantize', noted)
+    monkeypatch.setattr(joined, 'fake_quantize', noted)
     return calls
 
 
 @pytest.fixture
 def apart(monkeypatch):
     """A call of it makes all round by themselves."""
-    return lambda: monkeypatch.setattr(once, '_alike', lambda readers: False)
+    return lambda: monkeypatch.setattr(joined, '_alike', lambda readers: False)
 
 
 def results(net, x):
@@ -94,7 +94,7 @@ def test_values_and_gradients_are_those_of_rounding_apart(
             if quantizer.spec.axis is None:
                 quantizer.learn()
         saved, rectified = 0, rectified - 1  # each learned range wants a gradient of its own
-    joined = results(net, x)
+    together = results(net, x)
     found, with_relu = len(roundings), sum(roundings)
     roundings.clear()
     apart()
@@ -102,8 +102,8 @@ def test_values_and_gradients_are_those_of_rounding_apart(
     if not learned:
         assert found == count
     assert len(roundings) - found == saved and with_relu == rectified and not any(roundings)
-    assert joined[0].equal(expected[0])
-    for a, b in strict_zip(joined, expected):
+    assert together[0].equal(expected[0])
+    for a, b in strict_zip(together, expected):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -176,6 +176,28 @@ def test_who_listens_hears_the_same_in_training_and_evaluation():
     assert half == 2
 
 
+@pytest.mark.parametrize('kind', (QuantBasicBlock, QuantBottleneck))
+def test_hooks_of_quantizers_see_what_is_not_rounded_and_see_it_once(kind):
+    net, x = blocks(kind)
+    expected = results(net, x)
+    heard, readers = {}, {}
+    for name, quantizer in quantizers(net).items():
+        if quantizer.spec.axis is None:
+            readers[name] = quantizer
+            note = heard.setdefault(name, []).append
+            quantizer.register_forward_hook(lambda m, args, y, note=note: note((args[0], y)))
+    for a, b in strict_zip(results(net, x), expected):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        assert net(x).equal(expected[0])
+    for name, quantizer in readers.items():
+        (trained, rounded), (evaluated, _) = heard[name]
+        assert trained.equal(evaluated) and not trained.equal(rounded)
+        assert rounded.equal(joined.fake_quantize(trained, quantizer.amax, quantizer.spec))
+    for group in ties(net):
+        assert len({heard[name][0][0] for name in group}) == 1  # one tensor, for all
+
+
 @pytest.mark.parametrize('part', (QuantConv2d, QuantBottleneck))
 @pytest.mark.parametrize('learned', [False, True])
 def test_reentrant_checkpoints_change_nothing(part, learned):
@@ -231,7 +253,7 @@ def test_what_is_on_the_grid_passes_and_nothing_else():
 def test_notes_are_of_one_tensor_and_die_with_it(tmp_path):
     quantizer = quantizer_of(1.0)
     gc.collect()
-    before = len(quantizer_module._marks)
+    before = len(joined._marks)
     y = quantizer(torch.randn(10))
     z = copy.deepcopy(y).mul_(0.37).add_(0.001)
     assert not quantizer(z).equal(z)
@@ -243,7 +265,7 @@ def test_notes_are_of_one_tensor_and_die_with_it(tmp_path):
     results(net, x)
     del net, y, z
     gc.collect()
-    assert len(quantizer_module._marks) == before
+    assert len(joined._marks) == before
 
 
 def test_a_concat_of_two_types_is_rounded_again():
@@ -273,3 +295,47 @@ def test_compiled_blocks_are_one_graph_with_the_same_gradients():
     compiled = torch.compile(net, backend='aot_eager', fullgraph=True)
     for a, b in strict_zip(results(compiled, x), expected):
         torch.testing.assert_close(a, b)
+
+
+class Far(torch.Tensor):
+    """As if on a GPU."""
+
+    is_cpu = False
+    reads = 0
+
+    def item(self):
+        Far.reads += 1
+        return super().item()
+
+
+def test_a_range_on_a_gpu_is_read_once_for_every_change():
+    quantizer, x = quantizer_of(1.0), torch.randn(100)
+    quantizer._amax = quantizer._amax.as_subclass(Far)
+    y = quantizer(x)
+    assert quantizer(y) is y and quantizer.grid == quantizer_of(1.0).grid and Far.reads == 1
+    quantizer.amax = 2.0
+    assert quantizer(y) is not y and quantizer.grid == quantizer_of(2.0).grid and Far.reads == 2
+    quantizer._amax = quantizer._amax.clone()
+    assert quantizer.grid == quantizer_of(2.0).grid and Far.reads == 3
+    quantizer._amax.data = torch.tensor(3.0).as_subclass(Far)  # moved: as `module.to` does
+    assert quantizer.grid == quantizer_of(3.0).grid and Far.reads == 4
+
+
+def test_a_covered_tensor_needs_no_mask_until_either_changes():
+    quantizer, x = quantizer_of(1.0), torch.full((5,), 2.0, requires_grad=True)  # a lie, to be seen
+    passed = [torch.ones(5), torch.zeros(5)]
+
+    def gradient(of=x):
+        return torch.autograd.grad(quantizer(of).sum(), of)[0]
+
+    joined.cover(x, quantizer._amax)
+    assert gradient().equal(passed[0]) and gradient(x.detach().requires_grad_()).equal(passed[1])
+    quantizer.amax = 1.0
+    assert gradient().equal(passed[1])
+    joined.cover(x, quantizer._amax)
+    with torch.no_grad():
+        x.mul_(1)
+    assert gradient().equal(passed[1])
+    joined.cover(x, quantizer._amax)
+    quantizer._amax = quantizer._amax.clone()
+    assert gradient().equal(passed[1])
