@@ -18,7 +18,7 @@ from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import UncalibratedError
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.layers.fold import fold_bn
-from mmdet3d_quant.moved import keep_old_paths
+from mmdet3d_quant.moved import MOVED, keep_old_paths
 from mmdet3d_quant.version import __version__
 
 __all__ = [
@@ -39,9 +39,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Imports ``mmdet3d_quant.export``, which needs onnx, when it is first asked for."""
-    if name == 'export':
-        return import_module('mmdet3d_quant.export')
+    """Imports ``mmdet3d_quant.export``, which needs onnx, when it is first asked for.
+
+    So modules that moved, too, which used to be attributes.
+    """
+    if name == 'export' or name in MOVED:
+        return import_module(f'mmdet3d_quant.{name}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

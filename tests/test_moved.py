@@ -28,6 +28,7 @@ from mmdet3d_quant import from_config as fc
 import mmdet3d_quant.export.lint.rules
 import mmdet3d_quant as mq
 assert fold_bn is mq.fold_bn and fc.build_model and mq.export.export_onnx
+assert mq.modes.require_calibrated and mq.quantizer.Quantizer  # attributes, too
 """
     result = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True

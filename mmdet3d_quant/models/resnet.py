@@ -16,7 +16,6 @@ from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import input_quantizer, readers_of
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
 
-
 # Mixed into blocks of mmdet, which give these.
 if TYPE_CHECKING:
 

@@ -8,6 +8,7 @@ from mmengine.config import Config
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mmdet3d_quant as mq
+from mmdet3d_quant.core import modes
 from mmdet3d_quant.data.samples import frame_settings, make_frame, real_frame
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.runs import from_config as fc
@@ -79,7 +80,7 @@ def test_the_tiny_detector_calibrates_and_runs_with_both_branches_quantized(tmp_
     model = tiny('int8-all')
     (batch,) = fc.build_calibration_loader(cfg)[1]
     result = mq.calibrate(model, [batch], ['mse', 'pts_middle_encoder=percentile:99.99'])
-    assert not mq.modes.uncalibrated(model)
+    assert not modes.uncalibrated(model)
     lidar = [r for r in result.ranges if r.name.startswith('pts_middle_encoder')]
     assert len(lidar) > 10 and {r.method for r in lidar} == {'percentile:99.99'}
     assert {n.rpartition('.')[0] for n in result.kept_float} == {'pts_middle_encoder.conv_input.0'}

@@ -9,6 +9,7 @@ from mmdet3d.registry import MODELS
 from torch import nn
 
 import mmdet3d_quant as mq
+from mmdet3d_quant.core import modes
 from mmdet3d_quant.layers import QuantSparseConv3d, QuantSubMConv3d
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.models import (
@@ -101,7 +102,7 @@ def test_float_mode_equals_mmdet3ds_own_on_one_thread():
     """On more threads spconv loses summands on a CPU."""
     _, quantized = build('SECOND')
     theirs = SparseEncoder(**kwargs_of('SECOND', 'basicblock')).eval()
-    theirs.load_state_dict(mq.modes.float_state_dict(quantized))
+    theirs.load_state_dict(modes.float_state_dict(quantized))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -286,7 +287,7 @@ def test_every_method_calibrates(kind, method):
     assert chosen['encoder_layers.encoder_layer2.0.conv1._input_quantizer'] == 'percentile:99.99'
     first = chosen['encoder_layers.encoder_layer1.0.conv1._input_quantizer']
     assert first.startswith(method.partition(':')[0])
-    assert not mq.modes.uncalibrated(model)
+    assert not modes.uncalibrated(model)
     sizes = {r.name: r.num_elements for r in result.ranges}
     sites = sum(len(cloud(kind, seed=s)[0]) for s in ((1, 2) if method == 'auto' else (1, 2, 3)))
     assert sizes['encoder_layers.encoder_layer1.0.conv1._input_quantizer'] == 8 * sites

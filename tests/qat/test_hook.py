@@ -6,6 +6,7 @@ from torch import nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant import UncalibratedError
+from mmdet3d_quant.core import modes
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.files.checkpoint import read_checkpoint
 from mmdet3d_quant.qat import QATHook
@@ -24,7 +25,7 @@ def weights(path):
 
 
 def test_an_uncalibrated_model_is_refused_with_the_remedy(tmp_path):
-    torch.save(dict(state_dict=mq.modes.float_state_dict(Toy())), tmp_path / 'float.pth')
+    torch.save(dict(state_dict=modes.float_state_dict(Toy())), tmp_path / 'float.pth')
     with pytest.raises(UncalibratedError, match=r'tools/calibrate\.py'):
         runner(tmp_path, tmp_path / 'float.pth', [QAT]).train()
 
