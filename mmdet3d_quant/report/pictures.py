@@ -139,6 +139,30 @@ def line_of(name: str, boxes: Mapping[str, Any]) -> tuple[str, float, Any]:
     return _TRUTH_LINE if name == TRUTH else _LINES[models.index(name) % len(_LINES)]
 
 
+def draw_frames(
+    dataset: Dataset,
+    detections: Mapping[str, Sequence[Mapping[str, Any]]],
+    count: int,
+    threshold: float,
+) -> dict[str, Figure]:
+    """Draws frames spread over a data set.
+
+    Args:
+        dataset: See :func:`load_frame`.
+        detections: See :func:`load_frame`.
+        count: Number of frames; the first and the last are never among them.
+        threshold: Least score of a box.
+
+    Returns:
+        Figures by name of the frame.
+    """
+    frames = (
+        load_frame(dataset, int(index), detections, threshold)
+        for index in np.linspace(0, len(dataset) - 1, count + 2).astype(int)[1:-1]
+    )
+    return {frame.name: draw_frame(frame, threshold=threshold) for frame in frames}
+
+
 def _draw_camera(axes: Axes, frame: Frame, name: str) -> None:
     image = cv2.imread(str(frame.images[name]))
     if image is None:

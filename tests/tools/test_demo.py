@@ -11,14 +11,16 @@ from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 from rich.console import Console
 
+from mmdet3d_quant.data.boxes import load_boxes, save_boxes
 from mmdet3d_quant.files.checkpoint import CheckpointError
+from mmdet3d_quant.files.once import digest
 from mmdet3d_quant.files.outputs import whole
+from mmdet3d_quant.runs.paths import replace_start
 from tests.small import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import demo  # noqa: E402
-from measure import load_boxes, save_boxes  # noqa: E402
-from steps import Steps, digest  # noqa: E402
+from terminal import Steps  # noqa: E402
 
 from mmdet3d_quant.core.compat import strict_zip
 
@@ -163,7 +165,7 @@ def test_paths_of_a_config_move_and_nothing_else_does():
         root='data/x/', deep=[dict(file='data/x/a.pkl'), ('data/y/', 3, None, 'my data/x/')]
     )
     after = dict(root='/n/', deep=[dict(file='/n/a.pkl'), ('data/y/', 3, None, 'my data/x/')])
-    assert demo.replace_start(before, 'data/x/', '/n/') == after
+    assert replace_start(before, 'data/x/', '/n/') == after
 
 
 def refused(tmp_path, error, match, *args):
