@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from mmdet3d.utils import replace_ceph_backend
 from mmengine.config import Config, DictAction
-from processes import join
 
 import mmdet3d_quant  # noqa: F401  registers the Quant* types, whatever the config imports
 import mmdet3d_quant.qat  # noqa: F401  registers QATHook and DistillHook
 import mmdet3d_quant.qat.optim  # noqa: F401  for --amp without a GPU
 from mmdet3d_quant.files.checkpoint import use_one_door
 from mmdet3d_quant.runs.from_config import ConfigError, read_config
+from mmdet3d_quant.runs.processes import join
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+sys.path.insert(0, str(ROOT))
 
-from processes import join  # noqa: E402
-
+from mmdet3d_quant.runs.processes import join  # noqa: E402
 from tests.qat.toy import QAT, runner  # noqa: E402
 
 CPU = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)

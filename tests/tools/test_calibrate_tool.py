@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from mmdet3d_quant import CalibrationError
 from mmdet3d_quant.calibration import ResumeError, observe
 from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.files.checkpoint import read_checkpoint
+from mmdet3d_quant.jobs import calibration as job
 from mmdet3d_quant.runs.from_config import ConfigError
+from mmdet3d_quant.runs.listener import Listener
 from tests.small import ROOT, save_float, small_config
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -189,14 +192,52 @@ def test_sparse_layers_are_reported_by_distance(work, tmp_path, capsys):
     assert json.loads((work / 'whole.json').read_text())['strata'] == []
 
 
+class Heard(Listener):
+    def __init__(self):
+        self.notes, self.warnings, self.counts = [], [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    @contextmanager
+    def counting(self, title, total, done=0):
+        self.counts.append((total, done))
+        yield self.counts.append
+
+
+def test_python_calls_it_with_plain_arguments(work, tmp_path):
+    heard, out = Heard(), tmp_path / 'o.pth'
+    made = job.calibrate_checkpoint(work / 'int8.py', work / 'float.pth', out, listener=heard)
+    assert equal(out, work / 'whole.pth') and made.page.is_file() and made.strata == []
+    assert made.calibration.num_batches == COUNT
+    assert heard.counts == [(COUNT, 0), *range(1, COUNT + 1)]
+    assert 'up to 6 of the batches of calib_dataloader' in heard.notes[0]
+    assert 'scores will flatter' in heard.warnings[0]
+    facts = json.loads((tmp_path / 'o.json').read_text())
+    assert facts['about']['warnings'] == heard.warnings[:1] and 'command' not in facts['about']
+
+
+def test_processes_that_joined_before_are_refused(work, tmp_path, monkeypatch):
+    """The samplers of the data set would split the batches, which the job does itself."""
+    monkeypatch.setattr(job, 'is_distributed', lambda: True)
+    with pytest.raises(ValueError, match='have joined already'):
+        job.calibrate_checkpoint(work / 'int8.py', work / 'float.pth', tmp_path / 'o.pth')
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match='num_batches must be at least 1'):
+        job.calibrate_checkpoint('int8.py', 'float.pth', tmp_path / 'o.pth', num_batches=0)
+
+
 def test_the_place_of_the_sensor_is_read_from_the_config():
     def config(**preprocessor):
         return Config(dict(model=dict(data_preprocessor=preprocessor)))
 
     kitti = dict(voxel_layer=dict(point_cloud_range=[0, -40, -3, 70.4, 40, 1]))
     nuscenes = dict(voxelize_cfg=dict(point_cloud_range=[-54, -54, -5, 54, 54, 3]))
-    assert calibrate.sensor_of(config(**kitti)) == (0, 0.5)
-    assert calibrate.sensor_of(config(**nuscenes)) == calibrate.sensor_of(config()) == (0.5, 0.5)
+    assert job.sensor_of(config(**kitti)) == (0, 0.5)
+    assert job.sensor_of(config(**nuscenes)) == job.sensor_of(config()) == (0.5, 0.5)
 
 
 def test_a_launcher_that_did_not_start_this_is_named(work, tmp_path, monkeypatch):

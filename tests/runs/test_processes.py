@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mmdet3d_quant.runs import processes
 from tests.small import ROOT
 
 #: What a process finds in its environment, by launcher; SLURM asks `scontrol` for the first host.
@@ -25,7 +26,7 @@ SUM = """
 import json, sys
 import torch
 from mmengine.dist import all_reduce, get_dist_info
-from processes import join, own_device
+from mmdet3d_quant.runs.processes import join, own_device
 join(sys.argv[1])
 total = torch.tensor([10.0 ** get_dist_info()[0]])
 all_reduce(total)
@@ -40,7 +41,7 @@ def test_two_processes_find_each_other(launcher, tmp_path):
     scontrol.chmod(0o755)
     common = dict(
         PATH=f'{tmp_path}:{os.environ["PATH"]}',
-        PYTHONPATH=f'{ROOT / "tools"}',
+        PYTHONPATH=ROOT,
         MASTER_PORT=random.randint(20000, 40000),
         OMP_NUM_THREADS=1,
     )
@@ -56,9 +57,6 @@ def test_two_processes_find_each_other(launcher, tmp_path):
 
 
 def test_each_process_takes_the_gpu_that_joining_chose(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools')
-    import processes
-
     monkeypatch.setattr(processes.torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(processes.torch.cuda, 'current_device', lambda: 3)
     assert processes.own_device(None) is None  # one process: whatever there is

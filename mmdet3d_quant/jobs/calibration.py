@@ -1,0 +1,279 @@
+"""Calibrates a checkpoint from files to files: resumable, in one or several processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, get_dist_info, is_distributed
+from torch import nn
+
+from mmdet3d_quant.calibration import (
+    Calibration,
+    CalibrationError,
+    Calibrator,
+    Plan,
+    Progress,
+    ResumeError,
+    Stability,
+    Strata,
+    by_distance,
+)
+from mmdet3d_quant.calibration.stability import TOLERANCE
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.files.outputs import check_writable, sha256, whole
+from mmdet3d_quant.jobs.share import Share, hold_out
+from mmdet3d_quant.report.ranges import write_ranges
+from mmdet3d_quant.runs import from_config as fc
+from mmdet3d_quant.runs import processes
+from mmdet3d_quant.runs.listener import Listener
+from mmdet3d_quant.runs.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What :func:`calibrate_checkpoint` found.
+
+    Attributes:
+        calibration: The ranges, and what they were chosen from.
+        strata: How the inputs of sparse layers fit by distance; empty without such layers.
+        page: The report.
+    """
+
+    calibration: Calibration
+    strata: list[Strata]
+    page: Path
+
+
+def calibrate_checkpoint(
+    config: str | Path,
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    methods: Sequence[str] = (),
+    weights: str | None = None,
+    num_batches: int | None = None,
+    until_stable: float | None = None,
+    resume: bool = False,
+    strict: bool = False,
+    launcher: str = 'none',
+    device: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    command: str | None = None,
+    listener: Listener | None = None,
+) -> Calibrated:
+    """Calibrates the model of a config on its data; writes a checkpoint and a report.
+
+    With a launcher every process calls this; the first one writes, and all return the same
+    ``calibration``.
+
+    Args:
+        config: A config with Quant* types.
+        checkpoint: Its float weights.
+        out: Checkpoint to write; the report has the same name with ``.html``.
+        methods: ``'mse'`` or ``'pattern=mse'``, see :meth:`Plan.parse`; they follow those of the
+            config's ``calibration``.
+        weights: ``'max'`` or ``'mse'``; by default the config's, or ``'max'``.
+        num_batches: Batches to use; all by default.
+        until_stable: Stop when the ranges moved less than this share; by default all batches
+            are used.
+        resume: Go on with what an interrupted run left beside ``out``.
+        strict: A warning is an error: nothing is written.
+        launcher: What started the processes, one of ``processes.LAUNCHERS``; they are joined here.
+        device: ``'cpu'`` or ``'cuda:N'``; by default a GPU where there is one.
+        overrides: Entries of the config, by dotted key.
+        command: Told in the report.
+        listener: Is told how it goes on, in the first process.
+
+    Returns:
+        What was calibrated.
+
+    Raises:
+        ConfigError: If the config, its data or the launcher is wrong.
+        CheckpointError: If the checkpoint does not fit the model.
+        ResumeError: If an unfinished run is there and ``resume`` is off, or it is of another run.
+        CalibrationError: If there is no range for a quantizer, or a warning and ``strict``.
+        ValueError: If an argument makes no sense, or the processes have joined before.
+    """
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f'num_batches must be at least 1, got {num_batches}')
+    if is_distributed():
+        raise ValueError('the processes have joined already; calibrate_checkpoint does that itself')
+    page = Path(out).with_suffix('.html')
+    for path in (out, page):
+        check_writable(path)
+    cfg = fc.read_config(config, overrides)
+    plan = read_plan(cfg, methods, weights)
+    model = fc.build_model(cfg)
+    meta = fc.load_weights(model, checkpoint, calibrated=False)
+    # Before processes join, or samplers would split the batches, which the job shares out.
+    name, loader = fc.build_calibration_loader(cfg)
+    batches = dict(enumerate(fc.batch_indices(loader)[:num_batches]))
+    processes.join(launcher)
+    rank, world = get_dist_info()
+    place = fc.pick_device(processes.own_device(device))
+    calibrator = Calibrator(model.to(place), plan, tolerance=until_stable or TOLERANCE)
+    seen, held_out = hold_out(batches) if calibrator.needs_held_out else (batches, {})
+    data = Share(name, loader, seen, held_out, rank, world)
+    key = dict(checkpoint=sha256(checkpoint), config=cfg.pretty_text)
+    key.update(data=name, batches=list(seen.values()))
+    saved = Progress(out, key, rank)
+    told = _Told(Listener() if rank > 0 or listener is None else listener, strict)
+    _introduce(calibrator, data, cfg, place, told)
+    done = _go_on(calibrator, saved, resume, rank)
+    _observe(calibrator, data, done, saved, bool(until_stable), told.listener)
+    try:
+        result = calibrator.finish(data.load(held_out))
+    except CalibrationError:
+        if rank == 0:
+            saved.clear()  # the same batches would end the same way
+        raise
+    if rank > 0:
+        return Calibrated(result, [], page)
+    about = provenance(cfg, checkpoint)
+    strata = _by_distance(model, data, cfg)
+    shown = {k: v for k, v in about.items() if k != 'cfg'}
+    shown.update({'command': command} if command else {}, loader=name, warnings=told.warnings)
+    write_ranges(page, result, shown, strata)
+    odd = [r.name for r in result.ranges if r.health.flags]
+    if odd:
+        told.warn(f'{len(odd)} quantizers are odd, see {page}: {", ".join(odd[:3])}, ...')
+    calibration = dict(method=result.method, num_batches=result.num_batches, loader=name)
+    meta.update(about, calibration=calibration)
+    with whole(out) as path:
+        torch.save(dict(state_dict=model.cpu().state_dict(), meta=meta), path)
+    saved.clear()
+    return Calibrated(result, strata, page)
+
+
+@dataclass(frozen=True)
+class _Told:
+    listener: Listener
+    strict: bool
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        if self.strict:
+            raise CalibrationError(f'{text} (--strict)')
+        self.warnings.append(text)
+        self.listener.warn(text)
+
+
+def read_plan(cfg: Config, methods: Sequence[str] = (), weights: str | None = None) -> Plan:
+    """Reads the plan of a config, then what a caller adds.
+
+    Args:
+        cfg: The config; its ``calibration`` may hold ``method``, ``overrides`` and ``weights``.
+        methods: They follow those of the config.
+        weights: Instead of the config's.
+
+    Raises:
+        ConfigError: If the config's ``calibration`` has an unknown entry.
+        ValueError: If a method is unknown.
+    """
+    own = dict(cfg.get('calibration') or {})
+    texts = [own.pop('method', 'mse')]
+    texts += [f'{pattern}={method}' for pattern, method in own.pop('overrides', {}).items()]
+    default = own.pop('weights', 'max')
+    if own:
+        raise fc.ConfigError(
+            f'{cfg.filename}: `calibration` has unknown entries {", ".join(own)}; it takes method, '
+            'overrides and weights'
+        )
+    return Plan.parse([*texts, *methods], weights or default)
+
+
+def _introduce(
+    calibrator: Calibrator, data: Share, cfg: Config, place: torch.device, told: _Told
+) -> None:
+    """Tells what will be done, and what is odd about it."""
+    active = sum(q.float_reason is None for q in quantizers(calibrator.model).values())
+    told.listener.note(
+        f'{active} quantizers in {len(calibrator.groups)} groups and alone; '
+        f'method {calibrator.plan}; up to {len(data.seen)} of the batches of {data.name}'
+        + (f', {len(data.held_out)} more held out' if data.held_out else '')
+        + f'; {place}'
+        + (f', {data.world} processes' if data.world > 1 else '')
+    )
+    same = fc.evaluated_on(cfg, data.name)
+    if same:
+        told.warn(
+            f'{data.name} has the data that {" and ".join(same)} evaluate(s) on: '
+            'scores will flatter. Set calib_dataloader to training data'
+        )
+
+
+def _go_on(calibrator: Calibrator, saved: Progress, resume: bool, rank: int) -> list[int]:
+    """Takes over what an interrupted run left; the numbers of its batches, to all processes."""
+    statistics, stability = calibrator.statistics, calibrator.stability
+    state: list[Any] = [None]
+    if rank == 0:
+        try:
+            saved.load(statistics, stability, resume)
+            state = [(sorted(statistics.batches), stability.state_dict())]
+        except ResumeError as err:
+            state = [err]
+    broadcast_object_list(state)
+    if isinstance(state[0], ResumeError):
+        raise state[0]
+    done, looks = state[0]
+    stability.load_state_dict(looks)
+    return done
+
+
+def _observe(
+    calibrator: Calibrator,
+    data: Share,
+    done: list[int],
+    saved: Progress,
+    until_stable: bool,
+    listener: Listener,
+) -> None:
+    """Runs this process's share of the batches that are not done."""
+    statistics, stability = calibrator.statistics, calibrator.stability
+    if done:
+        listener.note(f'Going on after {len(done)} batches')
+    todo = {n: indices for n, indices in data.seen.items() if n not in done}
+    steps = calibrator.observe(data.load(todo))
+    with listener.counting('Observing', len(data.seen), len(done)) as count:
+        try:
+            for turn in range(math.ceil(len(todo) / data.world)):
+                if until_stable and stability.settled_at is not None:
+                    break
+                next(steps, None)
+                now = min(len(done) + (turn + 1) * data.world, len(data.seen))
+                if Stability.due(math.ceil(now / data.world)):
+                    calibrator.look()
+                saved.save(statistics, stability)
+                count(now)
+        except BaseException:
+            if statistics.batches:
+                saved.save(statistics, stability, now=True)
+            raise
+
+
+def _by_distance(model: nn.Module, data: Share, cfg: Config) -> list[Strata]:
+    """How the inputs of sparse layers fit near the sensor and far from it, on one batch."""
+    if not any(hasattr(m, 'height_axis') for m in model.modules()):
+        return []
+    first = dict(list(data.seen.items())[:1])
+    _, batch = next(fc.numbered_batches(data.loader, first))
+    return by_distance(model, batch, sensor=sensor_of(cfg))
+
+
+def sensor_of(cfg: Config) -> tuple[float, float]:
+    """Reads where the sensor is in the voxel grid, as a share of it along x and y."""
+    own = cfg.model.get('data_preprocessor') or {}
+    layers = (own.get(key) or {} for key in ('voxelize_cfg', 'voxel_layer'))
+    found = [layer['point_cloud_range'] for layer in layers if 'point_cloud_range' in layer]
+    if not found:
+        return 0.5, 0.5
+    low, high = found[0][:2], found[0][3:5]
+    x, y = (-a / (b - a) for a, b in strict_zip(low, high))
+    return x, y
