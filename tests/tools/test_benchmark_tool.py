@@ -6,12 +6,15 @@ import shutil
 import sys
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from torch import nn
 
 from mmdet3d_quant import calibrate
+from mmdet3d_quant.check.benchmark import benchmark, sum_up
 from mmdet3d_quant.check.compare import Variant, generate_samples
+from mmdet3d_quant.check.variants import find_graphs
 from mmdet3d_quant.engines.files import EngineError
 from mmdet3d_quant.engines.memory import added_memory
 from mmdet3d_quant.export import export_onnx
@@ -82,12 +85,12 @@ def test_the_lidar_encoder_of_a_set_is_not_for_engines(work, tmp_path):
         (tmp_path / kind / 'lidar.onnx').write_bytes(b'of another format')
         files = {'a.onnx': {}, 'lidar.onnx': {'grid': [1, 1, 1]}}
         (tmp_path / kind / 'manifest.json').write_text(json.dumps({'files': files}))
-    assert list(benchmark_onnx.find_graphs([tmp_path / 'float', tmp_path / 'int8'])) == ['a.onnx']
+    assert list(find_graphs([tmp_path / 'float', tmp_path / 'int8'])) == ['a.onnx']
 
 
 def test_a_set_is_the_sum_of_its_files():
     one, two = (Variant('int8', [s, 2 * s], {'y': 9.0}, 5.0, (s, 4), 3.0) for s in (1, 2))
-    (whole,) = benchmark_onnx.sum_up({'a': [one], 'b': [two]})
+    (whole,) = sum_up({'a': [one], 'b': [two]})
     assert whole.seconds == [3, 6] and whole.megabytes == 10 and whole.int8 == (3, 8)
 
 
@@ -120,6 +123,27 @@ def test_what_cannot_be_compared_is_said_before_anything_runs(work, tmp_path):
     np.savez(tmp_path / 'other.npz', z=np.zeros(3))
     with pytest.raises(EngineError, match="has no 'x', it has z"):
         run(work / 'float', work / 'int8', '--inputs', tmp_path / 'other.npz')
+
+
+class Copier:
+    """In the place of NNCF: gives the float graph back, and notes what it was given."""
+
+    def quantize(self, graph, samples, out):
+        self.given = samples
+        openvino.save_model(openvino.Core().read_model(graph), out)
+
+
+def test_the_peer_calibrates_on_its_own_inputs_and_comes_last(work, tmp_path):
+    np.savez(tmp_path / 'own.npz', x=np.ones((2, 1, 3, 24, 24), np.float32))
+    peer, graphs = Copier(), find_graphs([work / 'float/a.onnx', work / 'int8/a.onnx'])
+    settings = dict(runs=2, inputs=work / 'inputs.npz', memory=False)
+    (found,) = benchmark(graphs, **settings, nncf=peer, nncf_inputs=tmp_path / 'own.npz')
+    name, variants = found
+    assert name == 'a.onnx' and [v.name for v in variants] == ['float/a', 'int8/a', 'NNCF']
+    assert (peer.given['x'] == 1).all() and variants[-1].sqnr['y'] > 30
+    assert list(graphs['a.onnx']) == ['float/a', 'int8/a']
+    list(benchmark(graphs, **settings, nncf=peer))
+    assert peer.given['x'].shape == (3, 1, 3, 24, 24) and not (peer.given['x'] == 1).any()
 
 
 @pytest.mark.skipif('NNCF_PYTHON' not in os.environ, reason='NNCF_PYTHON names no Python with nncf')
