@@ -140,7 +140,7 @@ def line_of(name: str, boxes: Mapping[str, Any]) -> tuple[str, float, Any]:
 
 
 def draw_frames(
-    dataset: Dataset,
+    dataset: BaseDataset,
     detections: Mapping[str, Sequence[Mapping[str, Any]]],
     count: int,
     threshold: float,

@@ -129,8 +129,8 @@ from mmdet3d_quant.qat import QATHook
 custom_hooks = [dict(type=QATHook)]
 optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type='AdamW', lr=1e-4))
 train_dataloader = dict(batch_size=1, dataset=dict(type=NuScenesDataset))
-val_evaluator = dict(_delete_=True, type='DumpResults', out_file_path='unused.pkl')
-"""
+val_evaluator = dict(_delete_=True, type='DumpResults', out_file_path={out!r})
+""".replace('{out!r}', repr(str(tmp_path / 'unused.pkl')))
     (work / 'qat.py').write_text(text)
     args = (work / 'qat.py', '--work-dir', tmp_path / 'run')
     with pytest.raises(fc.ConfigError, match='needs load_from'):
