@@ -15,6 +15,9 @@ from typing import Any
 
 #: Old path to new one, below ``mmdet3d_quant``.
 MOVED = {
+    'calibration.ranges': 'calibration.choose',
+    'qat.ranges': 'qat.moving',
+    'report.ranges': 'report.calibration',
     'compat': 'core.compat',
     'naming': 'core.naming',
     'errors': 'core.errors',

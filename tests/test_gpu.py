@@ -11,7 +11,7 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.core.spec import QuantSpec
 from mmdet3d_quant.models import QuantResNet
-from mmdet3d_quant.qat.ranges import LearnedRanges, WeightRanges
+from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 GPU = 'cuda'

@@ -16,6 +16,7 @@ from rich.table import Table
 from terminal import ConsoleListener, open_console, run_tool
 
 from mmdet3d_quant.calibration.stability import TOLERANCE
+from mmdet3d_quant.core.spec import METHODS
 from mmdet3d_quant.jobs.calibration import Calibrated, calibrate_checkpoint
 from mmdet3d_quant.runs.processes import LAUNCHERS
 
@@ -61,8 +62,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--out', required=True, help='checkpoint to write')
     add('--num-batches', type=int, help='batches to use; default: all')
     add('--method', action='append', default=[], metavar='[PATTERN=]METHOD',
-        help='max, percentile[:99.99], entropy, mse or auto; may be repeated, with a pattern of '
-        "module names for a part of the model; default: the config's, or mse")  # fmt: skip
+        help=f'{", ".join(METHODS)}, or percentile:99.9 to choose it; may be repeated, with a '
+        "pattern of module names for a part of the model; default: the config's, or mse")  # fmt: skip
     add('--weights', choices=['max', 'mse'], help="default: the config's, or max")
     add('--until-stable', nargs='?', type=float, const=TOLERANCE, metavar='TOLERANCE',
         help='stop when 95%% of the ranges moved less than this share while the batches doubled, '

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.auto import least_output_error
+from mmdet3d_quant.calibration.choose import CANDIDATES, Unit, search, units
 from mmdet3d_quant.calibration.health import examine, weak_weights
 from mmdet3d_quant.calibration.histogram import NonFiniteError
 from mmdet3d_quant.calibration.observe import (
@@ -20,7 +21,6 @@ from mmdet3d_quant.calibration.observe import (
     weight_layers,
 )
 from mmdet3d_quant.calibration.plan import Plan
-from mmdet3d_quant.calibration.ranges import CANDIDATES, Unit, search, units
 from mmdet3d_quant.calibration.result import (
     CalibratedRange,
     Calibration,

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from mmdet3d_quant.calibration.choose import Unit
 from mmdet3d_quant.calibration.health import Health
 from mmdet3d_quant.calibration.observe import Statistics
-from mmdet3d_quant.calibration.ranges import Unit
 from mmdet3d_quant.calibration.stability import Look
 from mmdet3d_quant.core.errors import QuantError
 

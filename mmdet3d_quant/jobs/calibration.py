@@ -29,7 +29,7 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
 from mmdet3d_quant.jobs.share import Share, hold_out
-from mmdet3d_quant.report.ranges import write_ranges
+from mmdet3d_quant.report.calibration import write_ranges
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs import processes
 from mmdet3d_quant.runs.listener import Listener

@@ -6,6 +6,6 @@ Importing this package registers ``QATHook`` and ``DistillHook``; a config names
 
 from mmdet3d_quant.qat.distill import DistillHook
 from mmdet3d_quant.qat.hook import QATHook
-from mmdet3d_quant.qat.ranges import LearnedRanges, WeightRanges
+from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges
 
 __all__ = ['DistillHook', 'LearnedRanges', 'QATHook', 'WeightRanges']

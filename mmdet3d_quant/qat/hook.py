@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdet3d_quant.core.modes import quantizers, require_calibrated, set_mode
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.core.ties import unequal_ties
-from mmdet3d_quant.qat.ranges import LearnedRanges, WeightRanges
+from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges
 
 #: Key of the hook's state in a checkpoint.
 KEY = 'qat'

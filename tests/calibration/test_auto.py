@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmdet3d_quant import calibrate, quantizers, set_mode
-from mmdet3d_quant.calibration.ranges import CANDIDATES
+from mmdet3d_quant.calibration.choose import CANDIDATES
 from mmdet3d_quant.core.compat import removeprefix
 from mmdet3d_quant.layers import QuantConv2d
 from tests.calibration.nets import Branched, batches

@@ -9,7 +9,7 @@ from spconv.pytorch import SparseConvTensor
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.calibration.strata import bands_of, by_distance
-from mmdet3d_quant.report.ranges import write_ranges
+from mmdet3d_quant.report.calibration import write_ranges
 from tests.calibration.nets import Branched, batches
 from tests.models.test_sparse_encoder import KINDS, build, cloud
 

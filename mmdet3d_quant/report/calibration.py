@@ -23,7 +23,7 @@ from mmdet3d_quant.calibration.health import LEAST_SQNR, MOST_CLIPPED, MOST_UNST
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.files.outputs import whole
 
-_TEMPLATE = Path(__file__).with_name('ranges.html')
+_TEMPLATE = Path(__file__).with_name('calibration.html')
 #: Bars of a drawn histogram.
 _BARS = 64
 #: What each flag means and what to do.
@@ -87,7 +87,7 @@ def range_facts(
     """
     histograms = calibration.statistics.histograms
     rows = [
-        _row(order, found, histograms[found.name]) for order, found in enumerate(calibration.ranges)
+        _row(order, found, histograms[found.name]) for order, found in enumerate(calibration.choose)
     ]
     rows.sort(key=lambda row: math.inf if row['sqnr'] is None else row['sqnr'])
     looks = [

@@ -10,7 +10,7 @@ import torch
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.core.spec import QuantSpec
-from mmdet3d_quant.report.ranges import ADVICE, write_ranges
+from mmdet3d_quant.report.calibration import ADVICE, write_ranges
 from tests.calibration.nets import Branched, batches
 
 ABOUT = dict(config='a<b>.py', versions=dict(torch='2.1.2'), score=float(1))
