@@ -63,7 +63,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--num-batches', type=int, help='batches to use; default: all')
     add('--method', action='append', default=[], metavar='[PATTERN=]METHOD',
         help=f'{", ".join(METHODS)}, or percentile:99.9 to choose it; may be repeated, with a '
-        "pattern of module names for a part of the model; default: the config's, or mse")  # fmt: skip
+        "pattern of module names for a part of the model; default: the config's, or "
+        'mse')  # fmt: skip
     add('--weights', choices=['max', 'mse'], help="default: the config's, or max")
     add('--until-stable', nargs='?', type=float, const=TOLERANCE, metavar='TOLERANCE',
         help='stop when 95%% of the ranges moved less than this share while the batches doubled, '

@@ -87,7 +87,7 @@ def range_facts(
     """
     histograms = calibration.statistics.histograms
     rows = [
-        _row(order, found, histograms[found.name]) for order, found in enumerate(calibration.choose)
+        _row(order, found, histograms[found.name]) for order, found in enumerate(calibration.ranges)
     ]
     rows.sort(key=lambda row: math.inf if row['sqnr'] is None else row['sqnr'])
     looks = [
