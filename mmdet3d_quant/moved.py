@@ -81,6 +81,14 @@ def _new(fullname: str) -> str | None:
     return f'{_HERE}{MOVED[old]}{rest}' if old else None
 
 
+class _Package(ModuleType):
+    """A package whose functions stay when a moved module of the same name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and callable(vars(self).get(name))):
+            super().__setattr__(name, value)
+
+
 class _Finder(MetaPathFinder, Loader):
     """Gives the new module under its old name."""
 
@@ -96,6 +104,9 @@ class _Finder(MetaPathFinder, Loader):
             stacklevel=2,
         )
         module = import_module(new)
+        parent = sys.modules[spec.name.rpartition('.')[0]]
+        if type(parent) is ModuleType:
+            parent.__class__ = _Package
         self.kept = module.__spec__
         return module
 

@@ -34,3 +34,23 @@ assert mq.modes.require_calibrated and mq.quantizer.Quantizer  # attributes, too
         [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_functions_stay_functions():
+    """``mq.ties(model)`` and a module ``mmdet3d_quant.ties`` share a name, and so do others."""
+    code = """
+import importlib, types, warnings
+import mmdet3d_quant as mq
+import mmdet3d_quant.export.sparse as sparse
+from mmdet3d_quant.moved import MOVED
+packages = [importlib.import_module(f'mmdet3d_quant.{n}') for n in ('calibration', 'export', 'qat')]
+packages += [mq, sparse]
+before = [(p, n, v) for p in packages for n, v in vars(p).items() if isinstance(v, types.FunctionType)]
+warnings.simplefilter('ignore')
+for old in MOVED:
+    importlib.import_module(f'mmdet3d_quant.{old}')
+assert len(before) > 10 and all(getattr(p, n) is v for p, n, v in before)
+"""
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
