@@ -44,9 +44,10 @@ import importlib, types, warnings
 import mmdet3d_quant as mq
 import mmdet3d_quant.export.sparse as sparse
 from mmdet3d_quant.moved import MOVED
-packages = [importlib.import_module(f'mmdet3d_quant.{n}') for n in ('calibration', 'export', 'qat')]
-packages += [mq, sparse]
-before = [(p, n, v) for p in packages for n, v in vars(p).items() if isinstance(v, types.FunctionType)]
+names = ('calibration', 'export', 'qat')
+packages = [mq, sparse, *(importlib.import_module(f'mmdet3d_quant.{n}') for n in names)]
+kind = types.FunctionType
+before = [(p, n, v) for p in packages for n, v in vars(p).items() if isinstance(v, kind)]
 warnings.simplefilter('ignore')
 for old in MOVED:
     importlib.import_module(f'mmdet3d_quant.{old}')
