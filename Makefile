@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: help setup demo test test-slow test-frame test-matrix lint format wheel bench
-.PHONY: bench-engines clean
+.PHONY: bench-engines files clean
 
 # NNCF, the peer in INT8, wants a newer torch: an environment of its own.
 NNCF ?= .venv-nncf
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-frame the tests of a real nuScenes frame, in $$MMDET3D_QUANT_FRAME'
 	@echo 'make test-matrix  the oldest and newest Python and torch, in environments of their own'
 	@echo 'make wheel      the package with tools and configs, in dist/'
+	@echo 'make files      docs/files.md: every module in a sentence'
 	@echo 'make bench      the measurements in benchmarks/'
 	@echo 'make bench-engines  speed of the INT8 files against float and NNCF'
 	@echo 'make format     rewrite the code in the project style'
@@ -63,6 +64,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+files: $(READY)
+	$(BIN)/python -m tests.test_design
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """docs/design.md is true of the tree: what it names is there, and no file is too long."""
 
+import ast
 import re
 
 import pytest
@@ -37,3 +38,27 @@ def test_every_room_has_its_line():
 def test_no_file_is_too_long(folder, limit):
     lengths = {p: len(p.read_text().splitlines()) for p in folder.rglob('*.py')}
     assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > limit} == {}
+
+
+def files_page():
+    """docs/files.md: every module with the first sentence of its docstring."""
+    lines = ['# Files', '', 'The first sentence of every module (`make files` writes this page).']
+    room = None
+    for path in sorted(PACKAGE.rglob('*.py')):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name.partition('/')[0] != room:
+            room = name.partition('/')[0]
+            lines += ['', f'## {room}', '', '| file | |', '|---|---|']
+        text = ast.get_docstring(ast.parse(path.read_text())) or ''
+        first = ' '.join(text.partition('\n\n')[0].split())
+        first = re.split(r'(?<=[.:])\s', first)[0].rstrip(':')
+        lines.append(f'| `{name}` | {first} |')
+    return '\n'.join(lines) + '\n'
+
+
+def test_every_file_has_its_sentence():
+    assert (ROOT / 'docs/files.md').read_text() == files_page(), 'run `make files`'
+
+
+if __name__ == '__main__':
+    (ROOT / 'docs/files.md').write_text(files_page())
