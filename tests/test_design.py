@@ -51,7 +51,7 @@ def files_page():
             lines += ['', f'## {room}', '', '| file | |', '|---|---|']
         text = ast.get_docstring(ast.parse(path.read_text())) or ''
         first = ' '.join(text.partition('\n\n')[0].split())
-        first = re.split(r'(?<=[.:])\s', first)[0].rstrip(':')
+        first = re.split(r'(?<=\.)\s', first)[0]
         lines.append(f'| `{name}` | {first} |')
     return '\n'.join(lines) + '\n'
 
