@@ -52,9 +52,16 @@ it. Beside it lies a report, OUT with .html instead of .pth.
 """
 
 
+def methods_text() -> str:
+    """What the methods do, a line each."""
+    return '\nmethods:\n' + ''.join(f'  {name:10}  {what}\n' for name, what in METHODS.items())
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EXAMPLE + methods_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add('config', help='config with Quant* types')

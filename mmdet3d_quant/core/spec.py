@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from typing import Iterable, Mapping
 
 MODES = ('float', 'observe', 'quant')
-#: How a range is chosen, by name; ``{}`` stands for an argument and its default. A new method is
-#: a line here and a function in the table of :mod:`mmdet3d_quant.calibration.amax`.
+#: How a range is chosen, by name, and what that means. A new method is a line here and a function
+#: in the table of :mod:`mmdet3d_quant.calibration.amax`.
 METHODS = {
     'max': 'the largest value',
     'percentile': 'the range that so many percent of the values are in',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mmdet3d_quant.engines.engine import Arrays, Engine, latency, race
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 #: Engines by the name that the tools take.
-ENGINES: dict[str, type] = {
+ENGINES: dict[str, Callable[..., Engine]] = {
     'openvino': OpenVINO,
     'onnxruntime': ONNXRuntime,
     'tensorrt': TensorRT,

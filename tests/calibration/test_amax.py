@@ -6,10 +6,10 @@ import torch
 from pytorch_quantization.calib import histogram as library
 
 from mmdet3d_quant.calibration import bins as bins_module
-from mmdet3d_quant.calibration.amax import search_amax, search_many
+from mmdet3d_quant.calibration.amax import SEARCHES, search_amax, search_many
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.spec import Method, QuantSpec
+from mmdet3d_quant.core.spec import METHODS, Method, QuantSpec
 
 INT8 = QuantSpec(8)
 DEVICES = ['cpu', torch.device('cpu')] + ['cuda'] * torch.cuda.is_available()
@@ -216,3 +216,7 @@ def test_unknown_methods_are_refused(text):
 def test_what_does_not_fit_is_refused(counts, edges, arguments, message):
     with pytest.raises(ValueError, match=message):
         search_many([(counts, edges)], **arguments)
+
+
+def test_every_method_has_its_search():
+    assert set(METHODS) == {*SEARCHES, 'auto'}

@@ -27,7 +27,7 @@ def test_all_ways_to_write_a_plan_mean_the_same():
 
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match='unknown calibration method'):
-        Plan.parse(['mse', 'a=median'])
+        Plan.parse(['mse', 'a=no_such_method'])
     with pytest.raises(ValueError, match='unknown method .min. for weights'):
         Plan.parse('mse', weights='min')
     with pytest.raises(ValueError, match='nothing=max: the pattern fits no activation quantizer'):

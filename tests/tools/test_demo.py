@@ -181,7 +181,7 @@ def refused(tmp_path, error, match, *args):
 @pytest.mark.parametrize(
     'error, match, args',
     [
-        (ValueError, "unknown calibration method 'median'", ['--method', 'median']),
+        (ValueError, "unknown calibration method 'no_such_method'", ['--method', 'no_such_method']),
         (ValueError, 'multiple of block', ['--samples', '5']),
         (ValueError, 'multiple of block', ['--train-samples', '0']),
         (ValueError, 'pictures must not be negative', ['--pictures', '-1']),

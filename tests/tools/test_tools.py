@@ -235,7 +235,7 @@ def test_bad_input_is_a_clear_error_and_writes_nothing(work, tmp_path):
         'model.img_backbone.base_channels=4',
         'model.img_neck.in_channels=[32,64,128]',
     )
-    refused(ValueError, "unknown calibration method 'median'", '--method', 'median')
+    refused(ValueError, "unknown calibration method 'no_such_method'", '--method', 'no_such_method')
     refused(ValueError, 'num-batches', '--num-batches', '0')
     refused(fc.ConfigError, 'config .* does not exist', config=tmp_path / 'no.py')
     refused(fc.ConfigError, 'QuantResNot', *options, 'model.img_backbone.type=QuantResNot')

@@ -91,7 +91,13 @@ def is_quantized(graph: Graph) -> bool:
 
 
 def rule(id: str, title: str, why: str, mend: str) -> Callable:
-    """Registers a check as a rule."""
+    """Registers a check as a rule.
+
+    Raises:
+        ValueError: If there is a rule of that id.
+    """
+    if any(known.id == id for known in RULES):
+        raise ValueError(f'there is a rule {id} already')
 
     def register(check: Callable[[Graph], Found]) -> Callable[[Graph], Found]:
         RULES.append(Rule(id, title, why, mend, check))
