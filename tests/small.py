@@ -1,5 +1,6 @@
 """A small BEVFusion: the INT8 config of the full one with fewer pixels, voxels and channels."""
 
+import socket
 from pathlib import Path
 
 import torch
@@ -83,3 +84,10 @@ def save_float(config: Path, path: Path) -> Path:
     state = float_state_dict(fc.build_model(fc.read_config(config)))
     torch.save(dict(state_dict=state, meta=dict(epoch=1)), path)
     return path
+
+
+def free_port() -> str:
+    """A port for processes to meet at, which nobody has."""
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return str(server.getsockname()[1])

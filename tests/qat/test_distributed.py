@@ -9,6 +9,7 @@ import torch
 from mmdet3d_quant.files.checkpoint import read_checkpoint
 from tests.qat import ddp
 from tests.qat.toy import calibrated
+from tests.small import free_port
 
 
 def test_two_processes_train_like_one(tmp_path):
@@ -19,7 +20,7 @@ def test_two_processes_train_like_one(tmp_path):
     torch.set_num_threads(threads)
     out = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2']
-        + ['--master-port', '29617', ddp.__file__, str(two), start, 'pytorch', '4'],
+        + ['--master-port', free_port(), ddp.__file__, str(two), start, 'pytorch', '4'],
         capture_output=True,
         text=True,
         cwd=Path(ddp.__file__).parents[2],

@@ -2,14 +2,13 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 
 import pytest
 
 from mmdet3d_quant.runs import processes
-from tests.small import ROOT
+from tests.small import ROOT, free_port
 
 #: What a process finds in its environment, by launcher; SLURM asks `scontrol` for the first host.
 RANKS = {
@@ -42,7 +41,7 @@ def test_two_processes_find_each_other(launcher, tmp_path):
     common = dict(
         PATH=f'{tmp_path}:{os.environ["PATH"]}',
         PYTHONPATH=ROOT,
-        MASTER_PORT=random.randint(20000, 40000),
+        MASTER_PORT=free_port(),
         OMP_NUM_THREADS=1,
     )
     if launcher != 'slurm':

@@ -20,7 +20,7 @@ from mmdet3d_quant.files.checkpoint import read_checkpoint
 from mmdet3d_quant.jobs import calibration as job
 from mmdet3d_quant.runs.from_config import ConfigError
 from mmdet3d_quant.runs.listener import Listener
-from tests.small import ROOT, save_float, small_config
+from tests.small import ROOT, free_port, save_float, small_config
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402
@@ -119,7 +119,7 @@ def test_several_processes_find_the_ranges_of_one(count, method, work, tmp_path)
     calibrate.main(arguments(work, one, '--method', method))
     torch.set_num_threads(threads)
     launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(count)]
-    launch += ['--master-port', str(random.randint(20000, 40000)), 'tools/calibrate.py']
+    launch += ['--master-port', free_port(), 'tools/calibrate.py']
     launch += arguments(work, many, '--method', method, '--launcher', 'pytorch')
     found = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr

@@ -15,7 +15,7 @@ from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.files.checkpoint import CheckpointError, load_plain, read_checkpoint
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.from_config import ConfigError
-from tests.small import ROOT
+from tests.small import ROOT, free_port
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402
@@ -181,7 +181,7 @@ def test_two_processes_train_bevfusion_like_one(qat, work):
         if step.type == 'ImageAug3D':  # each process draws its own
             step.update(resize_lim=[0.5, 0.5], rot_lim=[0.0, 0.0], rand_flip=False)
     cfg.dump(work / 'smooth.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--master-port', '29631']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--master-port', free_port()]
     for folder, count in ((alone, 1), (two, 2)):
         out = subprocess.run(
             [
