@@ -1,5 +1,6 @@
 """The oldest and the newest Python and torch, in environments of their own."""
 
+import re
 import subprocess
 import sys
 
@@ -20,10 +21,8 @@ def test_the_table_has_every_row_and_a_reason_for_every_test_that_is_passed_over
     cells = [[c.strip() for c in row.strip('|').split('|')] for row in rows if row.startswith('|')]
     assert [c[:2] for c in cells[2:]] == [[r.python, r.torch] for r in matrix.ROWS.values()]
     reasons = [row for row in rows if row[:1].isdigit()]
-    numbers = {
-        n for c in cells[2:] for n in c[-1].replace('(', ' ').replace(')', ' ').split()[1::2]
-    }
-    assert {n.strip(',') for n in numbers} == {r.partition('.')[0] for r in reasons}
+    numbers = {number for c in cells[2:] for number in re.findall(r'\((\d+)\)', c[-1])}
+    assert numbers == {reason.partition('.')[0] for reason in reasons}
     assert not any('no reason' in r for r in reasons)
 
 
