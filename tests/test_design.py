@@ -17,7 +17,7 @@ LONGEST, LONGEST_TOOL = 300, 200
 
 
 def exists(name):
-    return any((base / name).exists() for base in (ROOT, PACKAGE, PACKAGE / 'core'))
+    return any((base / name).exists() for base in (ROOT, PACKAGE))
 
 
 @pytest.mark.parametrize('path', DOCS, ids=lambda p: p.name)

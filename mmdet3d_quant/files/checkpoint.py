@@ -30,8 +30,7 @@ from mmdet3d_quant.files.unpickler import data_pickle
 
 Source = Union[str, Path, BinaryIO]
 
-#: Where mmengine's loaders find what a name stands for: pattern of the prefix and the way to a
-#: local file. What has no way is refused.
+#: Prefixes, as patterns, of the names that mmengine has loaders for.
 PREFIXES = (
     'http://', 'https://', 'modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://',
     'mmcls://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://', '',
@@ -86,8 +85,9 @@ def read_training(path: str | Path) -> dict[str, Any]:
             'when read: it is not resumed. To start from its weights alone, leave --resume away '
             f"and set load_from='{path}'"
         )
+    meta = data.get('meta') if isinstance(data.get('meta'), dict) else {}
     missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in data]
-    missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in data.get('meta', {})]
+    missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
     if missing:
         raise CheckpointError(
             f'checkpoint {path} has no {missing[0]}: a training cannot go on from it. To start '

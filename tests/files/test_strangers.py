@@ -241,6 +241,9 @@ def test_resuming_says_what_it_lacks(trained, tmp_path):
     _, start = trained
     with pytest.raises(CheckpointError, match="no message_hub.*set load_from='.*int8.pth'"):
         read_training(start / 'int8.pth')
+    torch.save(dict(trained[0], meta=None), tmp_path / 'bare.pth')
+    with pytest.raises(CheckpointError, match='bare.pth has no meta.epoch'):
+        read_training(tmp_path / 'bare.pth')
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_9.pth'))
     with pytest.raises(
         CheckpointError, match='last_checkpoint names .*epoch_9.pth, which does not'
