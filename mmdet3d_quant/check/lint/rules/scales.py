@@ -21,6 +21,11 @@ def _grids(graph: Graph) -> Iterator[tuple[NodeProto, np.ndarray | None, np.ndar
         yield node, *graph.grid(node)
 
 
+def _scales(graph: Graph) -> Iterator[tuple[NodeProto, np.ndarray]]:
+    """Every Q and DQ whose scale is a constant, with it."""
+    return ((node, scale) for node, scale, _ in _grids(graph) if scale is not None)
+
+
 @rule(
     'Q20',
     'zero point is not 0',
@@ -61,8 +66,8 @@ def _unsigned(graph: Graph) -> Found:
     'calibrate again: a batch had NaN or infinity in it',
 )
 def _not_finite(graph: Graph) -> Found:
-    for node, scale, _ in _grids(graph):
-        if scale is not None and not np.isfinite(scale).all():
+    for node, scale in _scales(graph):
+        if not np.isfinite(scale).all():
             yield node, f'{(~np.isfinite(scale)).sum()} of {scale.size} scales'
 
 
@@ -73,8 +78,8 @@ def _not_finite(graph: Graph) -> Found:
     'keep ranges above zero',
 )
 def _not_positive(graph: Graph) -> Found:
-    for node, scale, _ in _grids(graph):
-        if scale is not None and (scale <= 0).any():
+    for node, scale in _scales(graph):
+        if (scale <= 0).any():
             yield node, f'scale {scale[scale <= 0][0]:g}'
 
 
@@ -85,9 +90,7 @@ def _not_positive(graph: Graph) -> Found:
     f'keep ranges at {MIN_AMAX:.2g} or more',
 )
 def _tiny(graph: Graph) -> Found:
-    for node, scale, _ in _grids(graph):
-        if scale is None:
-            continue
+    for node, scale in _scales(graph):
         small = scale[(scale > 0) & (scale < 0.99 * DEAD)]
         if len(small):
             yield node, f'scale {small[0]:.3g}'
@@ -100,9 +103,7 @@ def _tiny(graph: Graph) -> Found:
     'look for an outlier in the calibration data',
 )
 def _huge(graph: Graph) -> Found:
-    for node, scale, _ in _grids(graph):
-        if scale is None:
-            continue
+    for node, scale in _scales(graph):
         large = scale[np.isfinite(scale) & (scale > HUGE)]
         if len(large):
             yield node, f'scale {large[0]:.3g}'
