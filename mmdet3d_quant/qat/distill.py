@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.qat.hook import bare_model
 from mmdet3d_quant.runs import from_config as fc
 
 
@@ -54,7 +54,7 @@ class DistillHook(Hook):
             CheckpointError: If the checkpoint does not fit the config.
             ValueError: If the model has no module of a name.
         """
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner)
         known = dict(model.named_modules())
         for name in self.modules:
             if name not in known:

@@ -84,7 +84,7 @@ class QATHook(Hook):
             ValueError: If the model has no quantizers, ranges of a tie group differ, a pattern
                 of the schedule matches nothing, or the optimizer leaves out learned ranges.
         """
-        model = _bare(runner)
+        model = bare_model(runner)
         if not quantizers(model):
             raise ValueError('QATHook: the model has no quantizers; use Quant* types in the config')
         for modes in self.schedule.values():
@@ -123,7 +123,7 @@ class QATHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Sets the schedule's modes, freezes batch norm, and seeds torch."""
-        model = _bare(runner)
+        model = bare_model(runner)
         by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
         now = runner.iter if by_iter else runner.epoch
         self._set_modes(model, now)
@@ -162,7 +162,7 @@ class QATHook(Hook):
         if not self.validate_float:
             return
         loop = runner.val_loop
-        with set_mode(_bare(runner), 'float'), torch.no_grad(), autocast(enabled=loop.fp16):
+        with set_mode(bare_model(runner), 'float'), torch.no_grad(), autocast(enabled=loop.fp16):
             for batch in loop.dataloader:
                 outputs = runner.model.val_step(batch)
                 loop.evaluator.process(data_samples=outputs, data_batch=batch)
@@ -179,8 +179,8 @@ class QATHook(Hook):
         self._saved = checkpoint.get(KEY) or {}
 
 
-def _bare(runner: Runner) -> nn.Module:
-    """Unwraps the runner's model."""
+def bare_model(runner: Runner) -> nn.Module:
+    """Unwraps the runner's model from DDP or another wrapper of mmengine."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
