@@ -14,6 +14,7 @@ from mmdet3d_quant.check.verify import run_torch
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.engines import Arrays
 from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.graph import stored_tensors
 
 
 def torch_points(cut: Cut, mode: str, fed: Arrays | None = None, outputs: bool = False) -> Arrays:
@@ -84,8 +85,7 @@ def points_of(model: onnx.ModelProto, known: Iterable[str]) -> dict[str, str]:
         counterpart.
     """
     known = list(known)
-    constants = {i.name for i in model.graph.initializer}
-    constants |= {n.output[0] for n in model.graph.node if n.op_type == 'Constant'}
+    constants = stored_tensors(model.graph)
     points: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type != 'QuantizeLinear' or node.input[0] in constants:

@@ -12,6 +12,7 @@ from mmdet3d_quant.core.fake_quant import scale_of
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
+from mmdet3d_quant.export.graph import opset
 from mmdet3d_quant.export.unsigned import unsigned_scale
 
 _DTYPES = onnx.TensorProto.DataType
@@ -36,7 +37,7 @@ def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
     return dict(
         inputs=tensors(model.graph.input),
         outputs=tensors(model.graph.output),
-        opset=model.opset_import[0].version,
+        opset=opset(model),
         nodes=kinds,
     )
 

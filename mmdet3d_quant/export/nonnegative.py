@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from mmdet3d_quant.export.graph import ONNX_DOMAINS, stored_tensors
+
 #: Ops that never return less than 0.
 ALWAYS = frozenset({
     'Abs', 'Exp', 'HardSigmoid', 'Relu', 'Sigmoid', 'Softmax', 'Softplus', 'Sqrt',
@@ -40,16 +42,10 @@ def nonnegative_tensors(graph: onnx.GraphProto) -> set[str]:
     Returns:
         Set of the names of outputs of nodes and of constants, without empty (optional) ones.
     """
-    values = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    values = {name: numpy_helper.to_array(t) for name, t in stored_tensors(graph).items()}
     known = {name for name, value in values.items() if _all_nonnegative(value)}
     for node in graph.node:
-        if node.op_type == 'Constant':
-            value = _constant(node)
-            if value is not None:
-                values[node.output[0]] = value
-                if _all_nonnegative(value):
-                    known.add(node.output[0])
-        elif _is_nonnegative(node, known, values):
+        if _is_nonnegative(node, known, values):
             known.update(o for o in node.output if o)
     return known
 
@@ -63,7 +59,7 @@ def _is_nonnegative(node: NodeProto, known: set[str], values: dict[str, np.ndarr
         values: Constants by name.
     """
     kind = node.op_type
-    if node.domain not in ('', 'ai.onnx'):
+    if node.domain not in ONNX_DOMAINS:
         return False
     if kind in ALWAYS:
         return True
@@ -97,12 +93,6 @@ def _least(node: NodeProto, index: int, values: dict[str, np.ndarray]) -> float:
     """Minimum of an optional constant input; -infinity if it is absent or computed."""
     name = node.input[index] if len(node.input) > index else ''
     return float(values[name].min()) if name in values else -np.inf
-
-
-def _constant(node: NodeProto) -> np.ndarray | None:
-    """Value of a Constant node; None if it is not stored as a tensor."""
-    given = node.attribute[0]
-    return numpy_helper.to_array(given.t) if given.name == 'value' else None
 
 
 def _all_nonnegative(value: np.ndarray) -> bool:

@@ -10,6 +10,8 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from mmdet3d_quant.export.graph import axis_of, opset, stored_tensors
+
 #: Opsets that can be written: the first with per-channel Q/DQ, the last with plain INT8 Q/DQ.
 OPSETS = range(13, 22)
 
@@ -58,12 +60,9 @@ def fold_shapes(model: onnx.ModelProto) -> None:
     torch's tracer writes every ``x.shape`` as a chain of nodes. Engines fold them too, but tools
     that only infer shapes stop at them. Passes are repeated, since each makes more shapes known.
     """
-    constants = {i.name: i for i in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == 'Constant' and node.attribute[0].name == 'value':
-            constants[node.output[0]] = node.attribute[0].t
-    values = {n: numpy_helper.to_array(t) for n, t in constants.items() if _is_small(t)}
-    opset = onnx.helper.make_opsetid('', model.opset_import[0].version)
+    stored = stored_tensors(model.graph)
+    values = {n: numpy_helper.to_array(t) for n, t in stored.items() if _is_small(t)}
+    imported = onnx.helper.make_opsetid('', opset(model))
     while True:
         shapes = _known_shapes(model)
         kept: list[onnx.NodeProto] = []
@@ -72,7 +71,7 @@ def fold_shapes(model: onnx.ModelProto) -> None:
             if node.op_type == 'Shape' and node.input[0] in shapes and not node.attribute:
                 folded[node.output[0]] = np.asarray(shapes[node.input[0]], np.int64)
             elif node.op_type in _SHAPE_OPS and all(i in values for i in node.input):
-                outputs = ReferenceEvaluator(_alone(node, opset)).run(
+                outputs = ReferenceEvaluator(_alone(node, imported)).run(
                     None, {i: values[i] for i in node.input}
                 )
                 (value,) = cast('list[np.ndarray]', outputs)  # a dict is for intermediate ones
@@ -110,17 +109,17 @@ def _known_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     return shapes
 
 
-def _alone(node: onnx.NodeProto, opset: onnx.OperatorSetIdProto) -> onnx.ModelProto:
+def _alone(node: onnx.NodeProto, imported: onnx.OperatorSetIdProto) -> onnx.ModelProto:
     """Wraps one node in a model without types."""
     inputs = [onnx.helper.make_empty_tensor_value_info(i) for i in dict.fromkeys(node.input)]
     outputs = [onnx.helper.make_empty_tensor_value_info(o) for o in node.output]
     graph = onnx.helper.make_graph([node], 'node', inputs, outputs)
-    return onnx.helper.make_model(graph, opset_imports=[opset])
+    return onnx.helper.make_model(graph, opset_imports=[imported])
 
 
 def to_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
     """Converts a model to another opset by ONNX's own converter."""
-    if model.opset_import[0].version == version:
+    if opset(model) == version:
         return model
     props = {p.key: p.value for p in model.metadata_props}
     converted = onnx.version_converter.convert_version(model, version)
@@ -134,18 +133,15 @@ def store_int8_weights(graph: onnx.GraphProto) -> None:
     Each QuantizeLinear of a constant is computed as ONNX defines it: division in float32, rounding
     half to even, saturation. Weights that several layers read are stored once per scale.
     """
-    constants = {i.name: i for i in graph.initializer}
-    for node in graph.node:
-        if node.op_type == 'Constant' and node.attribute[0].name == 'value':
-            constants[node.output[0]] = node.attribute[0].t
+    constants = stored_tensors(graph)
     kept, stored = [], {}
     for node in graph.node:
         if node.op_type != 'QuantizeLinear' or node.input[0] not in constants:
             kept.append(node)
             continue
         weight, scale, zero = (numpy_helper.to_array(constants[i]) for i in node.input)
-        axis = next((a.i for a in node.attribute if a.name == 'axis'), 1)
         if scale.ndim:
+            axis = axis_of(node)
             scale = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
         limits = np.iinfo(zero.dtype)
         value = np.clip(np.rint(weight / scale), limits.min, limits.max).astype(zero.dtype)

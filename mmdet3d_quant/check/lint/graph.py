@@ -13,6 +13,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import NodeProto, numpy_helper
 
+from mmdet3d_quant.export.graph import axis_of, stored_tensors
 from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, target_of
 
 #: Convolutions, and the axis of their weight that indexes output channels.
@@ -72,7 +73,7 @@ class Graph:
         for node in self.nodes:
             for i, name in enumerate(node.input):
                 self.readers[name].append((node, i))
-        self._initializers = {i.name: i for i in model.graph.initializer}
+        self._stored = stored_tensors(model.graph)
         self._model = model
         self._number = {id(n): i for i, n in enumerate(self.nodes)}
 
@@ -89,17 +90,12 @@ class Graph:
 
     def is_constant(self, tensor: str) -> bool:
         """Whether a tensor is stored in the file."""
-        node = self.producer.get(tensor)
-        return tensor in self._initializers or (node is not None and node.op_type == 'Constant')
+        return tensor in self._stored
 
     def constant(self, tensor: str) -> np.ndarray | None:
         """Value of a stored tensor."""
-        if tensor in self._initializers:
-            return numpy_helper.to_array(self._initializers[tensor])
-        node = self.producer.get(tensor)
-        if node is None or node.op_type != 'Constant' or node.attribute[0].name != 'value':
-            return None
-        return numpy_helper.to_array(node.attribute[0].t)
+        found = self._stored.get(tensor)
+        return None if found is None else numpy_helper.to_array(found)
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
@@ -112,7 +108,7 @@ class Graph:
             for t in (v.type.tensor_type,)
             if t.HasField('shape')
         }
-        found.update((name, list(i.dims)) for name, i in self._initializers.items())
+        found.update((name, list(i.dims)) for name, i in self._stored.items())
         return found
 
     def pair(self, tensor: str) -> Pair | None:
@@ -138,11 +134,6 @@ class Graph:
     def holds_weight(self, pair: Pair) -> bool:
         """Whether a pair quantizes stored values, not an activation."""
         return self.is_constant(pair.source)
-
-
-def axis_of(node: NodeProto) -> int:
-    """The axis attribute of a Q or DQ; 1 is ONNX's default."""
-    return next((a.i for a in node.attribute if a.name == 'axis'), 1)
 
 
 def read_graph(path: str | Path, target: str | None = None) -> Graph:

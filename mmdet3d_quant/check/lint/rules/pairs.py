@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mmdet3d_quant.check.lint.graph import Graph, axis_of
+from mmdet3d_quant.check.lint.graph import Graph
 from mmdet3d_quant.check.lint.rules.helpers import all_pairs, same_values
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
+from mmdet3d_quant.export.graph import axis_of
 
 
 @rule(

@@ -1,0 +1,56 @@
+"""Facts of an ONNX graph that passes and judges read alike: stored tensors, axis, opset."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+#: Both spellings of the domain of ONNX's own operators.
+ONNX_DOMAINS = ('', 'ai.onnx')
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Reads the version of ONNX's own operators that a model imports.
+
+    Raises:
+        ValueError: If it imports none.
+    """
+    for imported in model.opset_import:
+        if imported.domain in ONNX_DOMAINS:
+            return imported.version
+    domains = ', '.join(repr(o.domain) for o in model.opset_import) or 'none'
+    raise ValueError(f'the model imports no opset of ONNX itself; its domains: {domains}')
+
+
+def stored_tensors(graph: onnx.GraphProto) -> dict[str, TensorProto]:
+    """Collects the initializers and the values of Constant nodes, other than sparse ones, by name.
+
+    Tensors are left encoded, since weights are large: decode those that are wanted with
+    ``numpy_helper.to_array``.
+    """
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == 'Constant':
+            value = _value(node)
+            if value is not None:
+                found[node.output[0]] = value
+    return found
+
+
+def _value(node: NodeProto) -> TensorProto | None:
+    """The tensor of a Constant node, which may also be given as numbers or text; else None."""
+    (given,) = node.attribute
+    value = helper.get_attribute_value(given)
+    if isinstance(value, TensorProto):
+        return value
+    kinds = dict(int=TensorProto.INT64, float=TensorProto.FLOAT, string=TensorProto.STRING)
+    kind = kinds.get(given.name[len('value_') :].rstrip('s'))
+    if kind is None:
+        return None
+    shape = [len(value)] if given.name.endswith('s') else []
+    return helper.make_tensor(node.output[0], kind, shape, value if shape else [value])
+
+
+def axis_of(node: NodeProto) -> int:
+    """Reads the axis attribute of a Q or DQ; 1 is ONNX's default."""
+    return next((a.i for a in node.attribute if a.name == 'axis'), 1)
