@@ -9,6 +9,7 @@ that what runs an operator is passed over there.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import shutil
 import subprocess
@@ -28,13 +29,6 @@ examples:
   python tests/matrix.py oldest newest
   python tests/matrix.py newest --tests tests/export tests/layers
 """
-#: What the package and its tests need beside torch and mmcv.
-NEEDS = (
-    'mmengine>=0.10,<0.11', 'mmdet>=3.2,<3.4', 'mmdet3d>=1.4,<1.5',
-    'pytorch-quantization>=2.1.3,<2.2',
-    'numpy<2', 'rich>=12', 'jinja2>=3', 'matplotlib', 'onnx>=1.14', 'onnxruntime>=1.16',
-    'openvino>=2024.0', 'psutil', 'spconv', 'pytest>=8',
-)  # yapf: disable  # fmt: skip
 BUILD = ('setuptools==69.5.1', 'wheel', 'ninja', 'psutil', 'numpy<2')
 SHOWN = ('numpy', 'onnx', 'onnxruntime', 'openvino', 'spconv', 'mmdet3d')
 #: Stands for mmcv's compiled module; tests/conftest.py passes over a test that calls it.
@@ -74,6 +68,22 @@ ROWS = {
     'jetpack6': Row('3.10', '2.4.1', '0.19.1'),
     'newest': Row('3.12', '2.14.1', '0.29.1', operators=True, cxx20=True),
 }
+
+
+def requirements() -> dict[str, list[str]]:
+    """Reads what setup.py says that the package needs, without running it.
+
+    Returns:
+        Dict of lists of requirements by name of the extra; ``''`` is the package itself.
+    """
+    nodes = ast.walk(ast.parse((ROOT / 'setup.py').read_text()))
+    given = {word.arg: word.value for n in nodes if isinstance(n, ast.Call) for word in n.keywords}
+    extras = ast.literal_eval(given['extras_require'])
+    return {'': ast.literal_eval(given['install_requires']), **extras}
+
+
+#: What the package and its tests need beside torch and mmcv.
+NEEDS = (*requirements()[''], *requirements()['export'], 'spconv', 'pytest>=8')
 
 
 def interpreter(version: str) -> str:

@@ -1,5 +1,6 @@
 """The oldest and the newest Python and torch, in environments of their own."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -14,6 +15,17 @@ def test_rows_span_what_the_package_says_it_runs_on():
     """setup.py, and mmdet3d's users: Python 3.8 to 3.12."""
     assert matrix.ROWS['oldest'].python == '3.8' and matrix.ROWS['newest'].python == '3.12'
     assert "python_requires='>=3.8'" in (ROOT / 'setup.py').read_text()
+
+
+def test_environments_get_what_setup_py_asks_for():
+    """Whatever setup() is called with, when setup.py is run."""
+    told = 'import setuptools; setuptools.setup = lambda **words: print(words["install_requires"]'
+    code = f'{told} + words["extras_require"]["export"]); import setup'
+    run = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    asked = ast.literal_eval(run.stdout)
+    assert asked == list(matrix.NEEDS[: len(asked)]) and len(asked) > 8
 
 
 def test_the_table_has_every_row_and_a_reason_for_every_test_that_is_passed_over():
