@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-#: A protobuf message ends here; larger models keep their weights in files beside.
-LARGEST = 2**31
+from mmdet3d_quant.files.limits import LARGEST
 
 
 class EngineError(ValueError):

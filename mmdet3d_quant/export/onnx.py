@@ -26,10 +26,9 @@ from mmdet3d_quant.export.passes import (
 from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, target_of
 from mmdet3d_quant.export.tracing import TORCH_OPSET, trace
 from mmdet3d_quant.export.unsigned import to_unsigned
+from mmdet3d_quant.files.limits import LARGEST
 from mmdet3d_quant.files.outputs import whole
 
-#: A protobuf message, and so a file, ends here.
-LARGEST = 2**31
 WEIGHTS = ('float', 'int8')
 LAYERNORMS = ('standard', 'custom')
 

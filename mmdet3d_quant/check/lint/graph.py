@@ -15,11 +15,10 @@ from onnx import NodeProto, numpy_helper
 
 from mmdet3d_quant.export.graph import axis_of, stored_tensors
 from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, target_of
+from mmdet3d_quant.files.limits import LARGEST
 
 #: Convolutions, and the axis of their weight that indexes output channels.
 LAYERS = {'Conv': 0, 'ConvTranspose': 1}
-#: A protobuf message ends here; larger models keep their weights in a file beside.
-LARGEST = 2**31
 
 
 class LintError(ValueError):
