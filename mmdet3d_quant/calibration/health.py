@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mmdet3d_quant.calibration.histogram import Histogram
+from mmdet3d_quant.core.decibels import decibels
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec
 
@@ -68,9 +69,8 @@ def fit(histogram: Histogram, amax: float, spec: QuantSpec) -> tuple[float, floa
     error = (np.rint(values / step).clip(max=spec.qmax) * step - values) ** 2
     noise = float(counts @ error.mean(1))
     power = float(counts @ (values**2).mean(1))
-    sqnr = 10 * math.log10(power / noise) if noise else math.inf
     clipped = float(counts @ (values > amax).mean(1)) / counts.sum()
-    return sqnr, clipped
+    return decibels(power, noise), clipped
 
 
 def weak_weights(model: nn.Module) -> list[str]:

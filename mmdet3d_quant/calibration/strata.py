@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.observe import Forward, evaluating, run
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.decibels import decibels
 from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.core.modes import set_mode
 from mmdet3d_quant.layers.base import QuantLayer
@@ -169,5 +170,4 @@ def _band(
     """Computes a band's measures from its sums."""
     if not count or not power:
         return Band(band, int(voxels), clipped / count if count else math.nan, math.nan)
-    sqnr = 10 * math.log10(power / error) if error else math.inf
-    return Band(band, int(voxels), clipped / count, sqnr)
+    return Band(band, int(voxels), clipped / count, decibels(power, error))

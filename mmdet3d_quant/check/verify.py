@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.decibels import decibels
 from mmdet3d_quant.core.modes import set_mode
 from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
 from mmdet3d_quant.export.cuts import HEAD_OUTPUTS, Cut
@@ -51,12 +51,7 @@ def sqnr(reference: np.ndarray | Tensor, value: np.ndarray | Tensor) -> float:
         finite.
     """
     ref, val = np.asarray(reference, np.float64), np.asarray(value, np.float64)
-    noise, signal = float(np.sum((ref - val) ** 2)), float(np.sum(ref**2))
-    if math.isnan(noise):
-        return math.nan
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return decibels(float(np.sum(ref**2)), float(np.sum((ref - val) ** 2)))
 
 
 @torch.no_grad()

@@ -197,5 +197,5 @@ def test_sqnr():
     signal = np.array([3.0, 4.0])
     assert sqnr(signal, signal) == np.inf
     assert sqnr(signal, signal + [0.5, 0]) == pytest.approx(20.0)
-    assert np.isnan(sqnr(signal, [np.nan, 1]))
+    assert np.isnan(sqnr(signal, [np.nan, 1])) and np.isnan(sqnr(signal, [np.inf, 1]))
     assert sqnr([0.0], [1.0]) == -np.inf
