@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +24,7 @@ from mmdet3d_quant.check.ladder import Rung, climb, first_fault
 from mmdet3d_quant.engines import ENGINES, Engine, make_engine
 from mmdet3d_quant.export import ExportError, bevfusion_cuts
 from mmdet3d_quant.files.outputs import check_writable, whole
+from mmdet3d_quant.files.plain import finite_or_text
 from mmdet3d_quant.runs import from_config as fc
 
 EXAMPLE = """
@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table(rungs))
     if args.json:
         with whole(args.json) as part:
-            Path(part).write_text(json.dumps([plain(r) for r in rungs], indent=1))
+            Path(part).write_text(
+                json.dumps([finite_or_text(r.as_dict()) for r in rungs], indent=1)
+            )
         console.print(f'Wrote {args.json}')
     first = first_fault(rungs)
     if first is None:
@@ -135,17 +137,6 @@ def table(rungs: list[Rung]) -> Table:
         )
         last = rung.cut
     return result
-
-
-def plain(rung: Rung) -> dict[str, Any]:
-    """Without infinities, which JSON does not have."""
-
-    def known(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: known(v) for k, v in value.items()}
-        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    return known(rung.as_dict())
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ from mmdet3d_quant.check.variants import StoredInputs
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Arrays, make_engine
 from mmdet3d_quant.engines.memory import added_memory
+from mmdet3d_quant.files.plain import finite_or_text
 from mmdet3d_quant.runs.listener import Listener
 
 #: Variants by the name of their graph.
@@ -144,7 +145,7 @@ def benchmark_facts(results: Results, engine: str, num_threads: int) -> dict[str
                     name=v.name,
                     milliseconds=[s * 1e3 for s in v.seconds],
                     faster_than_float=v.faster_than(variants[0]),
-                    sqnr={n: x if np.isfinite(x) else str(x) for n, x in v.sqnr.items()},
+                    sqnr=finite_or_text(v.sqnr),
                     int8_convolutions=v.int8,
                     megabytes=v.megabytes,
                     memory_megabytes=v.memory,

@@ -22,6 +22,7 @@ from mmdet3d_quant.calibration import Band, CalibratedRange, Calibration, Strata
 from mmdet3d_quant.calibration.health import LEAST_SQNR, MOST_CLIPPED, MOST_UNSTEADY
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.files.outputs import whole
+from mmdet3d_quant.files.plain import finite_or_none
 
 _TEMPLATE = Path(__file__).with_name('calibration.html')
 #: Bars of a drawn histogram.
@@ -91,7 +92,9 @@ def range_facts(
     ]
     rows.sort(key=lambda row: math.inf if row['sqnr'] is None else row['sqnr'])
     looks = [
-        dict(num_batches=k.num_batches, median=_finite(k.median), high=_finite(k.high))
+        dict(
+            num_batches=k.num_batches, median=finite_or_none(k.median), high=finite_or_none(k.high)
+        )
         for k in calibration.looks
     ]
     return dict(
@@ -113,8 +116,8 @@ def _band(band: Band) -> dict[str, Any]:
     return dict(
         band=band.band,
         num_voxels=band.num_voxels,
-        clipped=_finite(band.clipped),
-        sqnr=_finite(band.sqnr),
+        clipped=finite_or_none(band.clipped),
+        sqnr=finite_or_none(band.sqnr),
     )
 
 
@@ -131,9 +134,9 @@ def _row(order: int, found: CalibratedRange, histogram: Histogram) -> dict[str, 
         method=found.method,
         largest=found.largest,
         share=found.amax / found.largest if found.largest else None,
-        sqnr=_finite(health.sqnr),
+        sqnr=finite_or_none(health.sqnr),
         clipped=health.clipped,
-        unsteady=_finite(health.unsteady),
+        unsteady=finite_or_none(health.unsteady),
         num_elements=found.num_elements,
         num_tensors=found.num_tensors,
         group=found.group,
@@ -202,7 +205,3 @@ def _svg(figure: Figure) -> Markup:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{mark}\1"', text)
     text = re.sub(r'url\(#([^)]+)\)', rf'url(#{mark}\1)', text)
     return Markup(re.sub(r'href="#([^"]+)"', rf'href="#{mark}\1"', text))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

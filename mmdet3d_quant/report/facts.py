@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.data.evaluation import Scores, bootstrap
+from mmdet3d_quant.files.plain import finite_or_none
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.runs.provenance import provenance
 
@@ -36,7 +36,7 @@ def score_facts(scores: Scores) -> dict[str, Any]:
     Returns:
         ``mAP``, ``NDS``, the five mean errors (None where the metric has none) and ``ap`` by class.
     """
-    errors = {name: _finite(scores.errors[key]) for name, key in ERRORS.items()}
+    errors = {name: finite_or_none(scores.errors[key]) for name, key in ERRORS.items()}
     ap = {name: float(value) for name, value in scores.ap.items()}
     return dict(mAP=float(scores.mAP), NDS=float(scores.NDS), **errors, ap=ap)
 
@@ -145,7 +145,3 @@ def machine_facts() -> dict[str, Any]:
         int8_instructions=[f for f in ('avx_vnni', 'avx512_vnni', 'amx_int8') if f in flags],
         cores=os.cpu_count(),
     )
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
