@@ -1,4 +1,4 @@
-"""What Python 3.8, which mmdet3d's installation guide creates, does not have yet."""
+"""What Python 3.8, which mmdet3d's installation guide creates, and torch 2.0 do not have yet."""
 
 from __future__ import annotations
 
@@ -32,3 +32,15 @@ def removeprefix(text: str, prefix: str) -> str:
 def removesuffix(text: str, suffix: str) -> str:
     """``str.removesuffix`` of Python 3.9."""
     return text[: -len(suffix)] if suffix and text.endswith(suffix) else text
+
+
+def set_submodule(module: Any, name: str, new: Any) -> None:
+    """``torch.nn.Module.set_submodule`` of torch 2.5.
+
+    Args:
+        module: The module that has it.
+        name: Its dotted name.
+        new: What takes its place.
+    """
+    parent, _, child = name.rpartition('.')
+    setattr(module.get_submodule(parent), child, new)

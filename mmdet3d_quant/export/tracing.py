@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
-from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.compat import set_submodule, strict_zip
 from mmdet3d_quant.core.fake_quant import scale_of
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
@@ -72,7 +72,7 @@ def trace(
     if layernorm == 'custom':
         for name, layer in list(module.named_modules()):
             if isinstance(layer, nn.LayerNorm):
-                _replace(module, name, _CustomLayerNorm(layer))
+                set_submodule(module, name, _CustomLayerNorm(layer))
     axes = {n: {0: 'batch'} for n in input_names}
     axes.update({n: {0: f'batch_{n}'} for n in output_names})
     with torch.no_grad(), warnings.catch_warnings():
@@ -213,9 +213,4 @@ def _quantizers_to_qdq(module: nn.Module) -> None:
     """Replaces quantizers by :class:`_QDQ`, and those kept float by identities."""
     for name, quantizer in quantizers(module).items():
         kept = quantizer.float_reason is not None
-        _replace(module, name, nn.Identity() if kept else _QDQ(quantizer, name))
-
-
-def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition('.')
-    setattr(module.get_submodule(parent), child, new)
+        set_submodule(module, name, nn.Identity() if kept else _QDQ(quantizer, name))

@@ -14,6 +14,7 @@ import torch
 from onnx import NodeProto, numpy_helper
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.compat import set_submodule
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import MIN_AMAX
@@ -112,5 +113,4 @@ def make_unsigned(module: nn.Module, names: Collection[str]) -> None:
     """Makes the named quantizers of a module unsigned, in place."""
     signed = quantizers(module)
     for name in names:
-        parent, _, child = name.rpartition('.')
-        setattr(module.get_submodule(parent), child, UnsignedQuantizer(signed[name]))
+        set_submodule(module, name, UnsignedQuantizer(signed[name]))
