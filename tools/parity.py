@@ -19,10 +19,11 @@ from rich.table import Table
 from terminal import open_console, run_tool
 from torch import nn
 
-from mmdet3d_quant.check.detector import as_exported, manifest_problems, read_manifest
+from mmdet3d_quant.check.detector import as_exported, manifest_problems
 from mmdet3d_quant.check.ladder import Rung, climb, first_fault
 from mmdet3d_quant.engines import ENGINES, Engine, make_engine
 from mmdet3d_quant.export import ExportError, bevfusion_cuts
+from mmdet3d_quant.export.manifest import read_manifest
 from mmdet3d_quant.files.outputs import check_writable, whole
 from mmdet3d_quant.files.plain import finite_or_text
 from mmdet3d_quant.runs import from_config as fc

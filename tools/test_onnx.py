@@ -17,14 +17,10 @@ from terminal import open_console, run_tool
 from torch import nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.check.detector import (
-    as_exported,
-    engine_detector,
-    manifest_problems,
-    read_manifest,
-)
+from mmdet3d_quant.check.detector import as_exported, engine_detector, manifest_problems
 from mmdet3d_quant.engines import ENGINES, make_engine
 from mmdet3d_quant.export import ExportError
+from mmdet3d_quant.export.manifest import read_manifest
 from mmdet3d_quant.runs import from_config as fc
 
 EXAMPLE = """

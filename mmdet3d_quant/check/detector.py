@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,22 +103,6 @@ def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
     for cut in bevfusion_cuts(result, {}):
         make_unsigned(cut.module, unsigned.get(cut.name, ()))
     return result
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Reads the manifest of a folder of exported files.
-
-    Raises:
-        ExportError: If it is missing or damaged.
-    """
-    path = Path(folder) / 'manifest.json'
-    if not path.is_file():
-        raise ExportError(f'{path} does not exist; make the folder with tools/export_onnx.py')
-    try:
-        manifest = json.loads(path.read_text())
-        return dict(manifest, files=dict(manifest['files']))
-    except (KeyError, TypeError, ValueError) as err:
-        raise ExportError(f'{path} is damaged ({err}); export again') from None
 
 
 def manifest_problems(

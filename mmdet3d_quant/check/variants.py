@@ -9,6 +9,7 @@ import numpy as np
 from mmdet3d_quant.core.compat import removesuffix, strict_zip
 from mmdet3d_quant.engines import Arrays, EngineError
 from mmdet3d_quant.export.deploy import engine_files
+from mmdet3d_quant.export.manifest import MANIFEST
 
 
 def find_graphs(paths: list[Path]) -> dict[str, dict[str, Path]]:
@@ -41,7 +42,7 @@ def find_graphs(paths: list[Path]) -> dict[str, dict[str, Path]]:
 
 def _graph_files(folder: Path) -> list[Path]:
     """The files that engines run: of an exported set, all but the LiDAR encoder's."""
-    if (folder / 'manifest.json').is_file():
+    if (folder / MANIFEST).is_file():
         return engine_files(folder)
     return list(folder.glob('*.onnx'))
 

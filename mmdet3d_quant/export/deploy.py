@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmdet3d_quant.core.compat import removesuffix
+from mmdet3d_quant.export.manifest import read_manifest
 from mmdet3d_quant.export.targets import target_of
 
 #: What a file is, by stem; files of other names have their tensors to tell.
@@ -113,9 +113,9 @@ def engine_files(folder: str | Path) -> list[Path]:
     """The files of an exported folder that engines of ONNX run, sorted; not the LiDAR encoder's.
 
     Raises:
-        OSError: If the folder has no ``manifest.json``.
+        ExportError: If the folder has no manifest, or a damaged one.
     """
-    files = json.loads((Path(folder) / 'manifest.json').read_text())['files']
+    files = read_manifest(folder)['files']
     return [Path(folder) / name for name in sorted(files) if is_built(files[name])]
 
 

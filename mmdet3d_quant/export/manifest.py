@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -13,9 +15,32 @@ from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.export.graph import opset
+from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.unsigned import unsigned_scale
 
+#: Name of the file in an exported folder.
+MANIFEST = 'manifest.json'
 _DTYPES = onnx.TensorProto.DataType
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Reads the manifest of a folder of exported files.
+
+    Returns:
+        dict as ``export_suite`` wrote it; ``files`` has a dict per file.
+
+    Raises:
+        ExportError: If it is missing or damaged.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ExportError(f'{path} does not exist; make the folder with tools/export_onnx.py')
+    try:
+        manifest = json.loads(path.read_text())
+        files = {name: dict(entry) for name, entry in dict(manifest['files']).items()}
+    except (KeyError, TypeError, ValueError) as err:
+        raise ExportError(f'{path} is damaged ({err!r}); export again') from None
+    return dict(manifest, files=files)
 
 
 def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
-from mmdet3d_quant.export.manifest import describe_graph, describe_scales
+from mmdet3d_quant.export.manifest import MANIFEST, describe_graph, describe_scales
 from mmdet3d_quant.export.onnx import ExportError, export_onnx
 from mmdet3d_quant.export.targets import DEFAULT, target_of
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
@@ -116,7 +116,7 @@ def export_suite(
                 n: q.float_reason for n, q in quantizers(detector).items() if q.float_reason
             },
         )
-        (folder / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
         there = Path(out_dir) / README
         if not there.is_file() or there.read_text(errors='replace').startswith(TITLE):
             (folder / README).write_text(readme(manifest))

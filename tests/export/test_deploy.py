@@ -1,5 +1,6 @@
 """The script beside the files, run with a trtexec that writes down what it is told."""
 
+import json
 import os
 import shlex
 import shutil
@@ -9,7 +10,8 @@ import time
 import pytest
 
 from mmdet3d_quant.core.compat import removeprefix, removesuffix
-from mmdet3d_quant.export.deploy import build_script, readme
+from mmdet3d_quant.export import ExportError
+from mmdet3d_quant.export.deploy import build_script, engine_files, readme
 
 FAKE = """#!/usr/bin/env bash
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
@@ -168,3 +170,16 @@ def test_the_readme_has_every_file_with_shapes_and_flags():
     assert rows['lidar.backbone.xyz.onnx'].endswith('| none |')
     assert './build_engines.sh' in text and 'in the order xyz' in text
     assert 'build_engines' not in readme(dict(manifest(), target='openvino'))
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{}', '{"files": [1]}', '{"files": {"a.onnx": 3}}'])
+def test_the_files_for_engines_and_a_manifest_that_cannot_tell_them(tmp_path, text):
+    told = tmp_path / 'manifest.json'
+    with pytest.raises(ExportError, match=f'{told} does not exist; make the folder'):
+        engine_files(tmp_path)
+    told.write_text(json.dumps(manifest()))
+    names = sorted(n for n in FILES if not n.startswith('lidar'))
+    assert engine_files(tmp_path) == [tmp_path / name for name in names]
+    told.write_text(text)
+    with pytest.raises(ExportError, match=f'{told} is damaged .*; export again'):
+        engine_files(tmp_path)

@@ -12,9 +12,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from mmdet3d_quant.check.detector import manifest_problems, read_manifest
+from mmdet3d_quant.check.detector import manifest_problems
 from mmdet3d_quant.check.probes import module_name
 from mmdet3d_quant.export import ExportError
+from mmdet3d_quant.export.manifest import read_manifest
 from mmdet3d_quant.files.checkpoint import CheckpointError
 from tests.small import ROOT
 from tests.tools.test_train_tools import write_config
