@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mmdet3d_quant.check.verify import align, sqnr
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Arrays, Engine, make_engine, race
-
-#: Inputs that are not normally distributed: depths are few and positive, maps come from a ReLU.
-SPARSE, RECTIFIED = ('depth',), ('camera', 'lidar', 'feat_in', 'middle')
+from mmdet3d_quant.export.inputs import random_input
 
 
 @dataclass(frozen=True)
@@ -135,21 +134,15 @@ def generate_samples(shapes: dict[str, tuple], count: int, seed: int = 0) -> Arr
         seed: Of the generator.
 
     Returns:
-        float32 (count, *shape) by name: normally distributed; depths at 2 % of the pixels, up to
-        60 m; maps rectified.
+        float32 (count, *shape) by name, as ``export.inputs.random_input`` draws them.
 
     Raises:
         ValueError: If a size is open.
     """
-    rng = np.random.default_rng(seed)
+    rng = torch.Generator().manual_seed(seed)
     samples = {}
     for name, shape in shapes.items():
         if not all(isinstance(size, int) for size in shape):
             raise ValueError(f'input {name!r} has the shape {shape}: give inputs in a file')
-        value = rng.standard_normal((count, *shape), np.float32)
-        if name in SPARSE:
-            value = 20 * np.abs(value).clip(0, 3) * (rng.random(value.shape) < 0.02)
-        elif name in RECTIFIED:
-            value = value.clip(0)
-        samples[name] = value.astype(np.float32)
+        samples[name] = random_input(name, (count, *shape), rng).numpy()
     return samples

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.export.inputs import random_input
 
 #: Outputs of ``head.bbox``, in CUDA-BEVFusion's names and order; the last one is optional.
 HEAD_OUTPUTS = ('score', 'rot', 'dim', 'reg', 'height', 'vel')
@@ -222,32 +223,34 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
         seed: Seed of the generator.
 
     Returns:
-        Tensors by input name: images normally distributed, depth at 2 % of the pixels, BEV maps
-        rectified normal.
+        Tensors by input name, of one sample, as :func:`random_input` draws them.
     """
     rng = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
+
+    def draw(name: str, *shape: int) -> None:
+        found[name] = random_input(name, (1, *shape), rng)
+
     view = getattr(detector, 'view_transform', None)
     if view is not None:
         size = tuple(view.image_size)
-        found['img'] = torch.randn(1, num_cams, 3, *size, generator=rng)
+        draw('img', num_cams, 3, *size)
         if hasattr(view, 'dtransform'):
-            depth = torch.rand(1, num_cams, 1, *size, generator=rng) * 60
-            found['depth'] = depth * (torch.rand(depth.shape, generator=rng) < 0.02)
+            draw('depth', num_cams, 1, *size)
         bev = tuple(int(n) for n in view.nx[:2])
-        found['feat_in'] = torch.randn(1, view.C, *bev, generator=rng).relu()
+        draw('feat_in', view.C, *bev)
         channels, half = view.C, not isinstance(view.downsample, nn.Identity)
         if half:
             convs = [m for m in view.downsample.modules() if isinstance(m, nn.Conv2d)]
             channels, bev = convs[-1].out_channels, tuple(n // 2 for n in bev)
-        found['camera'] = torch.randn(1, channels, *bev, generator=rng).relu()
+        draw('camera', channels, *bev)
     encoder = getattr(detector, 'pts_middle_encoder', None)
     if encoder is not None:
-        found['lidar'] = torch.randn(_lidar_shape(encoder), generator=rng).relu()
+        draw('lidar', *_lidar_shape(encoder)[1:])
     head = _exported_head(detector)
     if head is not None:
         cells = [n // head.test_cfg['out_size_factor'] for n in head.test_cfg['grid_size'][:2]]
-        found['middle'] = torch.randn(1, head.in_channels, *cells, generator=rng).relu()
+        draw('middle', head.in_channels, *cells)
     return found
 
 

@@ -102,9 +102,12 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_generated_inputs_look_like_what_they_are_called():
-    made = generate_samples(dict(img=(1, 3, 64, 64), depth=(1, 1, 64, 64), camera=(1, 8, 8, 8)), 2)
+    made = generate_samples(
+        dict(img=(1, 3, 64, 64), depth=(1, 1, 256, 256), camera=(1, 8, 8, 8)), 2
+    )
     assert made['img'].shape == (2, 1, 3, 64, 64) and made['img'].min() < -1
     assert made['depth'].min() == 0 and 0.005 < (made['depth'] > 0).mean() < 0.05
+    assert 28 < made['depth'][made['depth'] > 0].mean() < 32 and made['depth'].max() < 60
     assert made['camera'].min() == 0
     with pytest.raises(ValueError, match="'x' has the shape .* give inputs in a file"):
         generate_samples(dict(x=('batch', 3)), 1)
