@@ -24,6 +24,7 @@ from mmdet3d_quant.check.ladder import Rung, climb, first_fault
 from mmdet3d_quant.engines import ENGINES, Engine, make_engine
 from mmdet3d_quant.export import ExportError, bevfusion_cuts
 from mmdet3d_quant.export.manifest import read_manifest
+from mmdet3d_quant.export.targets import DEFAULT
 from mmdet3d_quant.files.outputs import check_writable, whole
 from mmdet3d_quant.files.plain import finite_or_text
 from mmdet3d_quant.runs import from_config as fc
@@ -69,19 +70,22 @@ def main(argv: list[str] | None = None) -> int:
     for problem in manifest_problems(manifest, args.folder, args.checkpoint):
         console.print(f'[yellow]{problem}')
     quantized = manifest.get('precision') != 'float'
+    target = manifest.get('target', DEFAULT)
     cfg = fc.read_config(args.config, args.cfg_options)
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=quantized)
     inputs = example_inputs(cfg, model, args, console)
     told = as_exported(model, args.folder)
-    cuts = [c for c in bevfusion_cuts(told, inputs) if not args.files or c.name in args.files]
+    cuts = [
+        c for c in bevfusion_cuts(told, inputs, target) if not args.files or c.name in args.files
+    ]
     if not cuts:
         raise ExportError(f'no file of the detector is among {", ".join(args.files or [])}')
     missing = [c.name for c in cuts if not (args.folder / f'{c.name}.onnx').is_file()]
     if missing:
         raise ExportError(f'{args.folder} has no {missing[0]}.onnx; export again')
     reloaded = as_exported(reload(cfg, model, quantized), args.folder)
-    again = {c.name: c.module for c in bevfusion_cuts(reloaded, inputs)}
+    again = {c.name: c.module for c in bevfusion_cuts(reloaded, inputs, target)}
     engines: dict[str, Callable[[Path], Engine]] = {
         name: partial(make_engine, name, num_threads=args.threads) for name in args.engines
     }

@@ -23,6 +23,8 @@ _NORM = dict(type='BN1d')
 
 #: Outputs that exist once, not once per decoder layer.
 _SHARED = ('query_heatmap_score', 'query_labels', 'dense_heatmap')
+#: Outputs that the box coder reads, beside the score and the optional velocity.
+_CODED = ('center', 'height', 'dim', 'rot')
 
 
 class TransFusionHead(HeadLosses):
@@ -248,8 +250,8 @@ class TransFusionHead(HeadLosses):
             outputs: Dict of :meth:`forward_single`.
 
         Returns:
-            ``score`` (B, classes, P), 0 for all but the class of the query; ``rot``, ``dim``,
-            ``reg`` (the centre), ``height`` and, if the head has it, ``vel``: (B, channels, P).
+            ``score`` (B, classes, P), 0 for all but the class of the query; ``center``, ``height``,
+            ``dim``, ``rot`` and, if the head has it, ``vel``: (B, channels, P).
         """
         last = {
             key: value if key in _SHARED else value[..., -self.num_proposals :]
@@ -257,8 +259,7 @@ class TransFusionHead(HeadLosses):
         }
         one_hot = F.one_hot(last['query_labels'], self.num_classes).transpose(1, 2)
         found = dict(score=last['heatmap'].sigmoid() * last['query_heatmap_score'] * one_hot)
-        for name, key in dict(rot='rot', dim='dim', reg='center', height='height').items():
-            found[name] = last[key]
+        found.update((key, last[key]) for key in _CODED)
         if 'vel' in last:
             found['vel'] = last['vel']
         return found
@@ -269,7 +270,7 @@ class TransFusionHead(HeadLosses):
             found['score'],
             found['rot'],
             found['dim'],
-            found['reg'],
+            found['center'],
             found['height'],
             found.get('vel'),
             filter=True,

@@ -13,7 +13,8 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.decibels import decibels
 from mmdet3d_quant.core.modes import set_mode
 from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
-from mmdet3d_quant.export.cuts import HEAD_OUTPUTS, Cut
+from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.targets import coding_of
 
 
 @dataclass(frozen=True)
@@ -100,19 +101,16 @@ def align(expected: Arrays, found: Arrays) -> Arrays:
     engines order them differently.
 
     Args:
-        expected: Outputs of a cut, by name; of ``head.bbox`` (1, channels, P) each.
+        expected: Outputs of a cut, by name; of ``head.bbox`` (1, ..., P) each.
         found: The same of another run.
 
     Returns:
         Arrays by name: of a head, ``found`` with the query of most equal class and place for each
         one of ``expected``; of any other cut, ``found`` as it is.
     """
-    if not set(HEAD_OUTPUTS[:-1]) <= expected.keys():
+    coding = coding_of(expected)
+    if coding is None:
         return found
-
-    def place(run: Arrays) -> np.ndarray:
-        return np.concatenate([run['reg'][0].T, 1e3 * (run['score'][0] > 0).T], axis=1)
-
-    apart = np.abs(place(expected)[:, None] - place(found)[None]).sum(axis=2)
+    apart = np.abs(coding.places(expected)[:, None] - coding.places(found)[None]).sum(axis=2)
     order = apart.argmin(axis=1)
     return {name: value[..., order] for name, value in found.items()}

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.export.boxes import CUDA_BEVFUSION, BoxCoding
 from mmdet3d_quant.export.inputs import random_input
-
-#: Outputs of ``head.bbox``, in CUDA-BEVFusion's names and order; the last one is optional.
-HEAD_OUTPUTS = ('score', 'rot', 'dim', 'reg', 'height', 'vel')
+from mmdet3d_quant.export.targets import DEFAULT, target_of
 
 
 @dataclass(frozen=True)
@@ -100,30 +99,37 @@ def fused_sensors(detector: nn.Module) -> tuple[str, ...]:
 class Head(nn.Module):
     """The map to boxes in cells, by query.
 
-    ``forward(middle)``: ``middle`` is (B, C, X, Y); returns ``score`` (B, classes, P), ``rot``
-    (B, 2, P), ``dim`` (B, 3, P), ``reg`` (B, 2, P), ``height`` (B, 1, P) and ``vel`` (B, 2, P).
+    ``forward(middle)``: ``middle`` is (B, C, X, Y); returns the outputs of a coding of boxes in
+    its order.
+
+    Attributes:
+        output_names: Their names.
     """
 
-    def __init__(self, detector: nn.Module):
+    def __init__(self, detector: nn.Module, coding: BoxCoding = CUDA_BEVFUSION):
         super().__init__()
         self.bbox_head = detector.bbox_head
         has_velocity = hasattr(self.bbox_head.prediction_heads[0], 'vel')
-        self.output_names = HEAD_OUTPUTS if has_velocity else HEAD_OUTPUTS[:-1]
+        self.coding = coding
+        self.output_names = coding.names(has_velocity)
 
     def forward(self, middle: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.bbox_head.scored(self.bbox_head.forward_single(middle)[0])
+        predicted = self.bbox_head.scored(self.bbox_head.forward_single(middle)[0])
+        outputs = self.coding.encode(predicted)
         return tuple(outputs[name] for name in self.output_names)
 
 
-def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
+def bevfusion_cuts(
+    detector: nn.Module, inputs: dict[str, Tensor], target: str = DEFAULT
+) -> list[Cut]:
     """The files that a CUDA-BEVFusion style runtime builds engines from.
 
     * ``camera.backbone``: ``img``, ``depth`` -> ``camera_feature``, ``camera_depth_weights``
     * ``camera.vtransform``: ``feat_in`` -> ``feat_out``, the BEV map after pooling
     * ``fuser``: ``camera``, ``lidar`` -> ``middle``, with the BEV backbone and neck; with one
       sensor, its map alone
-    * ``head.bbox``: ``middle`` -> ``score``, ``rot``, ``dim``, ``reg``, ``height``, ``vel``; only
-      of the TransFusionHead of this package
+    * ``head.bbox``: ``middle`` -> boxes as the target codes them (``export.boxes``); only of the
+      TransFusionHead of this package
 
     BEV pooling is not among them, nor is the sparse encoder, whose file has a format of its own
     (``export.scn``).
@@ -131,6 +137,7 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
     Args:
         detector: A BEVFusion detector; a part that it does not have gives no cut.
         inputs: Example inputs by name, from :func:`capture_inputs` or :func:`generate_inputs`.
+        target: Name of the engine that the files are for.
 
     Returns:
         The cuts, each with its share of ``inputs``.
@@ -158,7 +165,7 @@ def bevfusion_cuts(detector: nn.Module, inputs: dict[str, Tensor]) -> list[Cut]:
         add('fuser', Fuser(detector), fused_sensors(detector), ('middle',))
     head = _exported_head(detector)
     if head is not None:
-        module = Head(detector)
+        module = Head(detector, target_of(target).boxes)
         add('head.bbox', module, ('middle',), module.output_names)
     return cuts
 

@@ -65,7 +65,7 @@ def export_suite(
         UncalibratedError: If a quantizer of a cut has no range.
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
-    cuts = bevfusion_cuts(detector, inputs)
+    cuts = bevfusion_cuts(detector, inputs, target)
     wants = target_of(target)
     encoder = getattr(detector, 'pts_middle_encoder', None) if wants.libspconv else None
     stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+import onnx
+
+from mmdet3d_quant.export.boxes import CUDA_BEVFUSION, BoxCoding
 
 
 @dataclass(frozen=True)
@@ -16,12 +21,14 @@ class Target:
             ``amax / 127``.
         libspconv: Whether the set has the sparse LiDAR encoder, as libspconv reads it.
         script: Whether the set has ``build_engines.sh``.
+        boxes: How the outputs of the head code boxes.
     """
 
     name: str
     unsigned: bool = False
     libspconv: bool = False
     script: bool = False
+    boxes: BoxCoding = CUDA_BEVFUSION
 
 
 #: By name; the first is the default.
@@ -43,3 +50,13 @@ def target_of(name: str) -> Target:
     if name not in TARGETS:
         raise ValueError(f'there is no target {name!r}; there are {", ".join(TARGETS)}')
     return TARGETS[name]
+
+
+def target_in(model: onnx.ModelProto) -> str:
+    """Reads the name of the target that a file was written for; the default if it does not say."""
+    return {p.key: p.value for p in model.metadata_props}.get(TARGET_KEY, DEFAULT)
+
+
+def coding_of(names: Collection[str]) -> BoxCoding | None:
+    """Finds a target's coding of boxes with outputs of these names; None if they are no boxes."""
+    return next((t.boxes for t in TARGETS.values() if t.boxes.codes(names)), None)

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, numpy_helper
 
 from mmdet3d_quant.export.graph import axis_of, stored_tensors
-from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, target_of
+from mmdet3d_quant.export.targets import target_in, target_of
 from mmdet3d_quant.files.limits import LARGEST
 
 #: Convolutions, and the axis of their weight that indexes output channels.
@@ -62,8 +62,7 @@ class Graph:
     """
 
     def __init__(self, model: onnx.ModelProto, target: str | None = None) -> None:
-        said = {p.key: p.value for p in model.metadata_props}.get(TARGET_KEY, DEFAULT)
-        self.target = target_of(target or said)
+        self.target = target_of(target or target_in(model))
         self.graph = model.graph
         self.nodes = [n for n in model.graph.node if n.op_type != 'Constant']
         self.outputs = {o.name for o in model.graph.output}

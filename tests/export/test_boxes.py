@@ -1,0 +1,100 @@
+"""Boxes coded otherwise than CUDA-BEVFusion's: one record, and every part of the way follows."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from mmdet3d.structures import LiDARInstance3DBoxes
+from torch import nn
+
+from mmdet3d_quant import set_mode
+from mmdet3d_quant.check.detector import engine_detector
+from mmdet3d_quant.check.verify import align, run_torch, verify
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.engines import ONNXRuntime
+from mmdet3d_quant.export import bevfusion_cuts, export_suite
+from mmdet3d_quant.export.boxes import CUDA_BEVFUSION, BoxCoding
+from mmdet3d_quant.export.targets import TARGETS, Target, coding_of
+from mmdet3d_quant.runs import from_config as fc
+from tests.small import ROOT
+
+TINY = 'bevfusion_tiny_lidar-cam_synthetic'
+METAS = [dict(box_type_3d=LiDARInstance3DBoxes)]
+
+
+def joined(found):
+    """All of a box in one tensor, width before length."""
+    parts = [found['center'], found['height'], found['dim'][:, [1, 0, 2]], found['rot']]
+    return dict(boxes=torch.cat([*parts, found['vel']], 1), scores=found['score'])
+
+
+def parted(outputs):
+    b = outputs['boxes']
+    dim, rot, vel = b[:, [4, 3, 5]], b[:, 6:8], b[:, 8:]
+    parts = dict(center=b[:, :2], height=b[:, 2:3], dim=dim, rot=rot, vel=vel)
+    return dict(parts, score=outputs['scores'])
+
+
+OTHER = BoxCoding(('boxes', 'scores'), (), joined, parted)
+
+
+class OnlyHead(nn.Module):
+    """What export looks at, of a detector: its trained head."""
+
+    def __init__(self):
+        super().__init__()
+        model = fc.build_model(fc.read_config(ROOT / f'configs/bevfusion_tiny/{TINY}.py'))
+        fc.load_weights(model, ROOT / f'checkpoints/{TINY}.pth', calibrated=False)
+        self.bbox_head = model.eval().bbox_head
+
+
+@pytest.fixture
+def target(monkeypatch):
+    monkeypatch.setitem(TARGETS, 'other', Target('other', boxes=OTHER))
+    return 'other'
+
+
+def test_another_coding_gives_the_same_boxes(target, tmp_path):
+    torch.manual_seed(0)
+    model, maps = OnlyHead().eval(), torch.randn(1, 96, 72, 72).relu()
+    (cut,), manifest = export_suite(
+        model, dict(middle=maps), tmp_path, {}, False, tell=lambda name: None, target=target
+    )
+    file = tmp_path / 'head.bbox.onnx'
+    assert [o.name for o in onnx.load(file).graph.output] == ['boxes', 'scores']
+    assert list(manifest['files'][file.name]['outputs']) == ['boxes', 'scores']
+    with set_mode(model, 'float'), torch.no_grad():
+        (there,) = model.bbox_head.predict([maps], METAS)
+    (here,) = engine_detector(model, tmp_path, ONNXRuntime).bbox_head.predict([maps], METAS)
+    assert len(there) == len(here) > 50 and torch.equal(there.labels_3d, here.labels_3d)
+    assert torch.allclose(there.bboxes_3d.tensor, here.bboxes_3d.tensor, rtol=1e-3, atol=1e-3)
+    assert all(found.onnxruntime > 60 for found in verify(cut, file, quantized=False))
+
+    arrays = run_torch(cut, 'float')
+    turned = {name: value[..., ::-1] for name, value in arrays.items()}
+    assert all(np.array_equal(v, arrays[n]) for n, v in align(arrays, turned).items())
+    (own,) = bevfusion_cuts(model, dict(middle=maps))  # the same boxes by CUDA-BEVFusion's names
+    plain = run_torch(own, 'float')
+    for name, at in (('reg', slice(2)), ('rot', slice(6, 8)), ('vel', slice(8, 10))):
+        assert np.array_equal(arrays['boxes'][:, at], plain[name])
+    assert np.array_equal(arrays['boxes'][:, [4, 3, 5]], plain['dim'])
+
+
+@pytest.mark.parametrize('velocity', [True, False])
+def test_names_come_in_the_order_of_the_record_and_decoding_undoes_encoding(velocity):
+    names = ['height', 'score', 'dim', 'center', 'rot'] + ['vel'] * velocity
+    values = {name: object() for name in names}  # in no order
+    coded = CUDA_BEVFUSION.encode(values)
+    wanted = ('score', 'rot', 'dim', 'reg', 'height', 'vel')[: 6 if velocity else 5]
+    assert CUDA_BEVFUSION.names(velocity) == wanted and set(coded) == set(wanted)
+    assert coded['reg'] is values['center'] and CUDA_BEVFUSION.decode(coded) == values
+    assert coding_of(wanted) is CUDA_BEVFUSION and coding_of(['middle']) is None
+    for place, name in strict_zip(CUDA_BEVFUSION.places(runs(3)), 'abc'):
+        assert place.tolist() == [ord(name), 0, *(1e3 * (i == ord(name) % 3) for i in range(3))]
+
+
+def runs(count):
+    """Queries a, b, ... at x = their letter, of the class that is its rest."""
+    letters = np.arange(ord('a'), ord('a') + count)
+    score = np.where(np.arange(count)[:, None] == letters % count, 0.3, 0)
+    return dict(score=score[None], reg=np.stack([letters, 0 * letters])[None])
