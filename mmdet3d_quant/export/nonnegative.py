@@ -2,7 +2,8 @@
 
 A tensor is non-negative if the op that makes it never returns less than 0 (:data:`ALWAYS`), or
 passes on the sign of its data (:data:`PASSING`) and all of these are non-negative. Inputs of the
-graph, and whatever is not in the tables, count as possibly negative.
+graph, and whatever is not in the tables, count as possibly negative. OpenVINO's passes have tables
+of their own (``engines/openvino/graph.py``), since operators have other names and attributes there.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ from mmdet3d_quant.engines.openvino.nodes import (
     value,
 )
 
-#: Operators with non-negative outputs, and those with non-negative outputs for such inputs.
+#: Operators with non-negative outputs, and those with non-negative outputs for such inputs. These
+#: are OpenVINO's operators; ``export/nonnegative.py`` has ONNX's, and must know all that these say.
 _RECTIFIERS = ('Relu', 'Sigmoid', 'SoftMax', 'Softmax', 'Exp', 'Abs')
 _PASSING = ('MaxPool', 'AvgPool', 'Concat', 'Reshape', 'Transpose', 'Unsqueeze', 'Squeeze', 'Add')
 
