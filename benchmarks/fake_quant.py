@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.fake_quant import fake_quantize, scale_of
+from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.core.spec import QuantSpec
 
 
@@ -49,11 +49,12 @@ def main() -> None:
 
 def fused(x: torch.Tensor, amax: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """torch's operator."""
-    scale = scale_of(amax, spec).flatten()
+    fmt = spec.format
+    scale = fmt.step(amax).flatten()
     zeros = torch.zeros_like(scale, dtype=torch.int32)
     if spec.axis is None:
-        return torch.fake_quantize_per_tensor_affine(x, scale, zeros, spec.qmin, spec.qmax)
-    ends = spec.axis, spec.qmin, spec.qmax
+        return torch.fake_quantize_per_tensor_affine(x, scale, zeros, fmt.qmin, fmt.qmax)
+    ends = spec.axis, fmt.qmin, fmt.qmax
     return torch.fake_quantize_per_channel_affine(x, scale, zeros, *ends)
 
 

@@ -16,6 +16,7 @@ from mmdet3d_quant.calibration.bins import START_BIN, Bins, Device, checked, ori
 from mmdet3d_quant.calibration.entropy import least_divergence
 from mmdet3d_quant.calibration.mse import least_squared_error
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.formats import Format
 from mmdet3d_quant.core.spec import Method, QuantSpec
 
 #: Ranges of histograms: all of one method, each with its grid, on a device.
@@ -35,7 +36,7 @@ def search_amax(
         hist: Counts, shape (n,).
         edges: Bin edges, ascending from 0 in equal steps, shape (n + 1,).
         method: ``max``, ``percentile``, ``entropy`` or ``mse``.
-        spec: The grid; its number of bits matters to ``entropy`` and ``mse``.
+        spec: The grid; its format matters to ``entropy`` and ``mse``.
         device: Where to search.
 
     Returns:
@@ -95,17 +96,17 @@ def _max(bins: list[Bins], *_: Any) -> list[float]:
     return [float(b.edges[-1]) for b in bins]
 
 
-def _by_grid(search: Callable[[list[Bins], int, Device], list[float]]) -> Search:
+def _by_grid(search: Callable[[list[Bins], Format, Device], list[float]]) -> Search:
     """A search of many histograms that share grid and origin, for any histograms."""
 
     def run(bins: list[Bins], method: Method, specs: list[QuantSpec], device: Device):
         result = _max(bins)  # what has no candidates keeps all
-        groups: dict[tuple[int, float], list[int]] = {}
+        groups: dict[tuple[Format, float], list[int]] = {}
         for i, b in enumerate(bins):
             if len(b.counts) > START_BIN and b.edges[-1] > b.edges[0]:
-                groups.setdefault((specs[i].qmax, origin(b)), []).append(i)
-        for (qmax, _), members in groups.items():
-            for i, amax in strict_zip(members, search([bins[i] for i in members], qmax, device)):
+                groups.setdefault((specs[i].format, origin(b)), []).append(i)
+        for (fmt, _), members in groups.items():
+            for i, amax in strict_zip(members, search([bins[i] for i in members], fmt, device)):
                 result[i] = amax
         return result
 

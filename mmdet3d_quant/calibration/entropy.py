@@ -9,21 +9,22 @@ from scipy.special import rel_entr
 
 from mmdet3d_quant.calibration.bins import START_BIN, Bins, Device, columns, parts
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.formats import Format
 
 #: How far float64 moves a divergence from its exact value, in nats.
 _NATS = 1e-10
 
 
-def least_divergence(batch: list[Bins], qmax: int, device: Device) -> list[float]:
+def least_divergence(batch: list[Bins], fmt: Format, device: Device) -> list[float]:
     """Searches the bin edge with the least Kullback-Leibler divergence as range.
 
     A candidate of i bins compares the histogram clipped at i (the counts beyond are added to the
-    last bin) with the same bins after merging them into ``2**(b-1)`` levels, the counts of a
+    last bin) with the same bins after merging them into the format's levels, the counts of a
     level spread evenly over its non-empty bins. A level is a pair of bins, where it starts and
     ends, and most pairs occur in many candidates: sums over a pair come from cumulative sums,
     sums over a candidate's levels from the distinct pairs.
     """
-    levels = qmax + 1
+    levels = fmt.num_levels()
     longest = max(len(b.counts) for b in batch)
     i = torch.arange(START_BIN, longest + 1, device=device)
     # Bin j belongs to level floor(j * levels / i): level l starts at bin ceil(l * i / levels).

@@ -13,7 +13,7 @@ from torch import nn
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.core.decibels import decibels
 from mmdet3d_quant.core.modes import quantizers
-from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec
+from mmdet3d_quant.core.spec import QuantSpec
 
 #: Sample points per bin: with few bins per quantization step, the centre alone is too coarse.
 _PLACES = 8
@@ -65,8 +65,8 @@ def fit(histogram: Histogram, amax: float, spec: QuantSpec) -> tuple[float, floa
     width = edges[1]
     values = edges[:-1, None] + width * (np.arange(_PLACES) + 0.5) / _PLACES
     values = np.minimum(values, histogram.amax)
-    step = max(amax, MIN_AMAX) / spec.qmax
-    error = (np.rint(values / step).clip(max=spec.qmax) * step - values) ** 2
+    step = spec.format.step(torch.tensor(amax, dtype=torch.float64)).item()
+    error = (spec.format.rounded(values / step) * step - values) ** 2
     noise = float(counts @ error.mean(1))
     power = float(counts @ (values**2).mean(1))
     clipped = float(counts @ (values > amax).mean(1)) / counts.sum()

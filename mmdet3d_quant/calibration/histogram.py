@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdet3d_quant.calibration.counting import count
-from mmdet3d_quant.core.spec import MIN_AMAX
+from mmdet3d_quant.core.formats import MIN_AMAX
 
 NUM_BINS = 4096
 _BITS = 12

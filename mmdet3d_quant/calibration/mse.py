@@ -8,26 +8,28 @@ import torch.nn.functional as F
 
 from mmdet3d_quant.calibration.bins import START_BIN, Bins, Device, columns, origin, parts
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.spec import MIN_AMAX
+from mmdet3d_quant.core.formats import MIN_AMAX, Format
 
 #: How far float32 moves a quantized value from its exact place, relative to the value.
 _ROUNDING = 8 * 2.0**-24
 
 
-def least_squared_error(batch: list[Bins], qmax: int, device: Device) -> list[float]:
+def least_squared_error(batch: list[Bins], fmt: Format, device: Device) -> list[float]:
     """Searches the bin centre with the least squared quantization error as range.
 
     With sums over all centres u, in units of a bin's width, and K(u) the level that u is rounded
-    to, the error is sum u^2 - 2 step sum K u + step^2 sum K^2. K is the number of thresholds
-    (k - 1/2) step below u, and K^2 the sum of 2 k - 1 over them: so the sums are sums over
-    thresholds of what lies beyond, whose places are the same for all histograms that start alike.
+    to, the error is sum u^2 - 2 step sum K u + step^2 sum K^2. Halfway between two levels is a
+    threshold; K is the sum of the level's rise over the thresholds below u, and K^2 that of the
+    rise of its square (1 and 2 k - 1 for integers k): so the sums are sums over thresholds of what
+    lies beyond, whose places are the same for all histograms that start alike.
     """
     longest = max(len(b.counts) for b in batch)
     centers = torch.arange(longest, dtype=torch.float64, device=device) + origin(batch[0]) + 0.5
-    step = centers[START_BIN:, None] / qmax
-    k = torch.arange(1, qmax + 1, dtype=torch.float64, device=device)
-    begin = ((k - 0.5) * step - centers[0]).ceil().clamp(0, longest).long()
-    weights = (2 * k - 1).expand(begin.shape)
+    step = centers[START_BIN:, None] / fmt.qmax
+    levels = fmt.levels().to(device)
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    begin = (thresholds * step - centers[0]).ceil().clamp(0, longest).long()
+    rise, rise_of_square = (x.diff().expand(begin.shape) for x in (levels, levels.square()))
     result = []
     for part in parts(batch, longest):
         counts = columns([b.counts for b in part], longest, device)
@@ -35,15 +37,18 @@ def least_squared_error(batch: list[Bins], qmax: int, device: Device) -> list[fl
         energy = (moments * centers[:, None]).sum(0)
         moments = F.pad(moments, (0, 0, 1, 0))
         beyond = [x.sum(0) - x.cumsum(0) for x in (counts, moments)]
-        errors = F.embedding_bag(begin, beyond[0], mode='sum', per_sample_weights=weights)
-        errors = errors.mul_(step).sub_(F.embedding_bag(begin, beyond[1], mode='sum'), alpha=2)
+        count, moment = (
+            F.embedding_bag(begin, table, mode='sum', per_sample_weights=weights)
+            for table, weights in strict_zip(beyond, (rise_of_square, rise))
+        )
+        errors = count.mul_(step).sub_(moment, alpha=2)
         rows = errors.mul_(step).add_(energy).T.cpu().numpy()
         for b, row, norm in strict_zip(part, rows, energy.tolist()):
-            result.append(_settle_mse(b, qmax, row, norm))
+            result.append(_settle_mse(b, fmt, row, norm))
     return result
 
 
-def _settle_mse(bins: Bins, qmax: int, errors: np.ndarray, energy: float) -> float:
+def _settle_mse(bins: Bins, fmt: Format, errors: np.ndarray, energy: float) -> float:
     """Chooses the candidate with the least error in the library's float32 arithmetic.
 
     Rounding moves every quantized centre by less than ``_ROUNDING`` of itself, so by the triangle
@@ -52,7 +57,7 @@ def _settle_mse(bins: Bins, qmax: int, errors: np.ndarray, energy: float) -> flo
 
     Args:
         bins: The histogram, n bins.
-        qmax: Largest integer of the grid.
+        fmt: The numbers of the grid.
         errors: Sum of squared errors for the ranges at centres 128 to n - 1 (and more), in units
             of a bin's width, float64.
         energy: Sum of the squared centres, in the same units.
@@ -68,12 +73,11 @@ def _settle_mse(bins: Bins, qmax: int, errors: np.ndarray, energy: float) -> flo
     near = amax[errors <= limit**2]
     if len(near) == 1:
         return float(near[0])
-    return float(near[np.argmin([_mean_error(centers, counts, a, qmax) for a in near])])
+    return float(near[np.argmin([_mean_error(centers, counts, a, fmt) for a in near])])
 
 
-def _mean_error(centers: np.ndarray, counts: np.ndarray, amax: np.float32, qmax: int) -> float:
+def _mean_error(centers: np.ndarray, counts: np.ndarray, amax: np.float32, fmt: Format) -> float:
     """Computes the mean of count times squared error over all bins, in float32, as torch does."""
-    scale = np.float32(qmax) / amax
-    levels = np.minimum(np.rint(centers * scale), np.float32(qmax))
-    quantized = levels / scale if amax > MIN_AMAX else np.zeros_like(centers)
+    scale = np.float32(fmt.qmax) / amax
+    quantized = fmt.rounded(centers * scale) / scale if amax > MIN_AMAX else np.zeros_like(centers)
     return float(torch.from_numpy((quantized - centers) ** 2 * counts).mean())

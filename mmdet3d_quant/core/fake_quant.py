@@ -1,4 +1,4 @@
-"""Fake quantization: rounding a float tensor to an integer grid, and its gradients."""
+"""Fake quantization: rounding a float tensor to a grid, and its gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec
+from mmdet3d_quant.core.formats import MIN_AMAX, Format
+from mmdet3d_quant.core.spec import QuantSpec
 
 #: Values of a piece. On a CPU a large tensor is computed piece by piece: they stay in the cache.
 _CHUNK = 2**19
@@ -27,19 +28,6 @@ def compiling() -> bool:
     if torch._dynamo.is_compiling():
         return True
     return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
-
-
-def scale_of(amax: Tensor, spec: QuantSpec) -> Tensor:
-    """Computes the step size, ``amax / qmax``, kept away from zero by :data:`MIN_AMAX`.
-
-    Args:
-        amax: Range limit(s), float32, any shape, >= 0.
-        spec: Gives ``qmax``.
-
-    Returns:
-        Tensor of the shape of ``amax``, float32, > 0.
-    """
-    return amax.clamp(min=MIN_AMAX) / spec.qmax
 
 
 def largest(x: Tensor, dims: list[int]) -> Tensor:
@@ -99,28 +87,30 @@ def _rounded(
 ) -> Tensor:
     """Computes the values of :func:`fake_quantize`, with the operator that is fast for a device."""
     exact = x if x.dtype == torch.float64 else x.float()
-    ends = 0 if rectify else spec.qmin, spec.qmax
-    if x.device.type == 'cpu' or exact.dtype == torch.float64 or spec.axis is not None:
+    fmt = spec.format
+    by_steps = x.device.type == 'cpu' or exact.dtype == torch.float64 or not fmt.fused
+    if by_steps or spec.axis is not None:
         # torch's operator for a range per channel would wait for a GPU.
-        scale = scale_of(amax.to(exact.dtype), spec)
-        return _rounded_by_steps(exact, scale, ends).to(x.dtype)
+        scale = fmt.step(amax.to(exact.dtype))
+        return _rounded_by_steps(exact, scale, fmt, rectify).to(x.dtype)
+    ends = 0 if rectify else fmt.qmin, fmt.qmax
     if value is not None:
         exact = x if x.dtype == torch.float16 else exact  # rounds it in float32, too
         y = torch.fake_quantize_per_tensor_affine(exact, _step(value, spec), 0, *ends)
         return y.to(x.dtype)
-    scale = scale_of(amax, spec)
+    scale = fmt.step(amax)
     zero_point = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_tensor_affine(exact, scale, zero_point, *ends).to(x.dtype)
 
 
-def _rounded_by_steps(x: Tensor, scale: Tensor, ends: tuple[int, int]) -> Tensor:
-    """Computes ``clamp(round(x / scale), *ends) * scale``, keeping float64.
+def _rounded_by_steps(x: Tensor, scale: Tensor, fmt: Format, rectify: bool) -> Tensor:
+    """Rounds ``x / scale`` and multiplies by ``scale``, keeping float64.
 
     On a CPU these steps are vectorised, while torch's fused operator visits values one by one.
     """
     inverse = 1 / scale
     if not _in_pieces(x, scale):
-        return (x * inverse).round_().clamp_(*ends).mul_(scale)
+        return fmt.round_(x * inverse, rectify).mul_(scale)
     y = torch.empty_like(x)
     if scale.numel() == 1:
         parts = x.view(-1).split(_CHUNK), y.view(-1).split(_CHUNK), repeat(inverse), repeat(scale)
@@ -129,7 +119,7 @@ def _rounded_by_steps(x: Tensor, scale: Tensor, ends: tuple[int, int]) -> Tensor
         parts = tuple(t.split(rows) for t in (x, y, inverse, scale))
     for part, out, factor, step in zip(*parts):  # repeat() has no end
         torch.mul(part, factor, out=out)
-        out.round_().clamp_(*ends).mul_(step)
+        fmt.round_(out, rectify).mul_(step)
     return y
 
 
@@ -159,7 +149,7 @@ class _FakeQuantize(Function):
         inside: bool,
     ) -> Tensor:
         y = _rounded(x, amax, spec, rectify, value)
-        ctx.qmax, ctx.rectify, ctx.value = spec.qmax, rectify, value
+        ctx.qmax, ctx.rectify, ctx.value = spec.format.qmax, rectify, value
         learned = ctx.needs_input_grad[1]
         ctx.passes = inside and not learned
         if not ctx.passes:
@@ -224,7 +214,7 @@ def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     fixed = x.detach()
     inside = fixed.abs() <= amax.detach()
     y = _rounded(fixed, amax.detach(), spec)
-    slope = torch.where(inside, y - fixed, y) * _lsq_factor(x, amax.detach(), spec.qmax)
+    slope = torch.where(inside, y - fixed, y) * _lsq_factor(x, amax.detach(), spec.format.qmax)
     y = y + torch.where(inside, x - fixed, 0)
     return (y + slope * (amax - amax.detach())).to(x.dtype) if amax.requires_grad else y
 
@@ -251,8 +241,8 @@ def _inside(
 
 @lru_cache(maxsize=4096)
 def _step(amax: float, spec: QuantSpec) -> float:
-    """Computes :func:`scale_of` for a number, in float32."""
-    return scale_of(torch.tensor(amax, dtype=torch.float32), spec).item()
+    """Computes the step size for a number, in float32."""
+    return spec.format.step(torch.tensor(amax, dtype=torch.float32)).item()
 
 
 @lru_cache(maxsize=4096)

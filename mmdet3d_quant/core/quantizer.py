@@ -10,8 +10,9 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.formats import MIN_AMAX
 from mmdet3d_quant.core.joined import Grid, grid_of, quantize
-from mmdet3d_quant.core.spec import MIN_AMAX, QuantSpec, check_mode
+from mmdet3d_quant.core.spec import QuantSpec, check_mode
 from mmdet3d_quant.core.switches import Switches
 
 HOW_TO_CALIBRATE = (
@@ -64,7 +65,8 @@ class Quantizer(Switches):
     ):
         self.spec = spec = spec or QuantSpec()
         self.label = label
-        super().__init__(QuantDescriptor(num_bits=spec.num_bits, axis=spec.axis))
+        super().__init__(QuantDescriptor(num_bits=spec.format.bits, axis=spec.axis))
+        self.spec = spec  # the library's constructor has set the width
         self._calibrator = None
         self.float_reason: str | None = None
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
@@ -184,7 +186,7 @@ class Quantizer(Switches):
             return f'float: {self.float_reason}'
         grid = 'per-tensor' if self.spec.axis is None else f'axis={self.spec.axis}'
         amax = self._short_amax() if self._calibrated else 'uncalibrated'
-        return f'int{self.spec.num_bits} {grid} amax={amax} mode={self.mode}'
+        return f'{self.spec.format.name} {grid} amax={amax} mode={self.mode}'
 
     def _load_from_state_dict(
         self,

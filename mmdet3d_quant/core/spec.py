@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Iterable, Mapping
 
+from mmdet3d_quant.core.formats import FORMATS, Bits, Format
+
 MODES = ('float', 'observe', 'quant')
 #: How a range is chosen, by name, and what that means. A new method is a line here and a function
 #: in the table of :mod:`mmdet3d_quant.calibration.amax`.
@@ -19,39 +21,31 @@ METHODS = {
 #: How ranges of weights are chosen.
 WEIGHT_METHODS = ('max', 'mse')
 
-#: Ranges below this are treated as this: a scale must never be zero or denormal. It is the
-#: threshold under which pytorch-quantization, too, calls a range empty (2**-24).
-MIN_AMAX = 2.0**-24
-
 
 @dataclass(frozen=True)
 class QuantSpec:
     """Signed symmetric quantization of one tensor.
 
-    The grid is ``scale * {-2**(b-1), ..., 2**(b-1) - 1}`` with ``scale = amax / (2**(b-1) - 1)``
-    and zero point 0: the pattern TensorRT takes for explicit quantization.
+    The grid is the numbers of the format times ``scale = amax / qmax``, with zero point 0: the
+    pattern TensorRT takes for explicit quantization.
 
     Attributes:
-        num_bits: Width of the integer, 2 to 8.
+        num_bits: A key of ``core.formats.FORMATS``; 2 to 8 for integers.
         axis: Channel axis with one range per index, or None for one range per tensor.
     """
 
-    num_bits: int = 8
+    num_bits: Bits = 8
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_bits <= 8:
-            raise ValueError(f'num_bits must be between 2 and 8, got {self.num_bits}')
+        if self.num_bits not in FORMATS:
+            known = ', '.join(map(str, FORMATS))
+            raise ValueError(f'num_bits must be one of {known}, got {self.num_bits}')
 
     @property
-    def qmax(self) -> int:
-        """Largest integer of the grid; 127 for INT8."""
-        return 2 ** (self.num_bits - 1) - 1
-
-    @property
-    def qmin(self) -> int:
-        """Smallest integer of the grid; -128 for INT8."""
-        return -(2 ** (self.num_bits - 1))
+    def format(self) -> Format:
+        """The numbers of the grid, in steps."""
+        return FORMATS[self.num_bits]
 
 
 @dataclass(frozen=True)

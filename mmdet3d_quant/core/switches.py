@@ -8,6 +8,7 @@ from typing import Any, Callable
 from pytorch_quantization.nn import TensorQuantizer
 
 from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.formats import Bits
 from mmdet3d_quant.core.spec import QuantSpec
 
 _CALIBRATE = (
@@ -94,11 +95,11 @@ class Switches(TensorQuantizer):
             self.enable()
 
     @property
-    def _num_bits(self) -> int:  # behind the library's `num_bits`
+    def _num_bits(self) -> Bits:  # behind the library's `num_bits`
         return self.spec.num_bits
 
     @_num_bits.setter
-    def _num_bits(self, value: int) -> None:
+    def _num_bits(self, value: Bits) -> None:
         self.spec = replace(self.spec, num_bits=value)
 
     axis = _axis = _fixed(

@@ -119,22 +119,24 @@ def engine_files(folder: str | Path) -> list[Path]:
     return [Path(folder) / name for name in sorted(files) if is_built(files[name])]
 
 
-def precision_flags(entry: Mapping[str, Any]) -> list[str]:
-    """``trtexec``'s flags for the precision of a file: a graph with Q/DQ needs both."""
-    return ['--fp16', '--int8'] if 'DequantizeLinear' in entry['nodes'] else ['--fp16']
+def precision_flags(entry: Mapping[str, Any], precision: str) -> list[str]:
+    """``trtexec``'s flags for the precision of a file: a graph with Q/DQ needs them all."""
+    formats = precision.split('+') if 'DequantizeLinear' in entry['nodes'] else []
+    return ['--fp16', *(f'--{name}' for name in formats)]
 
 
-def build_flags(entry: Mapping[str, Any]) -> list[str]:
+def build_flags(entry: Mapping[str, Any], precision: str) -> list[str]:
     """All flags of ``trtexec`` that depend on the file.
 
     Args:
         entry: Of the manifest.
+        precision: Likewise: the number formats of the folder's Q/DQ pairs, joined by ``+``.
 
     Returns:
         Precision; FP16 tensors in plain layout for every input and output, which is what
         CUDA-BEVFusion's kernels read and write; the plugin; the range of a dynamic batch.
     """
-    flags = precision_flags(entry)
+    flags = precision_flags(entry, precision)
     for what in ('inputs', 'outputs'):
         flags.append(f'--{what[:-1]}IOFormats=' + ','.join(['fp16:chw'] * len(entry[what])))
     if 'CustomLayerNormalization' in entry['nodes']:
@@ -158,6 +160,7 @@ def build_script(manifest: Mapping[str, Any]) -> str:
         for name, entry in manifest['files'].items()
         if is_built(entry)
     }
+    builds = {n: build_flags(e, manifest['precision']) for n, e in files.items()}
     plugin = any('CustomLayerNormalization' in e['nodes'] for e in files.values())
     more = '  LAYERNORM_PLUGIN  default: libcustom_layernorm.so of CUDA-BEVFusion\n'
     return _SCRIPT.format(
@@ -165,7 +168,7 @@ def build_script(manifest: Mapping[str, Any]) -> str:
         more=more if plugin else '',
         plugin='plugin=${LAYERNORM_PLUGIN:-libcustom_layernorm.so}\n' if plugin else '',
         cases=' | '.join(files) or "''",
-        builds='\n'.join(' '.join(['build', n, *build_flags(e)]) for n, e in files.items()),
+        builds='\n'.join(' '.join(['build', name, *flags]) for name, flags in builds.items()),
     )
 
 
@@ -182,8 +185,8 @@ def readme(manifest: Mapping[str, Any]) -> str:
         role = ROLES.get(removesuffix(name, '.onnx'), '')
         row = f'| `{name}` | {role} | {_tensors(entry["inputs"])} | {_tensors(entry["outputs"])} |'
         if built:
-            flags = f'`{" ".join(precision_flags(entry))}`' if is_built(entry) else 'none'
-            row += f' {flags} |'
+            flags = ' '.join(precision_flags(entry, manifest['precision']))
+            row += f' `{flags}` |' if is_built(entry) else ' none |'
         rows.append(row)
     lines = [
         TITLE,

@@ -10,13 +10,12 @@ from typing import Any
 import onnx
 from torch import nn
 
-from mmdet3d_quant.core.fake_quant import scale_of
+from mmdet3d_quant.core.formats import UINT8
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.export.graph import opset
 from mmdet3d_quant.export.onnx import ExportError
-from mmdet3d_quant.export.unsigned import unsigned_scale
 
 #: Name of the file in an exported folder.
 MANIFEST = 'manifest.json'
@@ -86,6 +85,6 @@ def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[di
 
 def _describe_scale(quantizer: Quantizer, names: list[str], unsigned: bool) -> dict[str, Any]:
     amax = float(quantizer._amax)
-    scale = unsigned_scale(amax) if unsigned else scale_of(quantizer._amax, quantizer.spec)
-    dtype = 'uint8' if unsigned else 'int8'
-    return dict(scale=float(scale), amax=amax, dtype=dtype, quantizers=names)
+    fmt = UINT8 if unsigned else quantizer.spec.format
+    scale = float(fmt.step(quantizer._amax))
+    return dict(scale=scale, amax=amax, dtype=fmt.name, quantizers=names)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.formats import FORMATS
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.export.passes import (
@@ -80,8 +81,8 @@ def export_onnx(
 
     Raises:
         UncalibratedError: If a quantizer has no range.
-        ValueError: If members of a tie group have unequal ranges, a quantizer has other than 8
-            bits, or an argument is none of the above.
+        ValueError: If members of a tie group have unequal ranges, a quantizer has a
+            format without an ONNX type (fewer than 8 bits), or an argument is none of the above.
         ExportError: If the graph fails ``onnx.checker``, keeps a batch norm that could not be
             folded, cannot take another batch size, or is too large for a file.
         OSError: If the file cannot be written.
@@ -164,9 +165,11 @@ def _check_module(module: nn.Module, quantized: bool) -> None:
             'quantizers that must share one scale have unequal ranges: '
             f'{", ".join(broken[0])} ({len(broken)} group(s)); calibrate the whole model'
         )
-    narrow = [n for n, q in quantizers(module).items() if q.spec.num_bits != 8]
-    if narrow:
-        raise ValueError(f'only 8 bits can be exported; {narrow[0]} has fewer')
+    for name, quantizer in quantizers(module).items():
+        fmt = quantizer.spec.format
+        if quantizer.float_reason is None and fmt.onnx is None:
+            known = ', '.join(f.name for f in FORMATS.values() if f.onnx)
+            raise ValueError(f'only {known} can be exported; {name} has {fmt.name}')
 
 
 def _check(model: onnx.ModelProto, path: Path) -> None:

@@ -7,9 +7,11 @@ from typing import cast
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from mmdet3d_quant.core.formats import STORED
 from mmdet3d_quant.export.graph import axis_of, opset, stored_tensors
 
 #: Opsets that can be written: the first with per-channel Q/DQ, the last with plain INT8 Q/DQ.
@@ -50,6 +52,8 @@ _SHAPE_OPS = frozenset({
     'Mod', 'Mul', 'Range', 'Reshape', 'Shape', 'Slice', 'Squeeze', 'Sub', 'Transpose', 'Unsqueeze',
     'Where',
 })  # yapf: disable  # fmt: skip
+#: Number formats by ONNX's type.
+_FORMATS = {TensorProto.DataType.Value(name): fmt for name, fmt in STORED.items()}
 #: Larger constants are weights, not shapes.
 _SHAPE_SIZE = 64
 
@@ -95,7 +99,7 @@ def fold_shapes(model: onnx.ModelProto) -> None:
 
 def _is_small(tensor: onnx.TensorProto) -> bool:
     """True if a constant may be a shape: few elements, and no quantized weights."""
-    return int(np.prod(tensor.dims)) <= _SHAPE_SIZE and tensor.data_type != TensorProto.INT8
+    return int(np.prod(tensor.dims)) <= _SHAPE_SIZE and tensor.data_type not in _FORMATS
 
 
 def _known_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
@@ -139,13 +143,14 @@ def store_int8_weights(graph: onnx.GraphProto) -> None:
         if node.op_type != 'QuantizeLinear' or node.input[0] not in constants:
             kept.append(node)
             continue
-        weight, scale, zero = (numpy_helper.to_array(constants[i]) for i in node.input)
+        weight, scale = (numpy_helper.to_array(constants[i]) for i in node.input[:2])
         if scale.ndim:
             axis = axis_of(node)
             scale = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
-        limits = np.iinfo(zero.dtype)
-        value = np.clip(np.rint(weight / scale), limits.min, limits.max).astype(zero.dtype)
-        stored[node.output[0]] = numpy_helper.from_array(value, node.output[0])
+        kind, name = constants[node.input[2]].data_type, node.output[0]
+        value = torch.from_numpy(_FORMATS[kind].rounded(weight / scale)).to(_FORMATS[kind].dtype)
+        raw = value.view(torch.uint8).numpy().tobytes()
+        stored[name] = onnx.helper.make_tensor(name, kind, value.shape, raw, raw=True)
     del graph.node[:]
     graph.node.extend(kept)
     graph.initializer.extend(stored.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
@@ -76,6 +77,7 @@ def export_suite(
         raise ValueError(f'there is no {unknown[0]} to export for {target}; {", ".join(stems)}')
     files = {}
     exported: list[Cut] = []
+    formats: set[str] = set()
     unsigned: set[int] = set()  # ids of quantizers of the detector
     with whole_folder(out_dir) as folder:
         for cut in cuts:
@@ -83,7 +85,8 @@ def export_suite(
                 continue
             tell(f'{cut.name}.onnx')
             path = folder / f'{cut.name}.onnx'
-            int8 = quantized and any(q.calibrated for q in quantizers(cut.module).values())
+            ranged = [q for q in quantizers(cut.module).values() if quantized and q.calibrated]
+            formats |= {q.spec.format.name for q in ranged}
             model = export_onnx(
                 cut.module,
                 tuple(cut.inputs.values()),
@@ -93,7 +96,7 @@ def export_suite(
                 opset_version,
                 quantized,
                 target,
-                fp16=fp16 and not int8,
+                fp16=fp16 and not ranged,
                 **options,
             )
             names = unsigned_names(model)
@@ -108,7 +111,7 @@ def export_suite(
             files[path.name] = dict(entry, sha256=sha256(path))
         manifest = dict(
             provenance,
-            precision='int8' if quantized else 'float',
+            precision='+'.join(sorted(formats or {INT8.name})) if quantized else 'float',
             target=target,
             files=files,
             scales=describe_scales(detector, unsigned) if quantized else [],

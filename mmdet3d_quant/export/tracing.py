@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
 from mmdet3d_quant.core.compat import set_submodule, strict_zip
-from mmdet3d_quant.core.fake_quant import scale_of
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.fold import fold_bn
@@ -131,7 +130,7 @@ class _QDQ(nn.Module):
         self.spec = quantizer.spec
         # Python numbers are invisible to the tracer, so the graph gets constants. A float32 is
         # exact as a Python float.
-        scale = scale_of(quantizer._amax.float(), self.spec).flatten().tolist()
+        scale = self.spec.format.step(quantizer._amax.float()).flatten().tolist()
         self.scale: Any = scale if self.spec.axis is not None else scale[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +149,7 @@ class _QDQFunction(torch.autograd.Function):
         shape = () if spec.axis is None else (len(scale),)
         axis = {} if spec.axis is None else {'axis_i': spec.axis}
         step = g.op('Constant', value_t=torch.tensor(scale, dtype=torch.float32))
-        zero = g.op('Constant', value_t=torch.zeros(shape, dtype=torch.int8))
+        zero = g.op('Constant', value_t=torch.zeros(shape, dtype=spec.format.dtype))
         q = g.op('QuantizeLinear', x, step, zero, **axis, **{f'{_NAME}_s': name})
         return g.op('DequantizeLinear', q, step, zero, **axis).setType(x.type())
 

@@ -15,13 +15,11 @@ from onnx import NodeProto, numpy_helper
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import set_submodule
+from mmdet3d_quant.core.formats import UINT8
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
-from mmdet3d_quant.core.spec import MIN_AMAX
 from mmdet3d_quant.export.nonnegative import nonnegative_tensors
 
-#: Largest integer of the unsigned grid.
-UMAX = 255
 #: Key in a file's ``metadata_props`` for the names of the unsigned quantizers, as JSON.
 UNSIGNED_KEY = 'mmdet3d_quant.unsigned'
 
@@ -51,7 +49,7 @@ def to_unsigned(
         if node.name in names:
             groups[ranges[names[node.name]]].append(node)
     chosen: list[str] = []
-    zero = numpy_helper.from_array(np.array(0, np.uint8), 'unsigned_zero')
+    zero = numpy_helper.from_array(torch.tensor(0, dtype=UINT8.dtype).numpy(), 'unsigned_zero')
     for amax, group in groups.items():
         if not all(node.input[0] in safe for node in group):
             continue
@@ -71,7 +69,7 @@ def unsigned_scale(amax: float) -> np.ndarray:
 
     It is kept away from zero.
     """
-    return np.asarray(np.float32(max(amax, MIN_AMAX)) / np.float32(UMAX))
+    return UINT8.step(torch.tensor(amax, dtype=torch.float32)).numpy()
 
 
 def unsigned_names(model: onnx.ModelProto) -> list[str]:
@@ -99,7 +97,7 @@ class UnsignedQuantizer(Quantizer):
         if self.mode != 'quant':
             return super().forward(x)
         step = float(unsigned_scale(float(self._amax)))
-        return torch.fake_quantize_per_tensor_affine(x, step, 0, 0, UMAX)
+        return torch.fake_quantize_per_tensor_affine(x, step, 0, UINT8.qmin, UINT8.qmax)
 
 
 def with_unsigned(module: nn.Module, names: Collection[str]) -> Any:

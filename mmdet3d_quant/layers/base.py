@@ -9,7 +9,7 @@ from pytorch_quantization.nn.modules._utils import QuantMixin
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.core.fake_quant import largest, scale_of
+from mmdet3d_quant.core.fake_quant import largest
 from mmdet3d_quant.core.joined import untouched
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import WEIGHT_METHODS, QuantSpec
@@ -76,13 +76,13 @@ class QuantLayer(QuantMixin):
         limit = largest(weight, dims)
         if method == 'max':
             return limit
-        spec = self._weight_quantizer.spec
+        fmt = self._weight_quantizer.spec.format
         best = torch.full_like(limit, float('inf'))
         chosen = limit.clone()
         for percent in range(100, _LEAST_PERCENT - 1, -1):
             amax = limit * (percent / 100)
-            step = scale_of(amax, spec)
-            error = (weight / step).round().clamp(spec.qmin, spec.qmax).mul(step).sub(weight)
+            step = fmt.step(amax)
+            error = fmt.round_(weight / step).mul_(step).sub_(weight)
             error = error.square().sum(dims, keepdim=True)
             chosen = torch.where(error < best, amax, chosen)
             best = torch.minimum(error, best)

@@ -152,8 +152,8 @@ def assert_least(counts, edges, found, spec):
     centers = (edges[1:].astype(np.float64) + edges[:-1]) / 2
 
     def root(amax):
-        step = amax / spec.qmax
-        levels = np.minimum(np.rint(centers / step), spec.qmax)
+        step = amax / spec.format.qmax
+        levels = np.minimum(np.rint(centers / step), spec.format.qmax)
         return np.sqrt((levels * step - centers) ** 2 @ counts)
 
     rounding = 1e-6 * np.sqrt(centers**2 @ counts)

@@ -114,13 +114,13 @@ def test_the_edge_is_right_in_every_type(dtype):
 
 def by_autograd(x, amax, spec):
     """LSQ as its paper writes it, out of differentiable operations, with the step learned."""
-    step = amax / spec.qmax
+    step = amax / spec.format.qmax
     n = x[0].numel() if amax.numel() == 1 else x.numel() / amax.numel()
-    factor = 1 / (n * spec.qmax) ** 0.5
+    factor = 1 / (n * spec.format.qmax) ** 0.5
     step = (step - step * factor).detach() + step * factor  # the value of step, a scaled gradient
     ratio = x / step
     inside = (x.abs() <= amax).detach()
-    whole = ratio.clamp(spec.qmin, spec.qmax).round()
+    whole = ratio.clamp(spec.format.qmin, spec.format.qmax).round()
     rounded = torch.where(inside, ratio + (whole - ratio).detach(), whole.detach())
     return rounded * step
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.engines.openvino.nodes import (
     is_constant,
     is_rounder,
@@ -113,7 +114,7 @@ class _Layer:
             return None
         steps = self.weights / self.scale
         integers = np.rint(steps)
-        same = np.abs(integers - steps).max() < 1e-3 and np.abs(integers).max() <= 127
+        same = np.abs(integers - steps).max() < 1e-3 and np.abs(integers).max() <= INT8.qmax
         return integers.astype(np.int8) if same else None
 
     def part(self, channels: slice) -> Any:

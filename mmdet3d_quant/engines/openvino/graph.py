@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdet3d_quant.core.formats import INT8, UINT8
 from mmdet3d_quant.engines.openvino.fusion import fuse_adds, split_convolutions
 from mmdet3d_quant.engines.openvino.nodes import (
     is_constant,
@@ -127,7 +128,7 @@ def _make_unsigned(model: Any) -> None:
         if rectifier.get_type_name() == 'Relu' and len(data.get_target_inputs()) == 1:
             data = rectifier.input(0).get_source_output()  # the clamp below rectifies, too
         limited = opset13.clamp(data, 0.0, high)
-        replace(node, make_rounder(limited.output(0), 0.0, 255 * (high / 127), node))
+        replace(node, make_rounder(limited.output(0), 0.0, UINT8.qmax * (high / INT8.qmax), node))
 
 
 def _keep_signed_float(model: Any) -> None:

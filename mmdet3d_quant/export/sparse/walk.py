@@ -11,7 +11,7 @@ from mmdet3d.models.layers import SparseBasicBlock
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.spec import MIN_AMAX
+from mmdet3d_quant.core.formats import INT8, MIN_AMAX
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.builder import ProgramBuilder
 from mmdet3d_quant.export.sparse.program import Add, Relu, SparseConv, conv_grid
@@ -110,8 +110,9 @@ def _ranges(
         raise ExportError(f'{name} quantizes only one of input and weight: libspconv cannot')
     if of_input.float_reason is not None:
         return None, _floats(conv.weight_amax())
-    if {of_input.spec.num_bits, of_weight.spec.num_bits} != {8}:
-        raise ExportError(f'{name} has {of_weight.spec.num_bits} bits; libspconv has INT8')
+    for quantizer in (of_input, of_weight):
+        if quantizer.spec.format != INT8:
+            raise ExportError(f'{name} has {quantizer.spec.format.name}; libspconv has int8')
     return _floats(of_input.amax)[0], _floats(of_weight.amax)
 
 

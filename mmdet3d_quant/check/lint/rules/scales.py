@@ -9,10 +9,10 @@ from onnx import NodeProto
 
 from mmdet3d_quant.check.lint.graph import Graph
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
-from mmdet3d_quant.core.spec import MIN_AMAX
+from mmdet3d_quant.core.formats import INT8, MIN_AMAX
 
 #: The scale of a tensor that was all zeros while calibrating.
-DEAD = MIN_AMAX / 127
+DEAD = MIN_AMAX / INT8.qmax
 HUGE = 1e4
 
 
