@@ -8,7 +8,7 @@ rounding decides between them.
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def search_amax(
 
 
 def search_many(
-    histograms: Sequence[tuple[np.ndarray, np.ndarray]],
+    histograms: Sequence[Tuple[Any, ...]],
     method: str | Method,
     spec: QuantSpec | Sequence[QuantSpec] | None = None,
     device: Device = None,
@@ -68,7 +68,8 @@ def search_many(
 
     Args:
         histograms: Pairs of counts (n,) and bin edges (n + 1,), which ascend from about 0 in
-            equal steps. Lengths may differ.
+            equal steps. Lengths may differ. A third part, a :class:`Beyond`, tells of the values
+            that are larger than the last edge.
         method: ``max``, ``percentile``, ``entropy`` or ``mse``.
         spec: The grid of all, or one per histogram; INT8 by default.
         device: Where to search; on the CPU by default.
@@ -83,7 +84,7 @@ def search_many(
     method = Method.parse(method)
     if method.name not in SEARCHES:
         raise ValueError(f'expected {", ".join(SEARCHES)} for a histogram, got {method.name}')
-    bins = [checked(counts, edges) for counts, edges in histograms]
+    bins = [checked(*parts) for parts in histograms]
     spec = QuantSpec() if spec is None else spec
     specs = [spec] * len(bins) if isinstance(spec, QuantSpec) else list(spec)
     if len(specs) != len(bins):
@@ -119,7 +120,7 @@ def _percentiles(bins: list[Bins], method: Method, *_: Any) -> list[float]:
 
 def _percentile(bins: Bins, percentile: float) -> float:
     """Lower edge of the first bin up to whose end ``percentile`` percent of the counts lie."""
-    total = bins.counts.sum()
+    total = bins.counts.sum() + bins.beyond.number
     if total == 0:
         return float(bins.edges[0])
     cdf = np.cumsum(bins.counts / total)

@@ -8,6 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdet3d_quant.calibration.histogram import Beyond
+
+#: No value lies beyond.
+NOTHING = Beyond(0.0, 0.0, 0.0)
 Device = Union[torch.device, str, None]
 
 #: The smallest candidate range, in bins, that entropy and mse consider (as pytorch-quantization).
@@ -17,13 +21,17 @@ _ELEMENTS = 2**21
 
 
 class Bins(NamedTuple):
-    """A histogram of absolute values: counts (n,) and ascending edges (n + 1,), both float64."""
+    """A histogram of absolute values: counts (n,) and ascending edges (n + 1,), both float64.
+
+    ``beyond`` are the values that are larger than the last edge; any range here clips them.
+    """
 
     counts: np.ndarray
     edges: np.ndarray
+    beyond: Beyond = NOTHING
 
 
-def checked(counts: np.ndarray, edges: np.ndarray) -> Bins:
+def checked(counts: np.ndarray, edges: np.ndarray, beyond: Beyond = NOTHING) -> Bins:
     counts, edges = np.asarray(counts, np.float64), np.asarray(edges, np.float64)
     n = len(counts)
     if counts.shape != (n,) or edges.shape != (n + 1,) or n == 0:
@@ -31,7 +39,7 @@ def checked(counts: np.ndarray, edges: np.ndarray) -> Bins:
     even = edges[0] + np.arange(n + 1) * ((edges[-1] - edges[0]) / n)
     if not (edges[0] >= 0 and (np.abs(edges - even) <= 1e-6 * even).all()):
         raise ValueError(f'expected equally spaced edges from 0 up, got {edges[:3]} ...')
-    return Bins(counts, edges)
+    return Bins(counts, edges, beyond)
 
 
 def origin(bins: Bins) -> float:

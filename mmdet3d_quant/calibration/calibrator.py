@@ -176,6 +176,7 @@ class Calibrator:
         for choice in choices:
             for name in choice.unit.names:
                 h = self.statistics.histograms[name]
+                peaks = self.statistics.peaks.get(name)
                 by_name[name] = CalibratedRange(
                     name,
                     choice.amax,
@@ -184,7 +185,8 @@ class Calibrator:
                     h.num_elements,
                     h.num_tensors,
                     group_of.get(name),
-                    examine(h, choice.amax, choice.unit.spec),
+                    examine(h, choice.amax, choice.unit.spec, peaks),
+                    peaks.batch if peaks else None,
                 )
         kept_float = {
             n: q.float_reason

@@ -17,6 +17,13 @@ CANDIDATES = tuple(
 )
 
 
+#: A range within so many bins of 4096 is searched again in a view that is so many octaves finer,
+#: down to this one.
+_LOW, _ZOOM, _DEEPEST = 256, 3, 15
+#: Share of the values that may lie beyond a view in which ``entropy`` searches.
+_FEW = 1e-4
+
+
 @dataclass(frozen=True)
 class Unit:
     """Quantizers that get one range: a tie group, or one on its own.
@@ -80,7 +87,42 @@ def search(units: list[Unit], method: Method | None = None) -> list[float]:
         if wanted.name != 'max' and result[i] > 0:  # max is known more exactly than its bin
             batches.setdefault((wanted, unit.spec), []).append(i)
     for (wanted, spec), indices in batches.items():
-        ranges = search_many([units[i].histogram.trimmed() for i in indices], wanted, spec)
-        for i, amax in strict_zip(indices, ranges):
-            result[i] = amax
+        for i, amax in strict_zip(indices, _search([units[i] for i in indices], wanted, spec)):
+            result[i] = amax or result[i]  # 0 where that many values are zero
     return result
+
+
+def _search(units: list[Unit], method: Method, spec: QuantSpec) -> list[float]:
+    """Searches ranges by one method, in a finer view of a histogram where the range is small.
+
+    The bins of a view are of equal width. Where the range lies in the lowest 1/16, or almost all
+    values do, as after a single large one, the search goes on in the lowest eighth, whose bins
+    are eight times as fine; 2048 bins, as pytorch-quantization has them, hold no candidate there.
+    """
+    histograms = [unit.histogram for unit in units]
+    octaves = [_first_view(h) if method.name == 'entropy' else 0 for h in histograms]
+    result = [0.0] * len(units)
+    left = list(range(len(units)))
+    while left:
+        views = [
+            (*histograms[i].trimmed(octaves[i]), histograms[i].beyond(octaves[i])) for i in left
+        ]
+        for i, (_, edges, _), amax in strict_zip(left, views, search_many(views, method, spec)):
+            result[i] = amax
+            if amax <= edges[1] * _LOW and octaves[i] + _ZOOM <= _DEEPEST:
+                octaves[i] += _ZOOM
+            else:
+                octaves[i] = -1
+        left = [i for i in left if octaves[i] >= 0]
+    return result
+
+
+def _first_view(histogram: Histogram) -> int:
+    """Number of octaves at the top that hold next to no values."""
+    octaves = 0
+    while octaves + _ZOOM <= _DEEPEST:
+        counts, _ = histogram.view(octaves)
+        if counts[_LOW:].sum() + histogram.beyond(octaves).number > _FEW * histogram.num_elements:
+            break
+        octaves += _ZOOM
+    return octaves

@@ -37,7 +37,8 @@ def least_divergence(batch: list[Bins], fmt: Format, device: Device) -> list[flo
         # The first bin is that of exact zeros, which quantize exactly: they must not dominate.
         histograms = [np.r_[b.counts[1], b.counts[1:]] for b in part]
         bins = columns(histograms, longest, device)
-        count_to, total = bins.cumsum(0), bins.sum(0)
+        outside = torch.tensor([b.beyond.number for b in part], dtype=bins.dtype, device=device)
+        count_to, total = bins.cumsum(0), bins.sum(0) + outside
         filled_to = (bins > 0).double().cumsum(0)
         plogp_to = torch.xlogy(bins, bins).cumsum(0)
 
@@ -53,17 +54,21 @@ def least_divergence(batch: list[Bins], fmt: Format, device: Device) -> list[flo
         divergence = (plogp - plogq) / total + (inside / total).log()
         rows = divergence.where(inside > 0, torch.inf).T.cpu().numpy()
         for b, counts, row in strict_zip(part, histograms, rows):
-            result.append(float(b.edges[_settle_entropy(counts, levels, row)]))
+            best = _settle_entropy(counts, levels, row, b.beyond.number)
+            result.append(float(b.edges[best]))
     return result
 
 
-def _settle_entropy(bins: np.ndarray, levels: int, divergence: np.ndarray) -> int:
+def _settle_entropy(
+    bins: np.ndarray, levels: int, divergence: np.ndarray, beyond: float = 0.0
+) -> int:
     """Chooses the (last) candidate with the least divergence in the library's arithmetic.
 
     Args:
         bins: Counts, shape (n,).
         levels: Number of levels.
         divergence: Approximate divergence of the candidates of 128 to n bins (and more).
+        beyond: Number of values beyond the last bin.
 
     Returns:
         Number of bins, 128 to n.
@@ -74,16 +79,16 @@ def _settle_entropy(bins: np.ndarray, levels: int, divergence: np.ndarray) -> in
         return int(near[0])
     if not bins.any():
         return len(bins)
-    exact = np.array([_divergence(bins, i, levels) for i in near])
+    exact = np.array([_divergence(bins, i, levels, beyond) for i in near])
     return int(near[np.flatnonzero(exact == exact.min())[-1]])
 
 
-def _divergence(bins: np.ndarray, i: int, levels: int) -> float:
+def _divergence(bins: np.ndarray, i: int, levels: int, beyond: float) -> float:
     """Computes the divergence for the first i bins, summed as ``scipy.stats.entropy`` sums."""
     level = np.arange(i) * levels // i
     filled = bins[:i] > 0
     count = np.bincount(level, bins[:i], levels)
     mean = count / np.maximum(np.bincount(level, filled, levels), 1)
     clipped, merged = bins[:i].copy(), np.where(filled, mean[level], 0.0)
-    clipped[-1] += bins[i:].sum()
+    clipped[-1] += bins[i:].sum() + beyond
     return float(rel_entr(clipped / clipped.sum(), merged / merged.sum()).sum())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmdet3d_quant.calibration.counting import count
+from mmdet3d_quant.calibration.counting import BINS, BITS, OCTAVES, PER_OCTAVE, count
 from mmdet3d_quant.core.formats import MIN_AMAX
 
-NUM_BINS = 4096
-_BITS = 12
+#: Bins of equal width of a :meth:`Histogram.view`.
+NUM_BINS = 2 * PER_OCTAVE
 #: The range is at least ``2**-24``, below which a scale does not follow it any more.
 _LEAST = int(np.log2(MIN_AMAX))
 
@@ -21,13 +21,23 @@ class NonFiniteError(ValueError):
     """A tensor to calibrate on contains NaN or infinity."""
 
 
-class Histogram:
-    """Histogram of absolute values over ``[0, 2**exponent)`` in 4096 bins of equal width.
+class Beyond(NamedTuple):
+    """Values beyond a view of a histogram: their number, sum, and sum of squares."""
 
-    The limit is always a power of two and grows by whole doublings, for which bins merge in
-    pairs: nothing is lost or interpolated, memory is constant, and neither the order of the
-    batches nor how they are split among collectors or processes changes the counts. It takes the
-    place of a pytorch-quantization calibrator (``collect``, ``reset``).
+    number: float
+    total: float
+    squares: float
+
+
+class Histogram:
+    """Histogram of absolute values over ``[0, 2**exponent)``, 2048 equal bins per octave.
+
+    The bins are the finer the smaller the values, so that a single large value does not take the
+    resolution from all others: 16 octaves have bins of their own, and what lies below has as many
+    again, of equal width. The limit is always a power of two and grows by whole doublings, for
+    which bins merge: nothing is lost or interpolated, memory is constant, and neither the order
+    of the batches nor how they are split among collectors or processes changes the counts. It
+    takes the place of a pytorch-quantization calibrator (``collect``, ``reset``).
 
     All of it lives on the device of the tensors; only :meth:`collect` on a CPU looks at values,
     so that a GPU is never waited for.
@@ -36,7 +46,7 @@ class Histogram:
         name: Name of the tensor in error messages.
 
     Attributes:
-        counts: int64 (4096,).
+        bins: int64 (34816,), counts from 0 up, as :func:`counting.count` has them.
         exponent: int32 with one element; the range is ``2**exponent``.
         lowest: Smallest value seen (signed), float32 with one element; infinity at first.
         highest: Largest value seen (signed).
@@ -51,7 +61,7 @@ class Histogram:
 
     def reset(self) -> None:
         """Resets to the histogram of no tensors."""
-        self.counts = torch.zeros(NUM_BINS, dtype=torch.int64)
+        self.bins = torch.zeros(BINS, dtype=torch.int64)
         self.exponent = torch.tensor(_LEAST, dtype=torch.int32)
         self.lowest = torch.tensor(float('inf'))
         self.highest = torch.tensor(float('-inf'))
@@ -76,7 +86,7 @@ class Histogram:
             return result
         # frexp: peak = m * 2**e with m in [0.5, 1), so peak < 2**e strictly.
         result.exponent = torch.frexp(result.least_peak).exponent.clamp(min=_LEAST)
-        result.counts = count(flat, result.exponent, NUM_BINS)
+        result.bins = count(flat, result.exponent)
         return result
 
     def collect(self, x: Tensor) -> None:
@@ -90,7 +100,7 @@ class Histogram:
 
     def add(self, other: Histogram) -> None:
         """Adds the statistics of a tensor, as :meth:`collect` does."""
-        if other.counts.device.type == 'cpu':
+        if other.bins.device.type == 'cpu':
             other.require_finite(self.name)
         self.merge(other)
 
@@ -98,11 +108,11 @@ class Histogram:
         """Adds another histogram, exactly; ``other`` is not changed."""
         if other.num_tensors == 0:
             return
-        if self.counts.device != other.counts.device:
-            self.to(other.counts.device)
+        if self.bins.device != other.bins.device:
+            self.to(other.bins.device)
         exponent = torch.maximum(self.exponent, other.exponent)
-        self.counts = _coarsen(self.counts, exponent - self.exponent)
-        self.counts = self.counts + _coarsen(other.counts, exponent - other.exponent)
+        bins = _coarsen(self.bins, exponent - self.exponent)
+        self.bins = bins + _coarsen(other.bins, exponent - other.exponent)
         self.exponent = exponent
         self.lowest = torch.minimum(self.lowest, other.lowest)
         self.highest = torch.maximum(self.highest, other.highest)
@@ -150,18 +160,54 @@ class Histogram:
                 'data and the weights before this layer'
             )
 
-    def trimmed(self) -> tuple[np.ndarray, np.ndarray]:
+    def view(self, octaves: int = 0) -> tuple[np.ndarray, float]:
+        """Counts the values below ``2**(exponent - octaves)`` in 4096 bins of equal width.
+
+        Args:
+            octaves: How many octaves at the top to leave out, 0 to 15.
+
+        Returns:
+            int64 counts (4096,), and the width of a bin.
+        """
+        counts = self.bins.cpu().numpy()
+        below, rest = counts[:PER_OCTAVE], counts[PER_OCTAVE:].reshape(OCTAVES, PER_OCTAVE)
+        result = np.r_[below, rest[0]]
+        for octave in rest[1 : OCTAVES - octaves]:
+            result = np.r_[result.reshape(-1, 2).sum(1), octave]
+        return result, 2.0 ** (int(self.exponent) - octaves) / NUM_BINS
+
+    def beyond(self, octaves: int) -> Beyond:
+        """Sums over the values that a :meth:`view` leaves out, at the centres of their bins."""
+        first = PER_OCTAVE * (OCTAVES + 1 - octaves)
+        counts = self.bins[first:].cpu().numpy().astype(np.float64)
+        values = self.centers()[first:]
+        return Beyond(counts.sum(), float(counts @ values), float(counts @ values**2))
+
+    def widths(self) -> np.ndarray:
+        """Widths of ``bins``, float64 (34816,)."""
+        return 2.0 ** (int(self.exponent) - OCTAVES - BITS + _OCTAVE)
+
+    def centers(self) -> np.ndarray:
+        """Centres of ``bins``, float64 (34816,)."""
+        return (np.arange(BINS) - _OCTAVE * PER_OCTAVE + 0.5) * self.widths()
+
+    def trimmed(self, octaves: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Counts and edges up to the bin that holds the largest value.
+
+        Args:
+            octaves: See :meth:`view`; values beyond it are left out.
 
         Returns:
             int64 counts of shape (n,) and float64 edges of shape (n + 1,), n <= 4096.
         """
-        width = 2.0 ** int(self.exponent) / NUM_BINS
+        counts, width = self.view(octaves)
         n = min(int(self.amax / width) + 1, NUM_BINS)
-        return self.counts[:n].cpu().numpy(), np.arange(n + 1) * width
+        return counts[:n], np.arange(n + 1) * width
 
 
-TENSORS = ('counts', 'exponent', 'lowest', 'highest', 'least_peak')
+#: Octave of each bin above the lowest; what lies below has bins of the lowest's width.
+_OCTAVE = np.repeat(np.r_[0, np.arange(OCTAVES)], PER_OCTAVE).astype(np.float64)
+TENSORS = ('bins', 'exponent', 'lowest', 'highest', 'least_peak')
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -170,9 +216,17 @@ def _flat(x: Tensor) -> Tensor:
     return x.permute(order).reshape(-1)
 
 
-def _coarsen(counts: Tensor, doublings: Tensor) -> Tensor:
-    """Merges bins for a range that is doubled ``doublings`` times."""
-    if counts.device.type == 'cpu' and not doublings:
-        return counts
-    bins = torch.arange(NUM_BINS, device=counts.device) >> doublings.clamp(max=_BITS)
-    return torch.zeros_like(counts).scatter_add_(0, bins, counts)
+def _coarsen(bins: Tensor, doublings: Tensor) -> Tensor:
+    """Merges bins for a limit that is doubled ``doublings`` times.
+
+    An octave moves down by as many octaves. Where that is below the lowest one, its bins, which
+    start at ``(2048 + j) << octave`` widths of the lowest bin, merge with those of equal width.
+    """
+    if bins.device.type == 'cpu' and not doublings:
+        return bins
+    index = torch.arange(BINS, device=bins.device)
+    octave = ((index >> BITS) - 1).clamp(min=0)
+    start = index - octave * PER_OCTAVE
+    moved = (octave - doublings).clamp(min=0)
+    merged = start >> (doublings - octave).clamp(min=0, max=62)
+    return torch.zeros_like(bins).scatter_add_(0, moved * PER_OCTAVE + merged, bins)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from mmdet3d_quant.core.formats import MIN_AMAX, Format
 
 #: How far float32 moves a quantized value from its exact place, relative to the value.
 _ROUNDING = 8 * 2.0**-24
+#: Ranges from ``2**30`` on are scaled down before they are squared and counted in float32.
+_LARGE = 30
 
 
 def least_squared_error(batch: list[Bins], fmt: Format, device: Device) -> list[float]:
@@ -44,8 +48,19 @@ def least_squared_error(batch: list[Bins], fmt: Format, device: Device) -> list[
         errors = count.mul_(step).sub_(moment, alpha=2)
         rows = errors.mul_(step).add_(energy).T.cpu().numpy()
         for b, row, norm in strict_zip(part, rows, energy.tolist()):
-            result.append(_settle_mse(b, fmt, row, norm))
+            if b.beyond.number:
+                result.append(_with_clipped(b, row))
+            else:
+                result.append(_settle_mse(b, fmt, row, norm))
     return result
+
+
+def _with_clipped(bins: Bins, errors: np.ndarray) -> float:
+    """Chooses the bin centre with the least error where values beyond are clipped to it, too."""
+    edges, (number, total, squares) = bins.edges, bins.beyond
+    amax = ((edges[1:] + edges[:-1]) / 2)[START_BIN:]
+    inside = errors[: len(amax)] * (edges[1] - edges[0]) ** 2
+    return float(amax[np.argmin(inside + (number * amax - 2 * total) * amax + squares)])
 
 
 def _settle_mse(bins: Bins, fmt: Format, errors: np.ndarray, energy: float) -> float:
@@ -65,15 +80,17 @@ def _settle_mse(bins: Bins, fmt: Format, errors: np.ndarray, energy: float) -> f
     Returns:
         amax, a bin centre.
     """
-    edges, counts = bins.edges.astype(np.float32), bins.counts.astype(np.float32)
+    # Squares of float32's largest values overflow: a power of two, which rounds nothing.
+    unit = 2.0 ** max(0, math.frexp(bins.edges[-1])[1] - _LARGE)
+    edges, counts = (bins.edges / unit).astype(np.float32), bins.counts.astype(np.float32)
     centers = (edges[1:] + edges[:-1]) / 2
     amax = centers[START_BIN:]
     errors = np.where(amax > MIN_AMAX, errors[: len(amax)], energy).clip(0)
     limit = np.sqrt(errors.min()) * (1 + 2e-6) + 2 * _ROUNDING * np.sqrt(energy)
     near = amax[errors <= limit**2]
     if len(near) == 1:
-        return float(near[0])
-    return float(near[np.argmin([_mean_error(centers, counts, a, fmt) for a in near])])
+        return float(near[0]) * unit
+    return unit * float(near[np.argmin([_mean_error(centers, counts, a, fmt) for a in near])])
 
 
 def _mean_error(centers: np.ndarray, counts: np.ndarray, amax: np.float32, fmt: Format) -> float:

@@ -12,6 +12,7 @@ from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
+from mmdet3d_quant.calibration.peaks import Peaks
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import QuantLayer
@@ -31,11 +32,13 @@ class Statistics:
 
     Attributes:
         histograms: By name.
+        peaks: By name, of those that were reached.
         batches: Numbers of the batches in the histograms.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.histograms = {name: Histogram(name) for name in names}
+        self.peaks: dict[str, Peaks] = {}
         self.batches: set[int] = set()
 
     def merge(self, other: Statistics) -> None:
@@ -52,7 +55,10 @@ class Statistics:
         merged = {name: copy.copy(h) for name, h in self.histograms.items()}
         for name, histogram in merged.items():
             histogram.merge(other.histograms[name])
-        vars(self).update(histograms=merged, batches=self.batches | other.batches)
+        peaks = dict(self.peaks)
+        for name, more in other.peaks.items():
+            peaks[name] = peaks.get(name, Peaks()).merge(more)
+        vars(self).update(histograms=merged, peaks=peaks, batches=self.batches | other.batches)
 
     def gathered(self) -> Statistics:
         """Merges the statistics of all processes into new ones."""
@@ -68,7 +74,9 @@ class Statistics:
         states = [h.state_dict() for h in self.histograms.values()]
         stacked = {n: torch.stack([s[n] for s in states]) for n in TENSORS} if states else {}
         counts = {n: [s[n] for s in states] for n in ('num_elements', 'num_tensors')}
-        return dict(stacked, **counts, names=list(self.histograms), batches=sorted(self.batches))
+        peaks = {name: p.state_dict() for name, p in self.peaks.items()}
+        names = list(self.histograms)
+        return dict(stacked, **counts, names=names, peaks=peaks, batches=sorted(self.batches))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the statistics from a :meth:`state_dict`.
@@ -81,6 +89,7 @@ class Statistics:
         keys = (*TENSORS, 'num_elements', 'num_tensors')
         for i, histogram in enumerate(self.histograms.values()):
             histogram.load_state_dict({key: state[key][i] for key in keys})
+        self.peaks = {name: Peaks.of_state(p) for name, p in state['peaks'].items()}
         self.batches = set(state['batches'])
 
 
@@ -128,6 +137,7 @@ def observe(
             The statistics are then without that batch.
     """
     observed = activation_quantizers(model)
+    axes = _channel_axes(model)
     with evaluating(model):
         folded = without_bn(model)
     for number, batch in batches:
@@ -135,16 +145,26 @@ def observe(
         seen = _Seen()
         try:
             for name, histogram in part.histograms.items():
-                observed[name]._calibrator = _Collector(histogram, seen)
+                peaks = part.peaks[name] = Peaks()
+                collector = _Collector(histogram, seen, peaks, axes.get(observed[name], 1))
+                observed[name]._calibrator = collector
             with set_mode(model, 'observe'), evaluating(model), folded, torch.no_grad():
                 (forward or run)(model, batch)
         finally:
             for quantizer in observed.values():
                 quantizer._calibrator = None
         seen.require_finite()
+        for peaks in part.peaks.values():
+            peaks.number(number)
         part.batches = {number}
         statistics.merge(part)
         yield number
+
+
+def _channel_axes(model: nn.Module) -> dict[nn.Module, int]:
+    """Finds the input quantizers of linear layers, whose channels come last; others' are axis 1."""
+    linear = (m for m in model.modules() if isinstance(m, QuantLayer) and isinstance(m, nn.Linear))
+    return {layer._input_quantizer: -1 for layer in linear}
 
 
 class _Seen:
@@ -168,22 +188,23 @@ class _Seen:
         Raises:
             NonFiniteError: If one has NaN or infinity; names the first.
         """
-        if self.order and self.order[0].counts.device.type != 'cpu':
+        if self.order and self.order[0].bins.device.type != 'cpu':
             ends = torch.stack([torch.stack((h.lowest, h.highest)) for h in self.order])
             for i in torch.isfinite(ends).all(1).logical_not().nonzero().flatten().tolist():
                 self.order[i].require_finite()
 
 
 class _Collector:
-    """Calibrator of one quantizer for one batch: adds its inputs to a histogram."""
+    """Calibrator of one quantizer for one batch: adds its inputs to histogram and peaks."""
 
-    def __init__(self, histogram: Histogram, seen: _Seen) -> None:
-        self.histogram, self.seen = histogram, seen
+    def __init__(self, histogram: Histogram, seen: _Seen, peaks: Peaks, axis: int) -> None:
+        self.histogram, self.seen, self.peaks, self.axis = histogram, seen, peaks, axis
 
     def collect(self, x: Tensor) -> None:
         if self.histogram.num_tensors == 0:
             self.seen.order.append(self.histogram)
         self.histogram.add(self.seen.of(x))
+        self.peaks.add(x, self.axis)
 
 
 @contextmanager

@@ -61,6 +61,7 @@ class CalibratedRange:
         num_tensors: Number of tensors that it saw; one a batch, but for a concat's.
         group: Index of its tie group in ``Calibration.groups``, or None.
         health: How its own tensors fit the range.
+        largest_in: Number of the batch that the largest value is in.
     """
 
     name: str
@@ -71,6 +72,7 @@ class CalibratedRange:
     num_tensors: int
     group: int | None
     health: Health
+    largest_in: int | None = None
 
 
 @dataclass(frozen=True)

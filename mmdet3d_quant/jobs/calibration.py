@@ -28,6 +28,7 @@ from mmdet3d_quant.calibration.stability import TOLERANCE
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
+from mmdet3d_quant.jobs.outliers import outliers
 from mmdet3d_quant.jobs.share import Share, hold_out
 from mmdet3d_quant.report.calibration import write_ranges
 from mmdet3d_quant.runs import from_config as fc
@@ -144,6 +145,8 @@ def calibrate_checkpoint(
     odd = [r.name for r in result.ranges if r.health.flags]
     if odd:
         told.warn(f'{len(odd)} quantizers are odd, see {page}: {", ".join(odd[:3])}, ...')
+    for warning in outliers(result, data.seen):
+        told.warn(warning)
     calibration = dict(method=result.method, num_batches=result.num_batches, loader=name)
     meta.update(about, calibration=calibration)
     with whole(out) as path:

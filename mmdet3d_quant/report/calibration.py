@@ -19,7 +19,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mmdet3d_quant.calibration import Band, CalibratedRange, Calibration, Strata
-from mmdet3d_quant.calibration.health import LEAST_SQNR, MOST_CLIPPED, MOST_UNSTEADY
+from mmdet3d_quant.calibration.health import (
+    LEAST_BITS,
+    LEAST_SQNR,
+    MOST_CLIPPED,
+    MOST_LOST,
+    MOST_LOST_CHANNELS,
+    MOST_UNSTEADY,
+)
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.files.outputs import whole
 from mmdet3d_quant.files.plain import finite_or_none
@@ -37,6 +44,13 @@ ADVICE = {
     'another: use more and more varied batches.',
     'constant': 'All values are the same: is the input to this layer what it should be?',
     'dead': 'All values are zero.',
+    'lost': f'More than {MOST_LOST:.0%} of the values other than zero round to zero: a few large '
+    'ones take the range. Look at the frames that they are in, or try a percentile.',
+    'channels': f'More than {MOST_LOST_CHANNELS:.0%} of the channels round to zero as a whole: '
+    'their units differ, as in features of points or a depth map. Keep the layer float with skip, '
+    'or scale the channels alike.',
+    'narrow': f'One input of the add or concat keeps fewer than {LEAST_BITS:g} bits, since '
+    'another one is much larger: scale the branches alike, or keep the join float.',
 }
 
 
@@ -140,6 +154,10 @@ def _row(order: int, found: CalibratedRange, histogram: Histogram) -> dict[str, 
         num_elements=found.num_elements,
         num_tensors=found.num_tensors,
         group=found.group,
+        largest_in=found.largest_in,
+        lost=health.lost,
+        lost_channels=health.lost_channels,
+        bits=[round(b, 2) for b in health.bits],
         flags=list(health.flags),
         histogram=dict(
             counts=padded.reshape(-1, width).sum(1).tolist(), bin_width=float(edges[1]) * width

@@ -7,8 +7,10 @@ from pytorch_quantization.calib import histogram as library
 
 from mmdet3d_quant.calibration import bins as bins_module
 from mmdet3d_quant.calibration.amax import SEARCHES, search_amax, search_many
+from mmdet3d_quant.calibration.choose import Unit, search
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.core.spec import METHODS, Method, QuantSpec
 
 INT8 = QuantSpec(8)
@@ -220,3 +222,49 @@ def test_what_does_not_fit_is_refused(counts, edges, arguments, message):
 
 def test_every_method_has_its_search():
     assert set(METHODS) == {*SEARCHES, 'auto'}
+
+
+def chosen(x, method):
+    unit = Unit(('q',), Method.parse(method), Histogram.of(x), QuantSpec())
+    return search([unit])[0]
+
+
+@pytest.mark.parametrize('outlier', [1e2, 1e3, 17_000.0, 1e6])
+@pytest.mark.parametrize('method', ['percentile:99.9', 'percentile:99.99', 'entropy'])
+def test_an_outlier_does_not_take_the_resolution_of_the_rest(outlier, method):
+    torch.manual_seed(0)
+    x = torch.randn(1_000_000)
+    alone, beside = chosen(x, method), chosen(torch.cat([x, torch.tensor([outlier])]), method)
+    assert beside == pytest.approx(alone, rel=0.01)
+    if method != 'entropy':
+        share = float(method.split(':')[1]) / 100
+        assert beside == pytest.approx(float(np.quantile(x.abs().numpy(), share)), rel=0.01)
+
+
+@pytest.mark.parametrize('count', [1, 100])
+def test_mse_of_a_view_counts_what_it_clips(count):
+    """Brute force over the values, where the best range is far below the largest value."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(50_000), torch.full((count,), 40.0 / count)])
+    x = torch.cat([x, torch.full((1,), 40.0)])
+    amax = chosen(x, 'mse')
+    x = x.abs()
+
+    def error(limit):
+        return float((fake_quantize(x, limit, QuantSpec()) - x).square().sum())
+
+    assert error(torch.tensor(amax)) <= 1.02 * min(map(error, torch.logspace(0.3, 1.61, 300)))
+
+
+@pytest.mark.parametrize('method', ['mse', 'entropy', 'percentile:99.99', 'max'])
+@pytest.mark.parametrize('largest', [1e19, 3e38])
+def test_the_largest_floats_have_ranges(largest, method):
+    torch.manual_seed(0)
+    x = torch.rand(10_000) * largest
+    assert chosen(x, method) == pytest.approx(largest, rel=0.1)
+
+
+def test_a_tensor_of_almost_zeros_keeps_its_values():
+    x = torch.zeros(100_000)
+    x[:5] = 3.0
+    assert chosen(x, 'percentile:99.99') == 3.0
