@@ -240,8 +240,9 @@ def mmcv_on_cpu(monkeypatch):
     monkeypatch.setattr(mmcv_sparse.Fsp, 'indice_conv', MMCVOnCPU.convolve)
 
 
+@pytest.mark.usefixtures('mmcv_on_cpu')
 @pytest.mark.parametrize('name', CASES)
-def test_mmcv_computes_the_same_from_its_layout(name, mmcv_on_cpu):
+def test_mmcv_computes_the_same_from_its_layout(name):
     """Its forward and ours around it; the operators below are replaced, they need a GPU."""
     ours, feats, coords = build(name)
     theirs = {QuantSubMConv3d: QuantMMCVSubMConv3d, QuantSparseConv3d: QuantMMCVSparseConv3d}
