@@ -26,7 +26,7 @@ from mmdet3d_quant.layers import (
 from mmdet3d_quant.layers.features import values, with_values
 from mmdet3d_quant.parents.sparse_conv import PortableSparseConv3d, PortableSubMConv3d, rulebook
 from mmdet3d_quant.parents.sparse_layout import accept_any_layout, rearranged
-from tests.parents.test_sparse_conv import BATCH, SHAPE, cloud, dense
+from tests.parents.small import BATCH, SHAPE, cloud, dense
 
 CASES = {
     'submanifold': (QuantSubMConv3d, dict(kernel_size=3, padding=1, bias=True)),
