@@ -1,6 +1,7 @@
 """The package's imports go one way, and importing it does nothing but register."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,14 @@ def broken(path, name):
     return None
 
 
+def test_every_room_has_its_line():
+    plan = (PACKAGE.parent / 'docs/design.md').read_text().partition('```')[2].partition('```')[0]
+    rows = re.findall(r'^  (\w+)/ .*F(\d)$', plan, re.M)
+    assert {room: int(floor) for room, floor in rows} == {
+        room: floor for room, floor in FLOORS.items() if room not in ('version', 'moved')
+    }
+
+
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
     if path == PACKAGE / '__init__.py':
@@ -148,3 +157,19 @@ assert not torch.cuda.is_initialized()
 """
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_test_module_imports_from_another():
+    """What several want is in a module of its own, as small.py."""
+    found = []
+    for path in sorted((PACKAGE.parent / 'tests').rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [getattr(node, 'module', None) or ''] if isinstance(node, ast.ImportFrom) else []
+            )
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names += [alias.name for alias in node.names]
+            found += [
+                f'{path.name}: {n}' for n in names if n.rpartition('.')[2].startswith('test_')
+            ]
+    assert found == []

@@ -126,7 +126,7 @@ def test_search_of_collected_statistics_equals_the_library(theirs):
     assert search_amax(counts, edges, 'mse') == pytest.approx(theirs(counts, edges, 'mse'))
 
 
-def test_entropy_never_clips_everything_away(monkeypatch):
+def test_entropy_never_clips_everything_away():
     counts, edges = np.zeros(300, dtype=np.int64), np.arange(301.0)
     counts[250:] = 7
     assert float(library._compute_amax_entropy(counts.copy(), edges, 8, False)) == 250
@@ -142,7 +142,7 @@ def test_mse_is_the_least_of_all_candidates(num_bits):
         assert_least(counts, edges, ours, spec)
 
 
-def test_mse_holds_where_squares_overflow_float32(theirs):
+def test_mse_holds_where_squares_overflow_float32():
     counts = np.random.default_rng(0).poisson(1e3 * np.exp(-np.arange(400) / 50))
     with np.errstate(over='ignore', invalid='ignore'):
         ours = search_amax(counts, np.arange(401) * 2.0**80, 'mse')

@@ -11,7 +11,7 @@ import mmdet3d_quant as mq
 from mmdet3d_quant.calibration.strata import bands_of, by_distance
 from mmdet3d_quant.report.calibration import write_ranges
 from tests.calibration.nets import Branched, batches
-from tests.models.test_sparse_encoder import KINDS, build, cloud
+from tests.models.small import KINDS, build, cloud
 
 
 class Sites:

@@ -322,8 +322,7 @@ def test_the_good_graph_has_no_findings_and_is_int8_throughout(good):
     assert len(found) == 53 + 4 + 1 and coverage(found) == 1
 
 
-def test_enough_defects_and_every_rule_has_one():
-    assert len(DEFECTS) >= 25
+def test_every_rule_has_a_defect():
     assert {wanted for wanted, _ in DEFECTS.values()} == {rule.id for rule in RULES}
 
 
@@ -465,7 +464,7 @@ def test_the_picture_shows_every_conversion(good):
     assert told == ['INT8', 'float', 'conversion to INT8: 3', 'conversion to float: 0']
 
 
-def test_a_float_graph_has_no_findings_and_no_coverage(tmp_path, capsys):
+def test_a_float_graph_has_no_findings_and_no_coverage(tmp_path):
     path = tmp_path / 'float.onnx'
     export_onnx(Net().eval(), [torch.randn(1, 3, 64, 96)], path, ['img'], ['out'], quantized=False)
     graph = read_graph(path)

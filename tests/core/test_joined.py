@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import sys
+import weakref
 
 import pytest
 import torch
@@ -42,25 +44,32 @@ def blocks(kind, **options):
     return net, x
 
 
-@pytest.fixture
-def roundings(monkeypatch):
-    """Whether a ReLU was part of it, for each rounding of activations."""
-    calls = []
-    genuine = joined.fake_quantize
+class Work(TorchDispatchMode):
+    """Counts what runs under it, backward included: passes that round, and ReLUs."""
 
-    def noted(x, amax, spec, rectify=False, *rest, **kwargs):
-        if spec.axis is None:
-            calls.append(rectify)
-        return genuine(x, amax, spec, rectify, *rest, **kwargs)
+    def __init__(self):
+        super().__init__()
+        self.roundings = self.relus = 0
 
-    monkeypatch.setattr(joined, 'fake_quantize', noted)
-    return calls
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.roundings += name.startswith(('round', 'fake_quantize'))
+        self.relus += name in ('relu', 'relu_')
+        return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def apart(monkeypatch):
-    """A call of it makes all round by themselves."""
-    return lambda: monkeypatch.setattr(joined, '_alike', lambda readers: False)
+def listened(net):
+    """A copy with a forward hook, that does nothing, on every quantizer: then none is joined."""
+    net = copy.deepcopy(net)
+    for quantizer in quantizers(net).values():
+        quantizer.register_forward_hook(lambda *_: None)
+    return net
+
+
+def learn(net):
+    for quantizer in quantizers(net).values():
+        if quantizer.spec.axis is None:
+            quantizer.learn()
 
 
 def results(net, x):
@@ -77,72 +86,82 @@ PLUGIN = dict(cfg=dict(type='ContextBlock', ratio=0.5), position='after_conv1')
 
 @pytest.mark.parametrize('learned', [False, True])
 @pytest.mark.parametrize(
-    ('kind', 'options', 'count', 'saved', 'rectified'),
+    ('kind', 'options'),
     [
-        (QuantBasicBlock, {}, 9, 2, 4),
-        (QuantBasicBlock, dict(with_cp=True), 17, 5, 7),  # inner ones once more in the backward
-        (QuantBottleneck, {}, 12, 2, 7),
-        (QuantBottleneck, dict(plugins=[PLUGIN]), 12, 2, 4),  # which reads what is not rounded
+        (QuantBasicBlock, {}),
+        (QuantBasicBlock, dict(with_cp=True)),
+        (QuantBottleneck, {}),
+        (QuantBottleneck, dict(plugins=[PLUGIN])),  # which reads what is not rounded
     ],
 )
-def test_values_and_gradients_are_those_of_rounding_apart(
-    kind, options, count, saved, rectified, learned, roundings, apart
-):
+def test_values_and_gradients_are_those_of_rounding_apart(kind, options, learned):
     net, x = blocks(kind, **options)
     if learned:
-        for quantizer in quantizers(net).values():
-            if quantizer.spec.axis is None:
-                quantizer.learn()
-        saved, rectified = 0, rectified - 1  # each learned range wants a gradient of its own
-    together = results(net, x)
-    found, with_relu = len(roundings), sum(roundings)
-    roundings.clear()
-    apart()
-    expected = results(net, x)
-    if not learned:
-        assert found == count
-    assert len(roundings) - found == saved and with_relu == rectified and not any(roundings)
-    assert together[0].equal(expected[0])
-    for a, b in strict_zip(together, expected):
+        learn(net)
+    with Work() as joined:
+        found = results(net, x)
+    with Work() as apart:
+        expected = results(listened(net), x)
+    assert found[0].equal(expected[0])
+    for a, b in strict_zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert joined.relus < apart.relus
+    if learned:  # each learned range wants a gradient of its own
+        assert joined.roundings == apart.roundings
+    else:
+        assert joined.roundings < apart.roundings
+
+
+def test_one_block_saves_a_rounding_and_a_relu():
+    """That of its input, which convolution and identity read; that before the second one."""
+    block, x = blocks(QuantBasicBlock)[0][2], torch.randn(2, 4, 9, 9)
+    with Work() as joined:
+        block(x)
+    with Work() as apart:
+        listened(block)(x)
+    assert (apart.roundings, apart.relus) == (5, 2)  # two of weights
+    assert (joined.roundings, joined.relus) == (4, 1)
+
+
+@pytest.mark.parametrize('change', ('range', 'bits', 'float', 'learn', 'stock'))
+def test_readers_that_differ_round_by_themselves(change):
+    net, x = blocks(QuantBottleneck)
+    y = torch.randn_like(net[1](net[0](x))).requires_grad_()
+    plain = nn.Sequential(net[2])
+    block, residual = net[2], net[2].residual_quantizer
+    if change == 'range':
+        residual.amax = residual.amax * 2
+    elif change == 'bits':
+        residual.spec = type(residual.spec)(num_bits=4)
+    elif change == 'float':
+        residual.mode = 'float'
+    elif change == 'learn':
+        learn(plain)
+    elif change == 'stock':
+        block.residual_quantizer = TensorQuantizer()
+        block.residual_quantizer.amax = residual.amax * 2
+    found = results(plain, y)
+    block.forward = lambda x: (block._main_branch(x) + block.residual_quantizer(x)).relu()
+    for a, b in strict_zip(found, results(plain, y)):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize('change', ('range', 'bits', 'float', 'learn', 'trace', 'stock'))
-def test_readers_that_differ_round_by_themselves(change, roundings):
-    net, x = blocks(QuantBottleneck)
-    plain = net[2]
-    if change == 'range':
-        plain.residual_quantizer.amax = plain.residual_quantizer.amax * 2
-    elif change == 'bits':
-        spec = plain.residual_quantizer.spec
-        plain.residual_quantizer.spec = type(spec)(num_bits=4)
-    elif change == 'float':
-        plain.residual_quantizer.mode = 'float'
-    elif change == 'learn':
-        for quantizer in quantizers(plain).values():
-            quantizer.learn()
-    elif change == 'stock':
-        stock = TensorQuantizer()
-        stock.amax = plain.residual_quantizer.amax.clone()
-        plain.residual_quantizer = stock
-    y = torch.randn_like(net[1](net[0](x)))
-    roundings.clear()
-    if change == 'trace':
-        torch.jit.trace(plain, y.detach(), check_trace=False)
-        assert roundings == [False] * 4
-        return
-    found = plain(y)
-    assert len(roundings) == (3 if change in ('float', 'stock') else 4)
-    outputs = plain._main_branch(y) + plain.residual_quantizer(y)
-    assert found.equal(outputs.relu())
+@pytest.mark.parametrize('grad', [False, True])
+def test_a_trace_shows_every_quantizer(grad):
+    block = blocks(QuantBottleneck)[0][2].requires_grad_(False)
+    with torch.set_grad_enabled(grad), Work() as traced:
+        torch.jit.trace(block, torch.randn(2, 16, 9, 9), check_trace=False)
+    assert (traced.roundings, traced.relus) == (len(quantizers(block)), 3)
 
 
-def test_evaluation_keeps_the_activations_and_gives_the_same(roundings):
+def test_evaluation_keeps_the_activations_and_gives_the_same():
     net, x = blocks(QuantBottleneck)
-    trained = net(x)
-    with torch.no_grad():
-        roundings.clear()
-        assert net(x).equal(trained) and len(roundings) == 12 and not any(roundings)
+    with Work() as training:
+        trained = net(x)
+    with torch.no_grad(), Work() as evaluation:
+        assert net(x).equal(trained)
+    assert evaluation.roundings == training.roundings < len(quantizers(net))
+    assert evaluation.relus == 3 * len(net)
     with torch.inference_mode():
         assert net(x.detach()).equal(trained)
 
@@ -198,6 +217,14 @@ def test_hooks_of_quantizers_see_what_is_not_rounded_and_see_it_once(kind):
         assert len({heard[name][0][0] for name in group}) == 1  # one tensor, for all
 
 
+def test_a_hook_of_one_of_two_readers_sees_what_is_not_rounded():
+    block, x = blocks(QuantBottleneck)[0][2], torch.randn(2, 16, 9, 9)
+    heard = []
+    block.residual_quantizer.register_forward_hook(lambda m, args, y: heard.append(args[0]))
+    block(x)
+    assert heard[0].equal(x)
+
+
 @pytest.mark.parametrize('part', (QuantConv2d, QuantBottleneck))
 @pytest.mark.parametrize('learned', [False, True])
 def test_reentrant_checkpoints_change_nothing(part, learned):
@@ -215,16 +242,9 @@ def test_reentrant_checkpoints_change_nothing(part, learned):
             assert a.equal(b)
 
 
-class Passing(TorchDispatchMode):
-    """Sees every operator, as torch's counter of operations does."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_dispatch_mode_may_end_before_the_backward():
     net, x = blocks(QuantBasicBlock, with_cp=True)
-    with Passing():
+    with Work():  # as torch's counter of operations
         y = net(x)
     y.sum().backward()
     assert x.grad.isfinite().all()
@@ -250,10 +270,8 @@ def test_what_is_on_the_grid_passes_and_nothing_else():
     assert same(first(x)) is not first(x)
 
 
-def test_notes_are_of_one_tensor_and_die_with_it(tmp_path):
+def test_notes_are_of_one_tensor(tmp_path):
     quantizer = quantizer_of(1.0)
-    gc.collect()
-    before = len(joined._marks)
     y = quantizer(torch.randn(10))
     z = copy.deepcopy(y).mul_(0.37).add_(0.001)
     assert not quantizer(z).equal(z)
@@ -261,11 +279,24 @@ def test_notes_are_of_one_tensor_and_die_with_it(tmp_path):
     assert torch.load(tmp_path / 'y.pth', weights_only=True).equal(y)
     with torch.inference_mode():
         assert quantizer(copy.deepcopy(y)).equal(y)
-    net, x = blocks(QuantBottleneck)
-    results(net, x)
-    del net, y, z
-    gc.collect()
-    assert len(joined._marks) == before
+
+
+def test_notes_die_with_their_tensor():
+    quantizer, x = quantizer_of(1.0), torch.randn(10)
+
+    def memory(count):
+        rounded = [quantizer(x) for _ in range(count)]
+        gone = [weakref.ref(y) for y in rounded]
+        assert all(quantizer(y) is y for y in rounded)  # noted
+        del rounded
+        gc.collect()
+        assert not any(ref() is not None for ref in gone)
+        del gone
+        return sys.getallocatedblocks()
+
+    memory(2000)
+    before = memory(2000)
+    assert memory(2000) < before + 500
 
 
 def test_a_concat_of_two_types_is_rounded_again():
@@ -276,16 +307,22 @@ def test_a_concat_of_two_types_is_rounded_again():
     assert y.dtype == torch.float32 and not reader(y).equal(y)
 
 
-def test_a_concat_is_on_the_grid_of_its_inputs(roundings):
+def test_a_concat_is_on_the_grid_of_its_inputs():
     concat, conv = QuantConcat(), QuantConv2d(4, 2, 1)
     x = [torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)]
-    for quantizer in (concat._input_quantizer, conv._input_quantizer):
-        quantizer.amax = 1.5
     conv._weight_quantizer.amax = conv.weight_amax()
     set_mode(nn.ModuleList([concat, conv]), 'quant')
-    y = conv(concat(x))
-    assert len(roundings) == 2
-    assert y.equal(conv(torch.cat([conv._input_quantizer(t) for t in x], 1)))
+    concat._input_quantizer.amax = 1.5
+    roundings = []
+    for amax in (1.5, 1.6):
+        conv._input_quantizer.amax = amax
+        with Work() as work:
+            y = conv(concat(x))
+        parts = [concat._input_quantizer(t) for t in x]
+        apart = conv._input_quantizer(torch.cat(parts, 1))
+        assert y.equal(nn.functional.conv2d(apart, conv._weight_quantizer(conv.weight), conv.bias))
+        roundings.append(work.roundings)
+    assert roundings[0] < roundings[1]
 
 
 @pytest.mark.usefixtures('same_optimizers')

@@ -1,8 +1,5 @@
 """Engines: the same numbers on kernels that are faster, and errors that tell what is wrong."""
 
-import sys
-from types import SimpleNamespace
-
 import numpy as np
 import onnx
 import pytest
@@ -11,11 +8,10 @@ from torch import nn
 
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.check.verify import sqnr
-from mmdet3d_quant.engines import ENGINES, ONNXRuntime, OpenVINO, make_engine, race
+from mmdet3d_quant.engines import ONNXRuntime, OpenVINO, make_engine, race
 from mmdet3d_quant.engines.files import EngineError
 from mmdet3d_quant.engines.openvino.graph import overflows, prepare
 from mmdet3d_quant.export import export_onnx
-from mmdet3d_quant.export import trt as trt_module
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d
 from mmdet3d_quant.models.resnet import QuantBottleneck
 
@@ -226,97 +222,3 @@ def test_inputs_that_do_not_fit_are_named(work):
 def test_an_unknown_engine_is_an_error(work):
     with pytest.raises(EngineError, match="no engine 'tvm'; there are openvino, onnxruntime"):
         make_engine('tvm', work[0])
-
-
-def test_without_tensorrt_the_error_says_what_to_do(work, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'tensorrt', None)
-    with pytest.raises(EngineError, match='not installed here.*pip install tensorrt'):
-        ENGINES['tensorrt'](work[0])
-    monkeypatch.setitem(sys.modules, 'tensorrt', SimpleNamespace())
-    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
-    with pytest.raises(EngineError, match='needs an NVIDIA GPU'):
-        ENGINES['tensorrt'](work[0])
-
-
-class FakeTensorRT(SimpleNamespace):
-    """What is called of TensorRT's Python API, in order; its 'engine' doubles ``x``."""
-
-    def __init__(self, parses=True):
-        calls = self.calls = []
-        names = SimpleNamespace(INPUT=0, OUTPUT=1)
-        addresses = {}
-
-        class Context:
-            def set_tensor_address(self, name, address):
-                addresses[name] = address
-
-            def execute_async_v3(self, stream):
-                calls.append(('run', sorted(addresses)))
-                return True
-
-        engine = SimpleNamespace(
-            num_io_tensors=2,
-            get_tensor_name=lambda i: 'xy'[i],
-            get_tensor_mode=lambda name: int(name == 'y'),
-            get_tensor_shape=lambda name: (1, 4),
-            get_tensor_dtype=lambda name: 'float',
-            create_execution_context=Context,
-        )
-        parser = SimpleNamespace(
-            parse_from_file=lambda path: calls.append('parse') or parses,
-            num_errors=1,
-            get_error=lambda i: SimpleNamespace(desc=lambda: 'no such operator'),
-        )
-        builder = SimpleNamespace(
-            create_network=lambda flags: calls.append(('network', flags)) or 'network',
-            create_builder_config=lambda: SimpleNamespace(
-                set_flag=lambda flag: calls.append(('flag', flag))
-            ),
-            build_serialized_network=lambda network, config: calls.append('build') or b'plan',
-        )
-        super().__init__(
-            calls=calls,
-            Logger=type('Logger', (), dict(WARNING=1, __init__=lambda self, level: None)),
-            Builder=lambda logger: builder,
-            OnnxParser=lambda network, logger: parser,
-            Runtime=lambda logger: SimpleNamespace(
-                deserialize_cuda_engine=lambda plan: engine if plan == b'plan' else None
-            ),
-            NetworkDefinitionCreationFlag=SimpleNamespace(EXPLICIT_BATCH=0),
-            BuilderFlag=SimpleNamespace(FP16='fp16', INT8='int8'),
-            TensorIOMode=names,
-            nptype=lambda dtype: np.float32,
-        )
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """Lets the buffers of a GPU lie on the CPU."""
-    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
-    monkeypatch.setattr('torch.cuda.current_stream', lambda: SimpleNamespace(cuda_stream=7))
-    empty = torch.empty
-    fake = SimpleNamespace(**{n: getattr(torch, n) for n in ('cuda', 'from_numpy')})
-    fake.empty = lambda shape, dtype, device: empty(shape, dtype=dtype)
-    monkeypatch.setattr(trt_module, 'torch', fake)
-
-
-def test_tensorrt_is_built_with_int8_and_loaded_again(work, tmp_path, monkeypatch, on_cpu):
-    fake = FakeTensorRT()
-    monkeypatch.setitem(sys.modules, 'tensorrt', fake)
-    plan = tmp_path / 'net.plan'
-    engine = trt_module.TensorRT(work[0], save_plan=plan)
-    assert fake.calls == [('network', 1), 'parse', ('flag', 'fp16'), ('flag', 'int8'), 'build']
-    assert plan.read_bytes() == b'plan' and engine.input_shapes == {'x': (1, 4)}
-    fake.calls.clear()
-    again = trt_module.TensorRT(plan)
-    assert list(again({'x': np.ones((1, 4), np.float32)})) == ['y']
-    assert fake.calls == [('run', ['x', 'y'])]
-
-
-def test_tensorrt_says_why_a_file_cannot_be_built(work, tmp_path, monkeypatch, on_cpu):
-    monkeypatch.setitem(sys.modules, 'tensorrt', FakeTensorRT(parses=False))
-    with pytest.raises(EngineError, match='TensorRT cannot run .*net.onnx: no such operator'):
-        trt_module.TensorRT(work[0])
-    (tmp_path / 'other.plan').write_bytes(b'of another GPU')
-    with pytest.raises(EngineError, match='built by another version or for another GPU'):
-        trt_module.TensorRT(tmp_path / 'other.plan')

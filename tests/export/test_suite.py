@@ -1,66 +1,26 @@
 """The set of files of detectors that are not the ResNet-50 one with both sensors."""
 
 import copy
-import json
 
 import pytest
 import torch
-from mmdet3d.registry import MODELS
-from mmengine.config import ConfigDict
 from torch import nn
 
-from mmdet3d_quant import calibrate, set_mode, ties
+from mmdet3d_quant import calibrate, set_mode
 from mmdet3d_quant.check.detector import engine_detector
-from mmdet3d_quant.check.lint import layers, lint, read_graph
-from mmdet3d_quant.check.lint.rules import is_quantized
-from mmdet3d_quant.check.verify import run_torch, sqnr, verify
+from mmdet3d_quant.check.verify import run_torch, sqnr
 from mmdet3d_quant.core.compat import removesuffix
-from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
 from mmdet3d_quant.runs import from_config as fc
-from tests.small import ROOT, small_config
-
-SWIN = dict(
-    type='mmdet.SwinTransformer',
-    embed_dims=24,
-    depths=[1, 1, 1, 1],
-    num_heads=[3, 6, 12, 24],
-    window_size=7,
-    out_indices=(1, 2, 3),
-)
+from tests.export.detectors import exported, files_with_swin, small_detector
+from tests.small import ROOT
 
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     """Config of the small detector and a batch."""
     return small_detector(tmp_path_factory.mktemp('small'))
-
-
-def small_detector(folder):
-    cfg = fc.read_config(small_config(make_frame(folder / 'frame'), folder / 'small.py'))
-    fc.build_model(cfg)
-    return cfg, next(iter(fc.build_calibration_loader(cfg)[1]))
-
-
-def exported(model_cfg, batch, folder):
-    torch.manual_seed(0)
-    model = MODELS.build(ConfigDict(model_cfg))  # which the public project's head wants
-    model.eval()
-    calibrate(model, [batch])
-    inputs = capture_inputs(model, batch)
-    cuts, manifest = export_suite(model, inputs, folder, {}, tell=lambda name: None)
-    assert json.loads((folder / 'manifest.json').read_text()) == manifest
-    for cut in cuts:
-        for r in verify(cut, folder / f'{cut.name}.onnx'):
-            if r.fake_quant != float('inf'):
-                assert r.onnxruntime > r.fake_quant + 3, r
-        graph = read_graph(folder / f'{cut.name}.onnx')
-        # All but the patch embedding of a Swin.
-        float_ones = [layer.name for layer in layers(graph) if not layer.int8]
-        assert not lint(graph), cut.name
-        assert not is_quantized(graph) or all('patch_embed' in name for name in float_ones)
-    return model, manifest
 
 
 def files(manifest):
@@ -82,18 +42,6 @@ LIDAR = ('pts_voxel_encoder', 'pts_middle_encoder', 'fusion_layer')
 
 def test_a_swin_backbone_stays_float_and_only_has_fewer_ties(small, tmp_path):
     assert len(files_with_swin(small, tmp_path)) == 5
-
-
-def files_with_swin(small, folder):
-    """Of the manifest; tests/reference/ looks at them under the public project's detector."""
-    cfg = small[0].model.to_dict()
-    cfg['img_backbone'] = SWIN
-    cfg['img_neck']['in_channels'] = [48, 96, 192]
-    model, manifest = exported(cfg, small[1], folder)
-    assert not any('img_backbone' in name for group in ties(model) for name in group)
-    nodes = manifest['files']['camera.backbone.onnx']['nodes']
-    assert nodes['QuantizeLinear'] > 10 and nodes['MatMul'] > 10
-    return manifest['files']
 
 
 def test_a_camera_only_detector_exports_the_files_it_has(small, tmp_path):

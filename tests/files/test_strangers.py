@@ -20,7 +20,7 @@ from mmdet3d_quant.files import checkpoint as door
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint, read_training
 from tests.qat.toy import Error, Points, Toy, calibrated
 from tests.small import ROOT
-from tests.tools.test_train_tools import TEST, TRAIN
+from tests.tools.tiny import TEST, TRAIN
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402

@@ -17,9 +17,9 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantMMCVSubMConv3d
 from mmdet3d_quant.layers.fold import without_bn
 from mmdet3d_quant.models import QuantSparseBasicBlock
-from tests.models.test_sparse_encoder import BLOCKS, KINDS, cloud, kwargs_of
-from tests.parents.test_sparse_conv import BATCH, SHAPE
-from tests.parents.test_sparse_conv import cloud as few_voxels
+from tests.models.small import BLOCKS, KINDS, cloud, kwargs_of
+from tests.parents.small import BATCH, SHAPE
+from tests.parents.small import cloud as few_voxels
 
 
 def randomise(model, seed=0):

@@ -26,7 +26,7 @@ from mmdet3d_quant.layers import (
 from mmdet3d_quant.layers.features import values, with_values
 from mmdet3d_quant.parents.sparse_conv import PortableSparseConv3d, PortableSubMConv3d, rulebook
 from mmdet3d_quant.parents.sparse_layout import accept_any_layout, rearranged
-from tests.parents.test_sparse_conv import BATCH, SHAPE, cloud, dense
+from tests.parents.small import BATCH, SHAPE, cloud, dense
 
 CASES = {
     'submanifold': (QuantSubMConv3d, dict(kernel_size=3, padding=1, bias=True)),
@@ -240,8 +240,9 @@ def mmcv_on_cpu(monkeypatch):
     monkeypatch.setattr(mmcv_sparse.Fsp, 'indice_conv', MMCVOnCPU.convolve)
 
 
+@pytest.mark.usefixtures('mmcv_on_cpu')
 @pytest.mark.parametrize('name', CASES)
-def test_mmcv_computes_the_same_from_its_layout(name, mmcv_on_cpu):
+def test_mmcv_computes_the_same_from_its_layout(name):
     """Its forward and ours around it; the operators below are replaced, they need a GPU."""
     ours, feats, coords = build(name)
     theirs = {QuantSubMConv3d: QuantMMCVSubMConv3d, QuantSparseConv3d: QuantMMCVSparseConv3d}

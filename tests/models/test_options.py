@@ -9,6 +9,7 @@ from torch import nn
 from mmdet3d_quant import calibrate, set_mode
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
+from tests.models.small import VIEW
 
 PLUGIN = dict(cfg=dict(type='ContextBlock', ratio=1.0 / 4), position='after_conv2')
 
@@ -130,8 +131,6 @@ def test_positional_arguments_are_those_of_the_parent():
 
 
 def test_downsample_is_float_unless_asked():
-    from tests.models.test_parity import VIEW
-
     for asked in (False, True):
         view = MODELS.build(dict(type='QuantDepthLSSTransform', **VIEW, quantize_downsample=asked))
         kinds = {type(m) for m in view.downsample if isinstance(m, nn.Conv2d)}

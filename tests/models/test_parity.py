@@ -28,18 +28,7 @@ from mmdet3d_quant.parents import (
     PortableSparseEncoder,
 )
 from mmdet3d_quant.parents.sparse_conv import PortableSparseConv3d, PortableSubMConv3d
-
-VIEW = dict(
-    in_channels=8,
-    out_channels=6,
-    image_size=[32, 64],
-    feature_size=[4, 8],
-    xbound=[-8.0, 8.0, 1.0],
-    ybound=[-8.0, 8.0, 1.0],
-    zbound=[-10.0, 10.0, 20.0],
-    dbound=[1.0, 9.0, 1.0],
-    downsample=2,
-)
+from tests.models.small import VIEW
 
 
 class Lift(nn.Module):

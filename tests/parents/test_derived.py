@@ -9,7 +9,7 @@ from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.parents import LSSTransform, derived
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.conversion import fit
-from tests.parents.test_view_transform import build
+from tests.parents.small import build
 from tests.small import save_float, small_config
 
 DOUBLED = dict(image_size=(32, 48), feature_size=(4, 6))

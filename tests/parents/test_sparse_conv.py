@@ -7,8 +7,8 @@ from spconv.pytorch import SparseConv3d, SparseConvTensor, SubMConv3d
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.parents.sparse_conv import PortableSparseConv3d, PortableSubMConv3d, _Convolve
+from tests.parents.small import BATCH, SHAPE, cloud, dense
 
-SHAPE, BATCH = [9, 8, 7], 2
 CASES = {
     'submanifold': (PortableSubMConv3d, dict(kernel_size=3, padding=1, bias=True)),
     'strided': (PortableSparseConv3d, dict(kernel_size=3, stride=2, padding=1, bias=False)),
@@ -17,30 +17,8 @@ CASES = {
 }
 
 
-def cloud(dtype=torch.float32, count=150):
-    torch.manual_seed(0)
-    coords = torch.stack([torch.randint(0, n, (count,)) for n in (BATCH, *SHAPE)], 1).unique(dim=0)
-    coords = coords[torch.randperm(len(coords))].int()
-    return torch.randn(len(coords), 4, dtype=dtype), coords
-
-
 def run(conv, feats, coords):
     return conv(SparseConvTensor(feats, coords, SHAPE, BATCH))
-
-
-def at(dense, coords):
-    """Values of a dense map (B, C, X, Y, Z) at the voxels, (n, C)."""
-    b, x, y, z = coords.long().T
-    return dense[b, :, x, y, z]
-
-
-def dense(conv, feats, coords, out_coords):
-    grid = torch.zeros(BATCH, *SHAPE, 4, dtype=feats.dtype)
-    grid = grid.index_put(tuple(coords.long().T), feats).permute(0, 4, 1, 2, 3)
-    padding = [k // 2 for k in conv.kernel_size] if conv.subm else conv.padding
-    stride = 1 if conv.subm else conv.stride
-    weight = conv.weight.permute(0, 4, 1, 2, 3)
-    return at(F.conv3d(grid, weight, conv.bias, stride, padding), out_coords)
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -7,23 +7,7 @@ import pytest
 import torch
 
 from mmdet3d_quant.parents import DepthLSSTransform, LSSTransform
-
-CFG = dict(
-    in_channels=6,
-    out_channels=4,
-    image_size=(16, 24),
-    feature_size=(2, 3),
-    xbound=[-8.0, 8.0, 2.0],
-    ybound=[-6.0, 6.0, 2.0],
-    zbound=[-4.0, 4.0, 4.0],
-    dbound=[1.0, 7.0, 1.0],
-)
-CAMS = 2
-
-
-def build(kind=DepthLSSTransform, **kwargs):
-    torch.manual_seed(0)
-    return kind(**({**CFG, **kwargs})).eval()
+from tests.parents.small import CAMS, CFG, build
 
 
 def rigid(yaw, shift):

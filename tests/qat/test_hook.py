@@ -68,7 +68,7 @@ def test_without_step_hooks_weights_are_followed_and_learning_stops(
 ):
     run = runner(tmp_path, start, [QAT], model=dict(learn_amax=learn))
     torch.optim.AdamW([nn.Parameter(torch.ones(1))])
-    inner = torch.optim.AdamW.step.__wrapped__
+    inner = torch.optim.AdamW.step.__wrapped__  # torch 2.0 to 2.14, as `hooked` below
 
     def bare(*args, **kwargs):  # what torch.compile makes of it
         return inner(*args, **kwargs)
@@ -218,7 +218,7 @@ def test_training_helps_a_model_with_ruined_ranges(tmp_path, start):
     assert errors[1] < errors[0] / 2
 
 
-def test_weight_decay_on_ranges_is_told(tmp_path, start, caplog):
+def test_weight_decay_on_ranges_is_told(tmp_path, start):
     run = runner(tmp_path, start, [QAT], epochs=1, model=dict(learn_amax=True))
     said = []
     run.logger.warning = lambda text, *a: said.append(text)

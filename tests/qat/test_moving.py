@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.core import fake_quant
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
@@ -47,19 +46,26 @@ def weight_gradient(layer):
     return layer.weight.grad
 
 
-def test_weights_known_to_be_inside_need_no_mask(monkeypatch):
+def kept_for_backward(layer):
+    """Tensors that rounding the weight keeps."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        layer._weight_quantizer(layer.weight)
+    return kept
+
+
+def test_weights_known_to_be_inside_need_no_mask():
+    """The mask is made from the weight and its range; without it, none is kept for the backward."""
     model = calibrated_toy()
     layer, ranges = model.a, WeightRanges(model)
+    assert kept_for_backward(layer)
     ranges.follow()
-    mask = fake_quant._inside
-    monkeypatch.setattr(fake_quant, '_inside', lambda *args: pytest.fail('compared'))
-    assert (weight_gradient(layer) == 1).all()
-    monkeypatch.setattr(fake_quant, '_inside', mask)
+    assert not kept_for_backward(layer) and (weight_gradient(layer) == 1).all()
     with torch.no_grad():
         layer.weight[0, 0, 0, 0] = 100.0  # by hand, so that nothing is known any more
-    assert weight_gradient(layer)[0, 0, 0, 0] == 0
+    assert kept_for_backward(layer) and weight_gradient(layer)[0, 0, 0, 0] == 0
     ranges.follow()
-    assert (weight_gradient(layer) == 1).all()
+    assert not kept_for_backward(layer) and (weight_gradient(layer) == 1).all()
     layer._weight_quantizer.amax = layer._weight_quantizer.amax / 2
     inside = layer.weight.detach().abs() <= layer._weight_quantizer.amax
     assert weight_gradient(layer).bool().equal(inside) and not inside.all()

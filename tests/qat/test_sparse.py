@@ -8,7 +8,7 @@ from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 from mmdet3d_quant.qat.distill import distance
-from tests.models.test_sparse_encoder import build, cloud
+from tests.models.small import build, cloud
 
 
 def test_an_encoder_with_ranges_that_are_too_wide_finds_back_to_its_float_self():

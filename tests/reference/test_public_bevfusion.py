@@ -61,7 +61,7 @@ from tests.reference.compare import import_public
 import_public(Path({PUBLIC!r}).expanduser())
 import pytest
 assert pytest.main(['tests/export/test_suite.py', '-k', 'shapes']) == 0
-from tests.export.test_suite import files_with_swin, small_detector
+from tests.export.detectors import files_with_swin, small_detector
 folder = Path({str(tmp_path)!r})
 assert len(files_with_swin(small_detector(folder), folder)) == 4  # its head has no file
 from mmdet3d.registry import MODELS

@@ -235,7 +235,7 @@ def test_a_camera_picture_shows_the_image_and_the_boxes(dataset):
     assert [columns.max(), rows.max()] == pytest.approx(high, abs=4)
 
 
-def test_a_missing_image_is_named(dataset, tmp_path):
+def test_a_missing_image_is_named(tmp_path):
     frame = Frame('frame', {'CAM_BACK': tmp_path / 'no.jpg'}, {}, np.zeros((0, 3)), {})
     with pytest.raises(OSError, match='no.jpg cannot be read'):
         draw_frame(frame)

@@ -18,6 +18,7 @@ from mmdet3d_quant.parents.sparse_layout import LayoutError, accept_any_layout, 
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.conversion import ConversionError, convert, fit, rename
 from tests.frame import FLOAT_CONFIG
+from tests.runs.mit import same, to_mit_by_hand
 from tests.small import small_config
 
 #: mit-han-lab's name -> mmdet3d's, written from the two sources, some of each part.
@@ -57,40 +58,6 @@ encoders.camera.neck.quant_concat0._input_quantizer._amax img_neck.concats.1._in
 encoders.camera.neck.quant_concat1._input_quantizer._amax img_neck.concats.0._input_quantizer._amax
 """.split('\n')  # noqa: E501
 PAIRS = [tuple(line.split()) for line in PAIRS if line]
-
-
-def to_mit_by_hand(state):
-    """What mit-han-lab's model of these numbers would store; shares nothing with the package."""
-    moves = [
-        ('img_backbone', 'encoders.camera.backbone'),
-        ('img_neck', 'encoders.camera.neck'),
-        ('view_transform', 'encoders.camera.vtransform'),
-        ('pts_middle_encoder', 'encoders.lidar.backbone'),
-        ('fusion_layer', 'fuser'),
-        ('pts_backbone', 'decoder.backbone'),
-        ('pts_neck', 'decoder.neck'),
-        ('bbox_head', 'heads.object'),
-        ('.self_attn.attn.', '.self_attn.'),
-        ('.cross_attn.attn.', '.multihead_attn.'),
-        ('.ffn.layers.0.0.', '.linear1.'),
-        ('.ffn.layers.1.', '.linear2.'),
-        ('.norms.0.', '.norm1.'),
-        ('.norms.1.', '.norm2.'),
-        ('.norms.2.', '.norm3.'),
-    ]
-    out = {}
-    for name, value in state.items():
-        for ours, theirs in moves:
-            name = name.replace(ours, theirs)
-        value = value.clone()
-        if value.dim() == 5:  # out, x, y, z, in -> x, y, z, in, out
-            value = torch.from_numpy(np.moveaxis(value.numpy(), 0, -1).copy())
-        if re.search(r'prediction_heads\.\d\.dim\.1\.', name):  # l, w, h -> w, l, h
-            value = torch.stack([value[1], value[0], value[2]])
-        if re.search(r'prediction_heads\.\d\.rot\.1\.', name):  # sin, cos of -pi/2 - yaw
-            value = torch.stack([-value[1], -value[0]])
-        out[name] = value
-    return out
 
 
 @pytest.fixture(scope='module')
@@ -192,10 +159,6 @@ def test_round_trips_are_exact(small):
     assert same(convert(ours, 'mit')[0], mit)
     assert same(convert(convert(ours, 'mit')[0], 'mmdet3d')[0], ours)
     assert same(convert(convert(mit, 'mmdet3d')[0], 'mit')[0], mit)
-
-
-def same(a, b):
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_wrapper_and_spconv2_weights_are_taken_too(small):

@@ -15,7 +15,7 @@ from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.models.base import quant_conv_cfg, quant_upsample_cfg
 from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT, save_float, small_config, small_float_config
-from tests.tools.test_train_tools import TEST, TRAIN
+from tests.tools.tiny import TEST, TRAIN
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402

@@ -110,7 +110,7 @@ def test_overwrite(tmp_path):
     assert not any('0916' in name for name in digests(tmp_path))
 
 
-def test_nothing_stays_of_a_failure(tmp_path, monkeypatch):
+def test_nothing_stays_of_a_failure(tmp_path):
     def stop(done, total):
         raise RuntimeError('stop')
 

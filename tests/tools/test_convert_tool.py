@@ -12,7 +12,7 @@ from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.files.outputs import sha256
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.conversion import ConversionError
-from tests.runs.test_conversion import same, to_mit_by_hand
+from tests.runs.mit import same, to_mit_by_hand
 from tests.small import ROOT, save_float, small_config
 
 sys.path.insert(0, str(ROOT / 'tools'))

@@ -18,7 +18,7 @@ from mmdet3d_quant.export import ExportError
 from mmdet3d_quant.export.manifest import read_manifest
 from mmdet3d_quant.files.checkpoint import CheckpointError
 from tests.small import ROOT
-from tests.tools.test_train_tools import write_config
+from tests.tools.tiny import write_config
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402

@@ -262,7 +262,7 @@ def test_nan_in_the_points_is_found(work, tmp_path):
     assert not (tmp_path / 'out.pth').exists()
 
 
-def test_errors_are_one_line_on_the_command_line(work, tmp_path):
+def test_errors_are_one_line_on_the_command_line(tmp_path):
     command = [sys.executable, 'tools/calibrate.py', 'no.py', 'no.pth', '--out', tmp_path / 'o.pth']
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1 and 'Traceback' not in result.stderr

@@ -49,7 +49,7 @@ def test_layers_and_map(file, capsys):
     assert '(1, 32, 12, 10)' in told and 'unequal' not in told
 
 
-def test_points_give_the_map_of_the_encoder(file, points, tmp_path):
+def test_points_give_the_map_of_the_encoder(points, tmp_path):
     model = build('bevfusion')
     out = tmp_path / 'map.npy'
     maps = []
@@ -84,7 +84,7 @@ def test_json_and_unequal_ranges(file, tmp_path, capsys):
     assert 'tensor 1 is read with unequal ranges' in told and '1.25' in told
 
 
-def test_values_that_leave_fp16(file, tmp_path, points):
+def test_values_that_leave_fp16(points, tmp_path):
     model = build('bevfusion')
     norm = model.conv_out[1]
     norm.running_mean.data.zero_()
