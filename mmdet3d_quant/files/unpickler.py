@@ -7,26 +7,36 @@ from __future__ import annotations
 
 import codecs
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from mmengine.logging import HistoryBuffer
+from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 
-class _Inert:
-    """Stands for an object of a class that is not read, whatever is done to it."""
+class Inert:
+    """Stands for an object of a class that is not read, whatever is done to it.
+
+    Attributes:
+        named: The class.
+        state: What the pickle sets the object's attributes to, as data; None if it does not.
+    """
+
+    named = ''
+    state: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
         return self
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -105,7 +115,7 @@ _GETATTR = ('builtins.getattr', '__builtin__.getattr')
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, arrays and plain containers; everything else becomes :class:`_Inert`."""
+    """Rebuilds tensors, arrays and plain containers; everything else becomes :class:`Inert`."""
 
     strange: set[str]
 
@@ -119,14 +129,14 @@ class DataUnpickler(pickle.Unpickler):
         known = _get_allowed_globals().get(key, _KNOWN.get(key))
         if known is None:
             self.strange.add(key)
-            return _Inert
+            return type('Inert', (Inert,), dict(named=key))
         return _Call(known) if callable(known) else known
 
     def _attribute(self, owner: Any = _Buffer, name: str = '') -> Any:
         """Stands for ``getattr``: the methods of a log buffer are not needed, others not read."""
         if owner is not _Buffer:
             self.strange.add(f'getattr(..., {name!r})')
-        return _Inert()
+        return Inert()
 
 
 def data_pickle(strange: set[str]) -> Any:
@@ -141,3 +151,35 @@ def data_pickle(strange: set[str]) -> Any:
         Unpickler=kind,
         load=lambda file, **kwargs: kind(file, **kwargs).load(),
     )
+
+
+def pickled_weights(module: Any) -> dict[str, Tensor] | None:
+    """Collects the weights of a module that was pickled whole, as its ``state_dict()`` names them.
+
+    Args:
+        module: What was read; the module and those inside it are placeholders.
+
+    Returns:
+        Names and tensors; None if it is no module or has none.
+    """
+    found: dict[str, Tensor] = OrderedDict()
+    _collect(module, '', found, ())
+    return found or None
+
+
+def _collect(module: Any, prefix: str, found: dict[str, Tensor], above: tuple[int, ...]) -> None:
+    if not isinstance(module, Inert) or id(module) in above:
+        return
+
+    def held(key: str) -> dict[str, Any]:
+        value = module.state.get(key) if isinstance(module.state, dict) else None
+        return value if isinstance(value, dict) else {}
+
+    passing = module.state.get('_non_persistent_buffers_set') if held('_buffers') else None
+    left_out = passing if isinstance(passing, set) else set()
+    for kind in ('_parameters', '_buffers'):
+        for name, value in held(kind).items():
+            if isinstance(value, Tensor) and not (kind == '_buffers' and name in left_out):
+                found[f'{prefix}{name}'] = value
+    for name, child in held('_modules').items():
+        _collect(child, f'{prefix}{name}.', found, (*above, id(module)))
