@@ -140,7 +140,7 @@ def check_start(cfg: Config) -> None:
         fc.load_weights(fc.build_model(cfg), start, calibrated=True)
     elif start and '://' not in start:
         maker = maker_of(read_checkpoint(start)['state_dict'])
-        if maker:
+        if maker and 'encoders' not in cfg.model:  # mmengine would load nothing of it and begin
             raise CheckpointError(f'load_from={start} is {maker}')
 
 

@@ -111,6 +111,9 @@ _KNOWN: dict[str, Any] = {
 }
 _KNOWN['__builtin__.xrange'] = range
 _BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
+#: More modules, or one inside the other, has no model; a file can name one module many times.
+_MODULES, _DEPTH = 100_000, 100
+_PASSING = '_non_persistent_buffers_set'
 _GETATTR = ('builtins.getattr', '__builtin__.getattr')
 
 
@@ -160,26 +163,29 @@ def pickled_weights(module: Any) -> dict[str, Tensor] | None:
         module: What was read; the module and those inside it are placeholders.
 
     Returns:
-        Names and tensors; None if it is no module or has none.
+        Names and tensors; None if it is no module, has none, or is too large to be a model.
     """
     found: dict[str, Tensor] = OrderedDict()
-    _collect(module, '', found, ())
-    return found or None
-
-
-def _collect(module: Any, prefix: str, found: dict[str, Tensor], above: tuple[int, ...]) -> None:
-    if not isinstance(module, Inert) or id(module) in above:
-        return
-
-    def held(key: str) -> dict[str, Any]:
-        value = module.state.get(key) if isinstance(module.state, dict) else None
-        return value if isinstance(value, dict) else {}
-
-    passing = module.state.get('_non_persistent_buffers_set') if held('_buffers') else None
-    left_out = passing if isinstance(passing, set) else set()
-    for kind in ('_parameters', '_buffers'):
-        for name, value in held(kind).items():
-            if isinstance(value, Tensor) and not (kind == '_buffers' and name in left_out):
+    stack: list[tuple[str, Any, tuple[int, ...]]] = [('', module, ())]
+    for _ in range(_MODULES):
+        if not stack:
+            return found or None
+        prefix, node, above = stack.pop()
+        if not isinstance(node, Inert) or id(node) in above:
+            continue
+        if len(above) == _DEPTH:
+            break
+        left_out = node.state.get(_PASSING) if isinstance(node.state, dict) else None
+        left_out = left_out if isinstance(left_out, set) else set()
+        for name, value in [*_held(node, '_parameters'), *_held(node, '_buffers')]:
+            if isinstance(value, Tensor) and name not in left_out:
                 found[f'{prefix}{name}'] = value
-    for name, child in held('_modules').items():
-        _collect(child, f'{prefix}{name}.', found, (*above, id(module)))
+        children = [(f'{prefix}{n}.', c, (*above, id(node))) for n, c in _held(node, '_modules')]
+        stack.extend(reversed(children))
+    return None
+
+
+def _held(module: Inert, key: str) -> list[tuple[str, Any]]:
+    """The parameters, buffers or children of a module that is a placeholder."""
+    value = module.state.get(key) if isinstance(module.state, dict) else None
+    return list(value.items()) if isinstance(value, dict) else []

@@ -48,9 +48,6 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
     """
     checkpoint = read_checkpoint(path)
     given = checkpoint['state_dict']
-    maker = maker_of(given)
-    if maker:
-        raise CheckpointError(f'checkpoint {path} is {maker}')
     accept_any_layout(model)  # a LiDAR encoder of the public project does not by itself
     take_derived_from_config(model)  # nor its view transform
     prefix = fitting(given, model)
@@ -60,6 +57,9 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
     missing, unknown, shapes = _load(model, state, path)
     missing -= ranges | shapes.keys()
     if missing or unknown or shapes.keys() - ranges:
+        maker = maker_of(given)
+        if maker:
+            raise CheckpointError(f'checkpoint {path} is {maker}')
         raise CheckpointError(_misfit(path, model, missing, unknown, shapes))
     if shapes and calibrated:
         raise CheckpointError(

@@ -79,6 +79,18 @@ def test_a_module_that_holds_itself_ends(tmp_path):
     assert list(read_checkpoint(tmp_path / 'c.pth')['state_dict']) == ['weight', 'bias']
 
 
+def test_a_module_named_without_end_is_refused(tmp_path):
+    """Sixty modules, each the two children of the next: 2**60 names."""
+    model = nn.Linear(2, 2)
+    for _ in range(60):
+        outer = nn.Module()
+        outer.a = outer.b = model
+        model = outer
+    torch.save(model, tmp_path / 'c.pth')
+    with pytest.raises(CheckpointError, match='c.pth has no state_dict but an object of'):
+        read_checkpoint(tmp_path / 'c.pth')
+
+
 @pytest.mark.parametrize(
     'data, match',
     [

@@ -167,6 +167,9 @@ def test_mit_han_lab_s_checkpoint_is_named_with_its_command(tmp_path):
         load_weights(Net(), path, calibrated=False)
     folded = list(MIT)[:2]
     assert 'CUDA-BEVFusion; batch norm is folded' in maker_of(folded)
+    same = nn.Module()
+    same.encoders = nn.ModuleDict(dict(camera=nn.Linear(2, 2)))
+    load_weights(same, save(tmp_path / 'own.pth', same.state_dict()), calibrated=False)
     assert maker_of(['img_backbone.conv1.weight', 'decoder.layers.0.weight']) is None
 
 
@@ -190,4 +193,4 @@ def test_a_training_from_mit_han_lab_s_weights_is_refused(tmp_path):
     """mmengine would load nothing of it and begin."""
     path = save(tmp_path / 'mit.pth', MIT)
     with pytest.raises(CheckpointError, match='load_from=.*mit-han-lab.*convert_checkpoint'):
-        TRAIN.check_start(Config(dict(load_from=str(path))))
+        TRAIN.check_start(Config(dict(load_from=str(path), model=dict(type='BEVFusion'))))
