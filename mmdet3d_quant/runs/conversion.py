@@ -119,7 +119,7 @@ def maker_of(names: Collection[str]) -> str | None:
     """Says whose checkpoint has such names, and what takes it; None where it is not mit-han-lab's.
 
     >>> maker_of(['module.encoders.camera.neck.fpn_convs.0.conv.weight'])
-    "a BEVFusion of mit-han-lab: tools/convert_checkpoint.py makes one for mmdet3d of it"
+    'a BEVFusion of mit-han-lab: tools/convert_checkpoint.py makes one for mmdet3d of it'
     """
     prefix = prefixes(names)[-1]
     bare = {name[len(prefix) :] for name in names}

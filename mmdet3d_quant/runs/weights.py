@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
-from mmdet3d_quant.core.modes import quantizers, require_calibrated
+from mmdet3d_quant.core.modes import float_state_dict, quantizers, require_calibrated
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.parents.derived import take_derived_from_config
 from mmdet3d_quant.parents.sparse_layout import accept_any_layout
@@ -118,7 +118,7 @@ def _misfit(
     shapes: Mapping[str, str],
 ) -> str:
     """An error that tells by parts of the model what does not fit, and the remedy."""
-    order = {name: place for place, name in enumerate(model.state_dict())}
+    order = {name: place for place, name in enumerate(float_state_dict(model))}
     lost = sorted(missing, key=lambda name: order.get(name, 0))
     told = []
     if lost:
