@@ -57,6 +57,7 @@ setup(
     ],
     extras_require={
         'export': ['onnx>=1.14', 'onnxruntime>=1.16', 'openvino>=2024.0', 'psutil'],
-        'dev': ['pytest>=8', 'ruff', 'mypy'],
+        'safetensors': ['safetensors'],
+        'dev': ['pytest>=8', 'ruff', 'mypy', 'safetensors'],
     },
 )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from terminal import open_console, run_tool
 
-from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
+from mmdet3d_quant.files.checkpoint import read_checkpoint
 from mmdet3d_quant.files.outputs import check_writable, whole
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.conversion import TARGETS, Part, convert, fit, rename
@@ -30,13 +30,9 @@ Converts names, the layout of sparse weights and the coding of boxes (docs/check
 weight finds a place, or nothing is written. State of the optimizer is left behind. Ranges of
 quantizers come along; with --config, those that the model does not have are left out.
 
-A file with a whole pickled model, such as NVIDIA's bevfusion_ptq.pth, is refused: convert the
-float checkpoint that it was made from, and calibrate.
+Of a model that was pickled whole the weights are read. NVIDIA's bevfusion_ptq.pth is refused, since
+its batch norm is folded away: convert the float checkpoint that it was made from, and calibrate.
 """
-WHOLE_MODEL = (
-    "NVIDIA's bevfusion_ptq.pth is such a file, and its batch norm is folded away: convert the "
-    'float checkpoint that it was made from, then run tools/calibrate.py'
-)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -58,13 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(args.out)
     cfg = fc.read_config(args.config) if args.config else None
     model = fc.build_model(cfg) if cfg else None
-    try:
-        checkpoint = read_checkpoint(args.checkpoint)
-    except CheckpointError as err:
-        if 'whole pickled models' not in str(err):
-            raise
-        raise CheckpointError(f'{err}. {WHOLE_MODEL}') from None
-
+    checkpoint = read_checkpoint(args.checkpoint)
     state, parts = convert(checkpoint['state_dict'], args.to)
     left_out: list[str] = []
     if model is not None:

@@ -12,6 +12,7 @@ from terminal import run_tool
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.runs import from_config as fc
+from mmdet3d_quant.runs.wrappers import accept_wrapped
 
 TASKS = ('mono_det', 'multi-view_det', 'lidar_det', 'lidar_seg', 'multi-modality_det')
 EXAMPLE = """
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     runner = Runner.from_cfg(cfg)
+    accept_wrapped(runner.model)
     with mq.set_mode(runner.model, 'float' if args.float else 'quant'):
         return runner.test()
 

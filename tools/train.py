@@ -15,9 +15,11 @@ from terminal import run_tool
 
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.naming import type_name
-from mmdet3d_quant.files.checkpoint import latest, read_checkpoint, read_training
+from mmdet3d_quant.files.checkpoint import CheckpointError, latest, read_checkpoint, read_training
 from mmdet3d_quant.runs import from_config as fc
+from mmdet3d_quant.runs.conversion import maker_of
 from mmdet3d_quant.runs.from_config import ConfigError
+from mmdet3d_quant.runs.wrappers import accept_wrapped
 
 EXAMPLE = """
 examples:
@@ -90,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     for path in pretrained(cfg.model):
         read_checkpoint(path)
     fc.check_data(cfg, ['train_dataloader', 'val_dataloader'])
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    accept_wrapped(runner.model)
+    runner.train()
 
 
 def find_resume(cfg: Config, asked: str | None) -> bool:
@@ -135,7 +139,9 @@ def check_start(cfg: Config) -> None:
             raise ConfigError('a config with QATHook needs load_from, a checkpoint of calibrate.py')
         fc.load_weights(fc.build_model(cfg), start, calibrated=True)
     elif start and '://' not in start:
-        read_checkpoint(start)
+        maker = maker_of(read_checkpoint(start)['state_dict'])
+        if maker and 'encoders' not in cfg.model:  # mmengine would load nothing of it and begin
+            raise CheckpointError(f'load_from={start} is {maker}')
 
 
 def pretrained(cfg: Any) -> Iterator[str]:

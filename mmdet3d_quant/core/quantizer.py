@@ -198,7 +198,12 @@ class Quantizer(Switches):
         unexpected_keys,
         error_msgs,
     ):
-        """Loads ``_amax`` on whatever device it lives, and notes whether it is a range."""
+        """Loads ``_amax`` on whatever device it lives, and notes whether it is a range.
+
+        One of another shape is an error of the loader; lenient loaders go on, and then there is no
+        range.
+        """
+        errors = len(error_msgs)
         # Past TensorQuantizer's own loader: it calls `.cuda()`.
         super(TensorQuantizer, self)._load_from_state_dict(
             state_dict,
@@ -216,5 +221,7 @@ class Quantizer(Switches):
             if key in unexpected_keys:
                 unexpected_keys.remove(key)
             return
-        amax = state_dict[key]
-        self._calibrated = bool((torch.isfinite(amax) & (amax >= 0)).all())
+        with torch.no_grad():
+            if len(error_msgs) > errors:
+                self._amax.fill_(float('nan'))
+            self._calibrated = bool((torch.isfinite(self._amax) & (self._amax >= 0)).all())

@@ -7,38 +7,29 @@ runs nothing. :func:`use_one_door` makes mmengine read that way too, so that ``l
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import warnings
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO
 
 import torch
-from mmengine.dist import barrier, get_dist_info
-from mmengine.fileio import get_file_backend
 from mmengine.logging import print_log
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner import find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
-from torch import Tensor
 
-from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.files.unpickler import data_pickle
-
-Source = Union[str, Path, BinaryIO]
+from mmdet3d_quant.files.errors import CheckpointError
+from mmdet3d_quant.files.kinds import is_safetensors, kind_of, program_in
+from mmdet3d_quant.files.sources import Source, resolve
+from mmdet3d_quant.files.unpickler import Inert, data_pickle
+from mmdet3d_quant.files.weights import with_state_dict
 
 #: Prefixes, as patterns, of the names that mmengine has loaders for.
 PREFIXES = (
     'http://', 'https://', 'modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://',
     'mmcls://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://', '',
 )  # yapf: disable  # fmt: skip
-
-
-class CheckpointError(QuantError, ValueError):
-    """A checkpoint is missing, damaged, unsafe to read or of another architecture."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -48,20 +39,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     may hold objects of any class; those become inert placeholders.
 
     Args:
-        path: A file saved by torch or mmengine: a dict with ``state_dict`` (or a bare state
-            dict).
+        path: A file saved by torch or mmengine: a dict with ``state_dict`` or another of
+            ``weights.KEYS``, a bare state dict, or a model that was pickled whole; or a
+            safetensors file.
 
     Returns:
         Dict with ``state_dict`` (name to tensor) and ``meta`` (plain values only).
 
     Raises:
-        CheckpointError: If the file is missing, truncated, no checkpoint, or a pickled object.
+        CheckpointError: If the file is missing, truncated, without weights, or of another kind,
+            which is named.
     """
-    data, strange = _read(path)
-    state = _weights(data, path)
-    _tell(strange, path)
-    meta = _plain(data.get('meta')) if 'state_dict' in data else None
-    return dict(state_dict=state, meta=meta if isinstance(meta, dict) else {})
+    data = _read_weights(path)
+    meta = _plain(data.get('meta'))
+    return dict(state_dict=data['state_dict'], meta=meta if isinstance(meta, dict) else {})
 
 
 def read_training(path: str | Path) -> dict[str, Any]:
@@ -78,14 +69,15 @@ def read_training(path: str | Path) -> dict[str, Any]:
             that a training does not need, or lacks what one needs.
     """
     data, strange = _read(path)
-    _weights(data, path)
+    data = with_state_dict(data, path)
     if strange:
         raise CheckpointError(
             f'checkpoint {path} holds objects of {", ".join(sorted(strange))}, which may run code '
             'when read: it is not resumed. To start from its weights alone, leave --resume away '
             f"and set load_from='{path}'"
         )
-    meta = data.get('meta') if isinstance(data.get('meta'), dict) else {}
+    meta = data.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
     missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in data]
     missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
     if missing:
@@ -135,10 +127,7 @@ def load_from_one_door(filename: str, map_location: Any = None) -> dict[str, Any
     Raises:
         CheckpointError: As :func:`read_checkpoint`, or if the name cannot be resolved.
     """
-    source = _resolve(filename)
-    data, strange = _read(source, map_location, name=filename)
-    _weights(data, filename)
-    _tell(strange, filename)
+    data = _read_weights(resolve(filename), map_location, name=filename)
     if isinstance(data.get('meta'), dict) and data['meta'].pop('config', None) is not None:
         print_log(f'{filename}: the config text in its meta is not run', logger='current')
     if filename.startswith('mmcls://'):
@@ -146,117 +135,78 @@ def load_from_one_door(filename: str, map_location: Any = None) -> dict[str, Any
     return data
 
 
-def _resolve(name: str) -> Source:
-    """Path of a local file, or a buffer, for a name that mmengine understands."""
-    scheme, found, rest = str(name).partition('://')
-    if not found:
-        return os.path.expanduser(name)
-    if scheme == 'pavi':
-        raise CheckpointError(f'{name}: download the file and give its path')
-    if scheme.endswith(('s3', 'petrel')):
-        backend = get_file_backend(name, backend_args=dict(backend='petrel'))
-        return io.BytesIO(backend.get(name))
-    tables: dict[str, Callable[[], Any]] = {
-        'modelzoo': mmengine_checkpoint.get_torchvision_models,
-        'torchvision': mmengine_checkpoint.get_torchvision_models,
-        'open-mmlab': mmengine_checkpoint.get_external_models,
-        'openmmlab': mmengine_checkpoint.get_external_models,
-        'mmcls': mmengine_checkpoint.get_mmcls_models,
-    }
-    if scheme not in tables:
-        return _download(name)
-    known = tables[scheme]()
-    rest = mmengine_checkpoint.get_deprecated_model_names().get(rest, rest)
-    if rest not in known:
-        raise CheckpointError(f'{name}: {scheme} has no such model')
-    target = known[rest]
-    if '://' in target:
-        return _download(target)
-    return os.path.join(mmengine_checkpoint._get_mmengine_home(), target)
-
-
-def _download(url: str) -> str:
-    """Local copy of a URL in torch's cache; the first process of several fetches it."""
-    folder = Path(torch.hub.get_dir()) / 'checkpoints'
-    path = folder / os.path.basename(url.partition('?')[0])
-    if get_dist_info()[0] == 0 and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except (OSError, ValueError) as err:
-            raise CheckpointError(f'{url} cannot be fetched: {err}') from None
-    barrier()
-    return str(path)
-
-
-def _read(source: Source, map_location: Any = 'cpu', name: Any = None) -> tuple[Any, set[str]]:
-    """What a file holds, and the classes of the objects that were not read."""
-    if name is None:
-        name = source
-    if isinstance(source, (str, Path)) and not Path(source).is_file():
-        raise CheckpointError(f'checkpoint {name} does not exist')
-    strange: set[str] = set()
-    try:
-        if zipfile.is_zipfile(source):
-            with zipfile.ZipFile(source) as archive:
-                if any(entry.endswith('/constants.pkl') for entry in archive.namelist()):
-                    raise _TorchScriptError
-        if not isinstance(source, (str, Path)):
-            source.seek(0)
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch's own use
-            data = torch.load(
-                source,
-                map_location=map_location,
-                pickle_module=data_pickle(strange),
-                weights_only=False,  # the unpickler given is the stricter one
-            )
-    except _TorchScriptError:
-        raise CheckpointError(
-            f'checkpoint {name} is a TorchScript archive, which is a program: save '
-            "{'state_dict': model.state_dict()} instead"
-        ) from None
-    except Exception as err:  # torch raises RuntimeError, EOFError, OSError, KeyError ...
-        raise CheckpointError(f'checkpoint {name} is truncated or damaged: {_reason(err)}') from err
-    return data, strange
-
-
-def _tell(strange: set[str], name: Any) -> None:
-    """Warns of what was left out, which neither weights nor the logs of a training need."""
-    if strange:
+def _read_weights(source: Source, map_location: Any = 'cpu', name: Any = None) -> dict[str, Any]:
+    """What a file holds, its weights under ``state_dict``; tells what was left out."""
+    name = source if name is None else name
+    data, strange = _read(source, map_location, name)
+    if strange and not isinstance(data, Inert):  # of a whole model another line tells
         print_log(
             f'{name}: objects of {", ".join(sorted(strange))} were not read, since that may run '
             'code; weights and logs were. If the file is yours, save it without them',
             logger='current',
             level=logging.WARNING,
         )
+    return with_state_dict(data, name)
 
 
-class _TorchScriptError(Exception):
-    pass
+def _read(source: Source, map_location: Any = 'cpu', name: Any = None) -> tuple[Any, set[str]]:
+    """What a file holds, and the classes of the objects that were not read."""
+    name = source if name is None else name
+    if not isinstance(source, (str, Path)):
+        return _read_open(source, map_location, name)
+    if Path(source).is_dir():
+        raise CheckpointError(f'checkpoint {name} is a folder: give a file in it')
+    if not Path(source).is_file():
+        raise CheckpointError(f'checkpoint {name} does not exist')
+    with open(source, 'rb') as file:
+        return _read_open(file, map_location, name)
 
 
-def _weights(data: Any, path: Any) -> dict[str, Tensor]:
-    """The state dict of what a file holds.
-
-    Raises:
-        CheckpointError: If there is none, or it holds anything but tensors.
-    """
-    state = None
-    if isinstance(data, dict):
-        state = next((data[key] for key in ('state_dict', 'model') if key in data), data)
-    if not isinstance(state, dict) or not state:
+def _read_open(file: BinaryIO, map_location: Any, name: Any) -> tuple[Any, set[str]]:
+    strange: set[str] = set()
+    if is_safetensors(file):
+        return dict(state_dict=_read_safetensors(file, name)), strange
+    try:
+        program = program_in(file)
+        if program is None:
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'TypedStorage is deprecated')  # torch's own use
+                data = torch.load(
+                    file,
+                    map_location=map_location,
+                    pickle_module=data_pickle(strange),
+                    weights_only=False,  # the unpickler given is the stricter one
+                )
+            return data, strange
+    except Exception as err:  # torch raises RuntimeError, EOFError, OSError, KeyError ...
+        kind = kind_of(file)
+        if kind is not None:
+            raise CheckpointError(f'checkpoint {name} is {kind}') from None
         raise CheckpointError(
-            f'checkpoint {path} has no state_dict; whole pickled models are refused, since '
-            "loading them runs their code: save {'state_dict': model.state_dict()} instead"
-        )
-    odd = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if odd:
+            f'checkpoint {name} is truncated or damaged: {_reason(err)}; copy or download it again'
+        ) from err
+    raise CheckpointError(
+        f"checkpoint {name} is {program}, which is a program: save {{'state_dict': "
+        'model.state_dict()} instead'
+    )
+
+
+def _read_safetensors(file: BinaryIO, name: Any) -> dict[str, torch.Tensor]:
+    """Names and tensors of a safetensors file, whose bounds its library checks."""
+    try:
+        from safetensors.torch import load
+    except ImportError:
         raise CheckpointError(
-            f'checkpoint {path}: {odd[0]!r} in the state_dict is no tensor: save '
-            "{'state_dict': model.state_dict()} again"
-        )
-    return state
+            f'checkpoint {name} is a safetensors file: `pip install safetensors` to read it'
+        ) from None
+    try:
+        return load(file.read())
+    except Exception as err:  # its SafetensorError, and whatever a header leads to
+        raise CheckpointError(
+            f'checkpoint {name} is a safetensors file, truncated or damaged: {_reason(err)}; copy '
+            'or download it again'
+        ) from None
 
 
 def load_plain(path: str | Path) -> Any:

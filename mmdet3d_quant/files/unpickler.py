@@ -7,26 +7,36 @@ from __future__ import annotations
 
 import codecs
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from mmengine.logging import HistoryBuffer
+from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 
-class _Inert:
-    """Stands for an object of a class that is not read, whatever is done to it."""
+class Inert:
+    """Stands for an object of a class that is not read, whatever is done to it.
+
+    Attributes:
+        named: The class.
+        state: What the pickle sets the object's attributes to, as data; None if it does not.
+    """
+
+    named = ''
+    state: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
         return self
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -101,11 +111,14 @@ _KNOWN: dict[str, Any] = {
 }
 _KNOWN['__builtin__.xrange'] = range
 _BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
+#: More modules, or one inside the other, has no model; a file can name one module many times.
+_MODULES, _DEPTH = 100_000, 100
+_PASSING = '_non_persistent_buffers_set'
 _GETATTR = ('builtins.getattr', '__builtin__.getattr')
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, arrays and plain containers; everything else becomes :class:`_Inert`."""
+    """Rebuilds tensors, arrays and plain containers; everything else becomes :class:`Inert`."""
 
     strange: set[str]
 
@@ -119,14 +132,14 @@ class DataUnpickler(pickle.Unpickler):
         known = _get_allowed_globals().get(key, _KNOWN.get(key))
         if known is None:
             self.strange.add(key)
-            return _Inert
+            return type('Inert', (Inert,), dict(named=key))
         return _Call(known) if callable(known) else known
 
     def _attribute(self, owner: Any = _Buffer, name: str = '') -> Any:
         """Stands for ``getattr``: the methods of a log buffer are not needed, others not read."""
         if owner is not _Buffer:
             self.strange.add(f'getattr(..., {name!r})')
-        return _Inert()
+        return Inert()
 
 
 def data_pickle(strange: set[str]) -> Any:
@@ -141,3 +154,38 @@ def data_pickle(strange: set[str]) -> Any:
         Unpickler=kind,
         load=lambda file, **kwargs: kind(file, **kwargs).load(),
     )
+
+
+def pickled_weights(module: Any) -> dict[str, Tensor] | None:
+    """Collects the weights of a module that was pickled whole, as its ``state_dict()`` names them.
+
+    Args:
+        module: What was read; the module and those inside it are placeholders.
+
+    Returns:
+        Names and tensors; None if it is no module, has none, or is too large to be a model.
+    """
+    found: dict[str, Tensor] = OrderedDict()
+    stack: list[tuple[str, Any, tuple[int, ...]]] = [('', module, ())]
+    for _ in range(_MODULES):
+        if not stack:
+            return found or None
+        prefix, node, above = stack.pop()
+        if not isinstance(node, Inert) or id(node) in above:
+            continue
+        if len(above) == _DEPTH:
+            break
+        left_out = node.state.get(_PASSING) if isinstance(node.state, dict) else None
+        left_out = left_out if isinstance(left_out, set) else set()
+        for name, value in [*_held(node, '_parameters'), *_held(node, '_buffers')]:
+            if isinstance(value, Tensor) and name not in left_out:
+                found[f'{prefix}{name}'] = value
+        children = [(f'{prefix}{n}.', c, (*above, id(node))) for n, c in _held(node, '_modules')]
+        stack.extend(reversed(children))
+    return None
+
+
+def _held(module: Inert, key: str) -> list[tuple[str, Any]]:
+    """The parameters, buffers or children of a module that is a placeholder."""
+    value = module.state.get(key) if isinstance(module.state, dict) else None
+    return list(value.items()) if isinstance(value, dict) else []

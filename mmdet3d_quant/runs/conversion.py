@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mmdet3d_quant.core.compat import removeprefix, removesuffix, strict_zip
+from mmdet3d_quant.core.compat import removesuffix, strict_zip
 from mmdet3d_quant.parents.derived import DERIVED, derived_modules
 from mmdet3d_quant.parents.sparse_layout import LayoutError, layout_of, rearranged
+from mmdet3d_quant.runs.wrappers import prefixes, tell, without
 
 #: (mit-han-lab, mmdet3d), the first that matches holds; ``{n}`` is a number, ``{rest}`` the rest.
 RULES = (
@@ -60,6 +61,12 @@ TARGETS = {'mmdet3d': (0, 'spconv2'), 'mit': (1, 'spconv1')}
 _CONV, _NORM = 'decoder.backbone.blocks.0.0.weight', 'decoder.backbone.blocks.0.1.running_var'
 #: Last convolution of the size and the yaw of a box.
 _BOX = re.compile(r'bbox_head\.prediction_heads\.\d+\.(dim|rot)\.\d+\.(weight|bias)')
+_FOLDED = (
+    "batch norm is folded into the convolutions, as NVIDIA's ptq.py does (bevfusion_ptq.pth): "
+    'convert the float checkpoint that this one was made from, then run tools/calibrate.py'
+)
+#: What begins the names of mit-han-lab's BEVFusion, and of no part of mmdet3d.
+_MIT = ('encoders.camera.', 'encoders.lidar.')
 _SPARSE = 'pts_middle_encoder.'
 _RANGE = '_quantizer._amax'
 
@@ -108,6 +115,21 @@ def rename(name: str, to: str) -> str | None:
     return None
 
 
+def maker_of(names: Collection[str]) -> str | None:
+    """Says whose checkpoint has such names, and what takes it; None where it is not mit-han-lab's.
+
+    >>> maker_of(['module.encoders.camera.neck.fpn_convs.0.conv.weight'])
+    'a BEVFusion of mit-han-lab: tools/convert_checkpoint.py makes one for mmdet3d of it'
+    """
+    prefix = prefixes(names)[-1]
+    bare = {name[len(prefix) :] for name in names}
+    if not any(name.startswith(_MIT) for name in bare):
+        return None
+    if _CONV in bare and _NORM not in bare:
+        return f'a quantized BEVFusion of CUDA-BEVFusion; {_FOLDED}'
+    return 'a BEVFusion of mit-han-lab: tools/convert_checkpoint.py makes one for mmdet3d of it'
+
+
 def convert(state: Mapping[str, Tensor], to: str) -> tuple[dict[str, Tensor], dict[str, Part]]:
     """Converts a state dict; every entry finds a place.
 
@@ -124,8 +146,9 @@ def convert(state: Mapping[str, Tensor], to: str) -> tuple[dict[str, Tensor], di
             weights is unclear.
     """
     side, layout = TARGETS[to]
-    if all(name.startswith('module.') for name in state):  # a wrapper for several GPUs
-        state = {removeprefix(name, 'module.'): value for name, value in state.items()}
+    prefix = prefixes(state)[-1]
+    tell(prefix)
+    state = without(dict(state), prefix)
     names = _new_names(state, to)
     ours = {name: new if to == 'mmdet3d' else name for name, new in names.items()}
 
@@ -173,8 +196,7 @@ def _new_names(state: Mapping[str, Tensor], to: str) -> dict[str, str]:
         raise ConversionError(f'{len(lost)} entries have no place in {to}:', lost)
     if _CONV in state and _NORM not in state:
         raise ConversionError(
-            "batch norm is folded into the convolutions, as NVIDIA's ptq.py does: convert the "
-            'float checkpoint that this one was made from, then run tools/calibrate.py; missing',
+            f'{_FOLDED}; missing',
             {_NORM: ''},
         )
     if len(set(names.values())) < len(names):

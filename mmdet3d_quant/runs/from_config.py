@@ -18,12 +18,10 @@ from torch.utils.data import DataLoader
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.naming import dotted, type_name
 from mmdet3d_quant.data.nuscenes import DatasetError, check, check_objects, read_infos
-from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint, use_one_door
-from mmdet3d_quant.parents.derived import take_derived_from_config
-from mmdet3d_quant.parents.sparse_layout import accept_any_layout
+from mmdet3d_quant.files.checkpoint import use_one_door
+from mmdet3d_quant.runs.weights import load_weights as load_weights
 
 #: Where calibration data come from: the first of these that the config has.
 CALIBRATION_LOADERS = ('calib_dataloader', 'val_dataloader', 'test_dataloader')
@@ -90,47 +88,6 @@ def build_model(cfg: Config) -> nn.Module:
         raise ConfigError(f'the model of {cfg.filename} cannot be built: {err}') from err
     model.eval()  # not chained: some models return None
     return model
-
-
-def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[str, Any]:
-    """Loads a checkpoint that must fit the model.
-
-    Args:
-        model: The model; its quantizers are loaded too where the checkpoint has them.
-        path: The checkpoint.
-        calibrated: Whether every quantizer must have a range afterwards.
-
-    Returns:
-        The checkpoint's ``meta``.
-
-    Raises:
-        CheckpointError: If the file cannot be read, or a weight is missing, left over or of
-            another shape. Sparse weights may have the layout of spconv 1 (mmcv) or 2.
-        UncalibratedError: If ``calibrated`` and a quantizer has no range.
-    """
-    checkpoint = read_checkpoint(path)
-    state = checkpoint['state_dict']
-    accept_any_layout(model)  # a LiDAR encoder of the public project does not by itself
-    take_derived_from_config(model)  # nor its view transform
-    try:
-        keys = model.load_state_dict(state, strict=False)
-    except RuntimeError as err:
-        lines = [line.strip() for line in str(err).splitlines()[1:]]
-        raise CheckpointError(
-            f'checkpoint {path} is of another architecture: {len(lines)} entries do not fit, '
-            f'for example {lines[0] if lines else err}'
-        ) from None
-    ranges = {f'{name}._amax' for name in quantizers(model)}
-    missing = [k for k in keys.missing_keys if k not in ranges]
-    for what, names in (('lacks', missing), ('has unknown', keys.unexpected_keys)):
-        if names:
-            raise CheckpointError(
-                f'checkpoint {path} is of another architecture: it {what} {len(names)} '
-                f'entries, for example {", ".join(names[:3])}'
-            )
-    if calibrated:
-        require_calibrated(model)
-    return checkpoint['meta']
 
 
 def check_data(cfg: Config, entries: Sequence[str]) -> None:

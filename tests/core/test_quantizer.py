@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.runner.checkpoint import load_state_dict as load_leniently
 from pytorch_quantization.nn import TensorQuantizer
 from pytorch_quantization.tensor_quant import fake_tensor_quant
 from torch import nn
@@ -291,3 +292,23 @@ def test_kept_float_is_for_good_visible_and_ignores_a_range_in_a_checkpoint():
     assert 'float: first layer' in repr(model)
     with pytest.raises(ValueError, match='matches no quantized layer.*0, 2'):
         keep_float(model, 'conv9')
+
+
+@pytest.mark.parametrize('wrong', [torch.ones(10, 1, 1, 1), torch.ones(4)])
+def test_a_range_of_another_shape_is_no_range(wrong):
+    """Whether the loader is lenient, as mmengine's, or strict; an old range goes, too."""
+    source = QuantConv2d(3, 4, 1)
+    source._input_quantizer.amax = 1.5
+    source._weight_quantizer.amax = source.weight_amax()
+    state = dict(source.state_dict(), **{'_weight_quantizer._amax': wrong})
+    for target in (QuantConv2d(3, 4, 1), copy.deepcopy(source)):
+        load_leniently(target, state)
+        assert target._input_quantizer.calibrated
+        assert not target._weight_quantizer.calibrated and target._weight_quantizer.amax is None
+        with pytest.raises(UncalibratedError, match='weight of QuantConv2d'):
+            target(torch.ones(1, 3, 2, 2))
+        shapes = rf'_weight_quantizer._amax.*\[{wrong.shape[0]}.*\[4, 1, 1, 1\]'
+        with pytest.raises(RuntimeError, match=shapes):
+            target.load_state_dict(state)
+        load_leniently(target, source.state_dict())
+        assert target._weight_quantizer.calibrated

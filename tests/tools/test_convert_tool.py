@@ -110,6 +110,28 @@ class Bomb(torch.nn.Module):
         raise AssertionError('code of the pickle has run')
 
 
+def as_whole_model(state):
+    """Modules with such weights in a wrapper for several GPUs, as NVIDIA's ptq.py pickles them."""
+    model = Bomb()
+    for name, value in state.items():
+        *path, last = name.split('.')
+        module = model
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, Bomb())
+            module = module._modules[part]
+        module.register_buffer(last, value)
+    return torch.nn.DataParallel(model)
+
+
+def test_a_model_pickled_whole_is_converted_without_its_code(work, tmp_path):
+    state = read_checkpoint(work / 'mit.pth')['state_dict']
+    torch.save(as_whole_model(state), tmp_path / 'whole.pth')
+    run(tmp_path / 'whole.pth', '--out', tmp_path / 'float.pth', '--config', work / 'int8.py')
+    found = read_checkpoint(tmp_path / 'float.pth')['state_dict']
+    assert same_numbers(found, work / 'float.pth')
+
+
 def test_bad_input_is_a_clear_error_and_writes_nothing(work, tmp_path):
     out = tmp_path / 'out.pth'
     good = read_checkpoint(work / 'mit.pth')['state_dict']
@@ -133,8 +155,9 @@ def test_bad_input_is_a_clear_error_and_writes_nothing(work, tmp_path):
     refused(ConversionError, 'names of mmdet3d already', path=work / 'float.pth')
     refused(ConversionError, 'names of mit already', None, '--to', 'mit', path=work / 'mit.pth')
     refused(CheckpointError, 'does not exist', path=tmp_path / 'no.pth')
-    torch.save(torch.nn.DataParallel(Bomb()), tmp_path / 'ptq.pth')
-    refused(CheckpointError, 'whole pickled models are refused.*bevfusion_ptq.pth.*calibrate.py',
+    folded = {n: v for n, v in good.items() if 'decoder.backbone.blocks.0.1.' not in n}
+    torch.save(as_whole_model(folded), tmp_path / 'ptq.pth')
+    refused(ConversionError, r'norm is folded.*bevfusion_ptq.pth.*convert the float.*calibrate.py',
             path=tmp_path / 'ptq.pth')  # fmt: skip
     refused(fc.ConfigError, 'does not exist', None, '--config', 'no.py', path=work / 'mit.pth')
     with pytest.raises(OSError, match='cannot write'):

@@ -187,7 +187,7 @@ def refused(tmp_path, error, match, *args):
         (ValueError, 'pictures must not be negative', ['--pictures', '-1']),
         (CheckpointError, 'no.pth does not exist; name one', ['--checkpoint', 'no.pth']),
         (OSError, 'cannot write /dev/null', ['--work-dir', '/dev/null']),
-        (CheckpointError, 'truncated or damaged', []),
+        (CheckpointError, 'an empty file', []),
     ],
 )
 def test_bad_options_are_found_before_anything_is_made(tmp_path, error, match, args):
