@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -112,7 +113,8 @@ def observe(
 
     A generator: every step is a batch; between steps the statistics are complete and the model is
     as before. During a batch BN is folded into the convolutions, as in what is exported: the same
-    tensors up to rounding, in less time than the observing takes.
+    tensors up to rounding, in less time than the observing takes. The first batch is run once more
+    before, to see which BN reads what.
 
     Args:
         model: The model; in eval mode and mode ``observe`` meanwhile, then as before.
@@ -128,16 +130,18 @@ def observe(
             The statistics are then without that batch.
     """
     observed = activation_quantizers(model)
-    with evaluating(model):
-        folded = without_bn(model)
+    folded: without_bn | None = None
     for number, batch in batches:
         part = Statistics(observed)
         seen = _Seen()
         try:
             for name, histogram in part.histograms.items():
                 observed[name]._calibrator = _Collector(histogram, seen)
-            with set_mode(model, 'observe'), evaluating(model), folded, torch.no_grad():
-                (forward or run)(model, batch)
+            with set_mode(model, 'observe'), evaluating(model), torch.no_grad():
+                if folded is None:
+                    folded = without_bn(model, partial(_run_with, forward or run, batch))
+                with folded:
+                    (forward or run)(model, batch)
         finally:
             for quantizer in observed.values():
                 quantizer._calibrator = None
@@ -145,6 +149,10 @@ def observe(
         part.batches = {number}
         statistics.merge(part)
         yield number
+
+
+def _run_with(forward: Forward, batch: Any, model: nn.Module) -> Any:
+    return forward(model, batch)
 
 
 class _Seen:

@@ -14,7 +14,7 @@ from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
 from mmdet3d_quant.export.manifest import describe_graph, describe_scales
-from mmdet3d_quant.export.onnx import ExportError, export_onnx
+from mmdet3d_quant.export.onnx import ExportError, export_onnx, kept_batch_norms, uncompiled
 from mmdet3d_quant.export.targets import DEFAULT, target_of
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files.outputs import sha256, whole_folder
@@ -57,7 +57,8 @@ def export_suite(
     Returns:
         The cuts, with modules that compute what the files do (unsigned activations for a target
         that takes them), and the manifest: per file its inputs, outputs, shapes, node counts and
-        SHA-256; ``scales`` by group; ``kept_float`` with reasons.
+        SHA-256, and ``batch_norm`` that could not be folded, with reasons; ``scales`` by group;
+        ``kept_float`` with reasons.
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
@@ -65,6 +66,7 @@ def export_suite(
         UncalibratedError: If a quantizer of a cut has no range.
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
+    detector = uncompiled(detector)
     cuts = bevfusion_cuts(detector, inputs)
     wants = target_of(target)
     encoder = getattr(detector, 'pts_middle_encoder', None) if wants.libspconv else None
@@ -103,6 +105,9 @@ def export_suite(
                 cut = replace(cut, module=with_unsigned(cut.module, names))
             exported.append(cut)
             files[path.name] = dict(describe_graph(model), sha256=sha256(path))
+            left = kept_batch_norms(model)
+            if left:
+                files[path.name]['batch_norm'] = left
         if encoder is not None and (not only or LIDAR in only):
             path, entry = _export_lidar(encoder, folder, quantized, tell)
             files[path.name] = dict(entry, sha256=sha256(path))
