@@ -33,6 +33,12 @@ class Net(nn.Module):
     def forward(self, x):
         return self.run(self, x)
 
+    def with_input(self, shape):
+        """Itself, with an input of another shape as ``x``."""
+        torch.manual_seed(1)
+        self.register_buffer('x', torch.randn(shape))
+        return self
+
 
 def conv(cin=4, cout=4, **kwargs):
     return QuantConv2d(cin, cout, 3, padding=1, **kwargs)
@@ -127,15 +133,6 @@ def many(kind, norm, shape, **kwargs):
         return Net(lambda m, x: m.bn(m.conv(m.x)), conv=layer, bn=norm(6)).with_input(shape)
 
     return make
-
-
-def with_input(self, shape):
-    torch.manual_seed(1)
-    self.register_buffer('x', torch.randn(shape))
-    return self
-
-
-Net.with_input = with_input
 
 
 class OwnNorm(nn.BatchNorm2d):
