@@ -41,7 +41,7 @@ def calibrate(
         forward: ``forward(model, batch)`` runs the model. By default a tensor is passed as
             ``model(batch)``, a sequence as ``model(*batch)``, a dict as
             ``model.test_step(batch)`` where the model has one (mmengine) and else as
-            ``model(**batch)``.
+            ``model(**batch)``. It runs on the first batch once more, before that is observed.
         num_batches: Stop after so many; all by default.
         weights: Per output channel ``'max'``, the largest absolute weight, or ``'mse'``, the
             range with the least squared error.

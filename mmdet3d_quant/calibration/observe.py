@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -121,7 +122,8 @@ def observe(
 
     A generator: every step is a batch; between steps the statistics are complete and the model is
     as before. During a batch BN is folded into the convolutions, as in what is exported: the same
-    tensors up to rounding, in less time than the observing takes.
+    tensors up to rounding, in less time than the observing takes. The first batch is run once more
+    before, to see which BN reads what.
 
     Args:
         model: The model; in eval mode and mode ``observe`` meanwhile, then as before.
@@ -138,8 +140,7 @@ def observe(
     """
     observed = activation_quantizers(model)
     axes = _channel_axes(model)
-    with evaluating(model):
-        folded = without_bn(model)
+    folded: without_bn | None = None
     for number, batch in batches:
         part = Statistics(observed)
         seen = _Seen()
@@ -148,8 +149,11 @@ def observe(
                 peaks = part.peaks[name] = Peaks()
                 collector = _Collector(histogram, seen, peaks, axes.get(observed[name], 1))
                 observed[name]._calibrator = collector
-            with set_mode(model, 'observe'), evaluating(model), folded, torch.no_grad():
-                (forward or run)(model, batch)
+            with set_mode(model, 'observe'), evaluating(model), torch.no_grad():
+                if folded is None:
+                    folded = without_bn(model, partial(_run_with, forward or run, batch))
+                with folded:
+                    (forward or run)(model, batch)
         finally:
             for quantizer in observed.values():
                 quantizer._calibrator = None
@@ -165,6 +169,10 @@ def _channel_axes(model: nn.Module) -> dict[nn.Module, int]:
     """Finds the input quantizers of linear layers, whose channels come last; others' are axis 1."""
     linear = (m for m in model.modules() if isinstance(m, QuantLayer) and isinstance(m, nn.Linear))
     return {layer._input_quantizer: -1 for layer in linear}
+
+
+def _run_with(forward: Forward, batch: Any, model: nn.Module) -> Any:
+    return forward(model, batch)
 
 
 class _Seen:

@@ -115,8 +115,7 @@ def climb(
 
     def folded() -> nn.Module:
         module = copy.deepcopy(reloaded)
-        fold_bn(module)
-        return module
+        return fold_bn(module, lambda m: m(*cut.inputs.values()))
 
     steps: dict[str, Callable[[], Run]] = {
         'fake-quant': lambda: torch_run(cut.module),

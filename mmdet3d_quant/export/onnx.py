@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +33,8 @@ from mmdet3d_quant.export.unsigned import to_unsigned
 from mmdet3d_quant.files.limits import LARGEST
 from mmdet3d_quant.files.outputs import whole
 
+#: Key of the file's metadata, where the batch norms that stay are listed with their reasons.
+KEPT_KEY = 'mmdet3d_quant.batch_norm'
 WEIGHTS = ('float', 'int8')
 LAYERNORMS = ('standard', 'custom')
 
@@ -57,8 +62,13 @@ def export_onnx(
     The pattern is TensorRT's explicit quantization: signed INT8, zero point 0, activations per
     tensor, weights per output channel over float weights. The module itself is not changed.
 
+    A BN that cannot be folded into one convolution stays as BatchNormalization, which computes in
+    float; a quantized graph with such ones is exported with a warning that has names and reasons,
+    which are in the file, too (:func:`kept_batch_norms`).
+
     Args:
-        module: Any module with quantizers, or without; run as it would be in eval mode.
+        module: Any module with quantizers, or without; run as it would be in eval mode, and
+            without ``torch.compile``.
         inputs: Example inputs in the order of ``forward``; the graph has their shapes.
         path: File to write; it appears whole or not at all.
         input_names: Names of the graph's inputs.
@@ -85,15 +95,20 @@ def export_onnx(
             format without an ONNX type (fewer than 8 bits), or an argument is none of the above.
         ExportError: If the graph fails ``onnx.checker``, keeps a batch norm that could not be
             folded, cannot take another batch size, or is too large for a file.
+        ValueError: If members of a tie group have unequal ranges, a quantizer has a
+            format without an ONNX type (fewer than 8 bits), or an argument is none of the above.
+        ExportError: If the graph fails ``onnx.checker``, cannot take another batch size, or is
+            too large for a file.
         OSError: If the file cannot be written.
     """
     unsigned = target_of(target).unsigned
     _check_arguments(inputs, input_names, opset_version, weights, layernorm)
+    module = uncompiled(module)
     _check_module(module, quantized)
     found = quantizers(module) if quantized else {}
     ranges = {n: float(q._amax) for n, q in found.items() if q.calibrated and q.spec.axis is None}
     with whole(path) as tmp:
-        model, names = trace(
+        model, names, kept = trace(
             module,
             inputs,
             tmp,
@@ -107,7 +122,10 @@ def export_onnx(
         drop_identities(model.graph)
         if not dynamic_batch:
             fold_shapes(model)
-        onnx.helper.set_model_props(model, {TARGET_KEY: target})
+        props = {TARGET_KEY: target}
+        if any(n.op_type == 'BatchNormalization' for n in model.graph.node):
+            props[KEPT_KEY] = json.dumps(kept)
+        onnx.helper.set_model_props(model, props)
         if unsigned:
             to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges)
             drop_unused(model.graph)
@@ -122,7 +140,33 @@ def export_onnx(
         _check(model, tmp)
         if dynamic_batch:
             _check_batch(tmp, dict(strict_zip(input_names, inputs)))
+    left = kept_batch_norms(model)
+    if left and quantized:
+        reasons = '\n'.join(f'  {name}: {reason}' for name, reason in left.items())
+        warnings.warn(
+            f'{Path(path).name}: {len(left)} batch norm(s) cannot be folded and stay, in float:\n'
+            f'{reasons}',
+            stacklevel=2,
+        )
     return model
+
+
+def kept_batch_norms(model: onnx.ModelProto) -> dict[str, str]:
+    """Reasons by name of the batch norms that could not be folded into a convolution."""
+    props = {p.key: p.value for p in model.metadata_props}
+    return json.loads(props.get(KEPT_KEY, '{}'))
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Returns a module without the wrappers of ``torch.compile``; a copy, if some are inside."""
+    module = getattr(module, '_orig_mod', module)
+    if not any(hasattr(m, '_orig_mod') for m in module.modules()):
+        return module
+    module = copy.deepcopy(module)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = getattr(child, '_orig_mod', child)
+    return module
 
 
 def _check_arguments(
@@ -177,9 +221,6 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise ExportError(f'the exported graph is invalid: {err}') from err
-    left = [n.name for n in model.graph.node if n.op_type == 'BatchNormalization']
-    if left:
-        raise ExportError(f'batch norm could not be folded: {", ".join(left)}')
 
 
 def _check_batch(path: Path, inputs: dict[str, Tensor]) -> None:

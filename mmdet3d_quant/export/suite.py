@@ -58,7 +58,8 @@ def export_suite(
     Returns:
         The cuts, with modules that compute what the files do (unsigned activations for a target
         that takes them), and the manifest: per file its inputs, outputs, shapes, node counts and
-        SHA-256; ``scales`` by group; ``kept_float`` with reasons.
+        SHA-256, and ``batch_norm`` that could not be folded, with reasons; ``scales`` by group;
+        ``kept_float`` with reasons.
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
@@ -67,6 +68,8 @@ def export_suite(
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
     cuts = bevfusion_cuts(detector, inputs, target)
+    detector = uncompiled(detector)
+    cuts = bevfusion_cuts(detector, inputs)
     wants = target_of(target)
     encoder = getattr(detector, 'pts_middle_encoder', None) if wants.libspconv else None
     stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])
@@ -106,6 +109,9 @@ def export_suite(
                 cut = replace(cut, module=with_unsigned(cut.module, names))
             exported.append(cut)
             files[path.name] = dict(describe_graph(model), sha256=sha256(path))
+            left = kept_batch_norms(model)
+            if left:
+                files[path.name]['batch_norm'] = left
         if encoder is not None and (not only or LIDAR in only):
             path, entry = _export_lidar(encoder, folder, quantized, tell)
             files[path.name] = dict(entry, sha256=sha256(path))

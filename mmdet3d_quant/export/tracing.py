@@ -22,7 +22,7 @@ from torch.onnx import register_custom_op_symbolic, symbolic_helper
 from mmdet3d_quant.core.compat import set_submodule, strict_zip
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
-from mmdet3d_quant.layers.fold import fold_bn
+from mmdet3d_quant.layers.fold import fold_known
 
 #: Newest opset that torch writes itself.
 TORCH_OPSET = 17
@@ -43,7 +43,7 @@ def trace(
     quantized: bool,
     dynamic_batch: bool = False,
     layernorm: str = 'standard',
-) -> tuple[onnx.ModelProto, dict[str, str]]:
+) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
     """Traces a module in eval mode, with batch norm folded and a Q/DQ pair for every quantizer.
 
     Args:
@@ -58,11 +58,12 @@ def trace(
         layernorm: ``'standard'`` or ``'custom'``, the layer of NVIDIA's runtime.
 
     Returns:
-        Tuple of the graph and a dict of names of quantizers by name of the QuantizeLinear node.
+        Tuple of the graph, a dict of names of quantizers by name of the QuantizeLinear node, and
+        a dict of the reasons by name of the batch norms that could not be folded.
     """
     module = copy.deepcopy(module)
     module.eval()
-    fold_bn(module)
+    kept, _ = fold_known(module, lambda m: m(*inputs), quantized)
     if quantized:
         set_mode(module, 'quant')
         _quantizers_to_qdq(module)
@@ -91,7 +92,7 @@ def trace(
         )
         model = onnx.load(str(path))
         _fix_output_shapes(model.graph, module, inputs, dynamic_batch)
-    return model, _take_names(model.graph)
+    return model, _take_names(model.graph), kept
 
 
 def _take_names(graph: onnx.GraphProto) -> dict[str, str]:

@@ -2,54 +2,84 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
-from typing import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet3d_quant.layers.sparse import OUTPUTS_LAST, SPARSE_CONVS, adds_bias
-
-_DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
-_CONVS = (*_DENSE, *SPARSE_CONVS)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.layers.pairs import TRANSPOSED, Run, find_pairs, output_axis
+from mmdet3d_quant.layers.sparse import adds_bias
 
 
-def fold_bn(model: nn.Module) -> nn.Module:
+def fold_bn(model: nn.Module, run: Run | None = None) -> nn.Module:
     """Folds every BN that follows a convolution into it, in place; the BN becomes an identity.
 
     With ``f = gamma / sqrt(var + eps)``: ``weight * f``, ``bias * f + beta - mean * f``, and the
     weight range ``* |f|`` per output channel. Weight and range scale together, so the integers
     are the same (up to sign) and folding is exact for fake-quantized models too.
 
-    A BN follows a convolution when it is the next child registered in the same parent and has
-    as many channels, which holds for ``ConvModule``, ``nn.Sequential`` and the ResNet blocks, and
-    for their sparse counterparts.
+    A BN that cannot be folded stays, and the model computes the same; :func:`fold_known` tells
+    the reasons.
 
     Args:
         model: Module in eval mode; changed in place.
+        run: Runs ``model`` once on real inputs, such as ``lambda m: m(images)``: a BN follows a
+            convolution when it alone reads what the convolution makes. Without, only children of
+            modules that are known to call them in the order of registration are paired:
+            ``nn.Sequential``, ``ConvModule``, the ResNet blocks and their sparse counterparts. A
+            warning names the BN of other modules.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: If a BN to fold is in training mode or keeps no running statistics, or if
-            the convolution is transposed with groups, where ranges are shared across groups.
+        ValueError: If a BN is in training mode.
     """
-    for parent_name, parent in list(model.named_modules()):
-        for conv, bn_name, bn in _pairs(parent):
-            where = f'{parent_name}.{bn_name}'.lstrip('.')
-            problem = _problem(conv, bn)
-            if problem:
-                raise ValueError(f'cannot fold {where}: {problem}')
-            weight, bias, factor = _folded(conv, bn)
-            conv.weight, conv.bias = weight, bias
-            quantizer = getattr(conv, '_weight_quantizer', None)
-            if quantizer is not None and quantizer.amax is not None:
-                quantizer.amax = quantizer.amax * factor.abs()
-            parent._modules[bn_name] = nn.Identity()
+    unsure = fold_known(model, run)[1]
+    if unsure:
+        warnings.warn(
+            f'{len(unsure)} batch norm(s) not folded, {unsure[0]} first: only a forward shows what '
+            'they read; pass run=lambda model: model(inputs)',
+            stacklevel=2,
+        )
     return model
+
+
+def fold_known(
+    model: nn.Module, run: Run | None = None, quantized: bool = True
+) -> tuple[dict[str, str], list[str]]:
+    """Folds as :func:`fold_bn` does, and tells what stays.
+
+    Args:
+        model: Module in eval mode; changed in place.
+        run: See :func:`fold_bn`.
+        quantized: False if weight ranges do not matter, as in a float graph; they are wrong then.
+
+    Returns:
+        Tuple of the reasons by name of the BN that stay, and the names of those that ``run``
+        may find foldable.
+
+    Raises:
+        ValueError: If a BN is in training mode.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(f'cannot fold {name}: it is in training mode; call model.eval()')
+    found = find_pairs(model, run, quantized)
+    for conv, bn in found.folding:
+        weight, bias, factor = _folded(conv, bn)
+        conv.weight, conv.bias = weight, bias
+        quantizer = getattr(conv, '_weight_quantizer', None)
+        if quantizer is not None and quantizer.amax is not None:
+            quantizer.amax = quantizer.amax * _range_factor(conv, factor)
+        for parent, child in _places(model, bn):
+            parent._modules[child] = nn.Identity()
+        bn.register_forward_pre_hook(_refuse)
+    return found.kept, found.unsure
 
 
 class without_bn(AbstractContextManager):  # noqa: N801 - reads as a function
@@ -61,16 +91,19 @@ class without_bn(AbstractContextManager):  # noqa: N801 - reads as a function
 
     Args:
         model: Module in eval mode.
+        run: See :func:`fold_bn`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, run: Run | None = None) -> None:
         self._convs: list[tuple[nn.Module, nn.Parameter, nn.Parameter]] = []
         self._norms: list[tuple[nn.Module, str, nn.Module | None]] = []
-        for parent in model.modules():
-            for conv, name, bn in _pairs(parent):
-                if _problem(conv, bn) is None and adds_bias(conv):
-                    self._convs.append((conv, *_folded(conv, bn)[:2]))
-                    self._norms.append((parent, name, nn.Identity()))
+        self._folded: list[_BatchNorm] = []
+        self._handles: list[Any] = []
+        for conv, bn in find_pairs(model, run, quantized=False).folding:
+            if adds_bias(conv):
+                self._convs.append((conv, *_folded(conv, bn)[:2]))
+                self._norms += [(parent, n, nn.Identity()) for parent, n in _places(model, bn)]
+                self._folded.append(bn)
 
     def _swap(self) -> None:
         for i, (conv, weight, bias) in enumerate(self._convs):
@@ -82,58 +115,57 @@ class without_bn(AbstractContextManager):  # noqa: N801 - reads as a function
 
     def __enter__(self) -> None:
         self._swap()
+        self._handles = [bn.register_forward_pre_hook(_refuse) for bn in self._folded]
 
     def __exit__(self, *exc_info: object) -> None:
         self._swap()
+        for handle in self._handles:
+            handle.remove()
 
 
-def _pairs(parent: nn.Module) -> Iterator[tuple[nn.Module, str, _BatchNorm]]:
-    """Yields each convolution with the name and module of the BN that follows it in a parent."""
-    order = getattr(parent, 'order', ())  # ConvModule's
-    if 'norm' in order and order.index('norm') < order.index('conv'):
-        return
-    last: nn.Module | None = None
-    for name, child in parent.named_children():
-        if isinstance(child, _BatchNorm) and last is not None:
-            if child.num_features == _out_channels(last):
-                yield last, name, child
-        if not isinstance(child, nn.Identity):
-            last = child if isinstance(child, _CONVS) else None
+def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every parent of a module in a model, with its name there."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is module
+    ]
 
 
-def _out_channels(conv: nn.Module) -> int:
-    return conv.out_features if isinstance(conv, nn.Linear) else conv.out_channels
-
-
-def _problem(conv: nn.Module, bn: _BatchNorm) -> str | None:
-    """Reason why a pair cannot be folded; None if it can."""
-    if bn.training or bn.running_mean is None:
-        return 'it is in training mode; call model.eval()'
-    if isinstance(conv, _TRANSPOSED) and conv.groups > 1:
-        return 'it follows a transposed convolution with groups'
-    return None
+def _refuse(bn: nn.Module, args: Any) -> None:
+    """Forward hook of a BN that is folded, which some other reference than a child still calls."""
+    raise QuantError(
+        f'a {type(bn).__name__} of {bn.num_features} channels is folded into its convolution, but '
+        'called through a list or another reference that is no child module: keep modules in an '
+        'nn.ModuleList, or as attributes of one module only'
+    )
 
 
 @torch.no_grad()
 def _folded(conv: nn.Module, bn: _BatchNorm) -> tuple[nn.Parameter, nn.Parameter, Tensor]:
-    """Computes folded weight and bias, and the weight's factor, shaped to broadcast with it."""
+    """Computes folded weight and bias, and the factor of each output channel."""
     assert bn.running_mean is not None and bn.running_var is not None
     factor = torch.rsqrt(bn.running_var + bn.eps)
     shift = -bn.running_mean * factor
     if bn.affine:
         factor, shift = factor * bn.weight, shift * bn.weight + bn.bias
-    per_channel = _along(factor, _output_axis(conv), conv.weight.dim())
     bias = shift if conv.bias is None else conv.bias * factor + shift
     trainable = conv.weight.requires_grad
-    weight = nn.Parameter(conv.weight * per_channel, trainable)
-    return weight, nn.Parameter(bias, trainable), per_channel
+    if isinstance(conv, TRANSPOSED) and conv.groups > 1:  # (in, out / groups, *kernel)
+        parts = conv.weight.unflatten(0, (conv.groups, -1))
+        per_group = factor.reshape(conv.groups, 1, -1, *[1] * (parts.dim() - 3))
+        weight = (parts * per_group).flatten(0, 1)
+    else:
+        weight = conv.weight * _along(factor, output_axis(conv), conv.weight.dim())
+    return nn.Parameter(weight, trainable), nn.Parameter(bias, trainable), factor
 
 
-def _output_axis(conv: nn.Module) -> int:
-    """Axis of the weight that indexes output channels."""
-    if isinstance(conv, OUTPUTS_LAST):
-        return conv.weight.dim() - 1
-    return 1 if isinstance(conv, _TRANSPOSED) else 0
+def _range_factor(conv: nn.Module, factor: Tensor) -> Tensor:
+    """Factors of the ranges of a weight, shaped to broadcast with them."""
+    if isinstance(conv, TRANSPOSED):
+        factor = factor[: len(factor) // conv.groups]
+    return _along(factor.abs(), output_axis(conv), conv.weight.dim())
 
 
 def _along(values: Tensor, axis: int, ndim: int) -> Tensor:
