@@ -13,7 +13,8 @@ from mmdet3d_quant import calibrate
 from mmdet3d_quant.check.verify import sqnr
 from mmdet3d_quant.engines import ENGINES, ONNXRuntime, OpenVINO, make_engine, race
 from mmdet3d_quant.engines.files import EngineError
-from mmdet3d_quant.engines.openvino.graph import overflows, prepare
+from mmdet3d_quant.engines.openvino.floats import overflows
+from mmdet3d_quant.engines.openvino.graph import prepare
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export import trt as trt_module
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d

@@ -13,7 +13,7 @@ from mmdet3d_quant import UncalibratedError, calibrate, fold_bn, quantizers, set
 from mmdet3d_quant.check.verify import sqnr
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
-from mmdet3d_quant.engines.openvino.graph import overflows
+from mmdet3d_quant.engines.openvino.floats import overflows
 from mmdet3d_quant.export import ExportError, export_onnx
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
 
