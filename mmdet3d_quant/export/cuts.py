@@ -234,13 +234,10 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
         if hasattr(view, 'dtransform'):
             depth = torch.rand(1, num_cams, 1, *size, generator=rng) * 60
             found['depth'] = depth * (torch.rand(depth.shape, generator=rng) < 0.02)
-        bev = tuple(int(n) for n in view.nx[:2])
-        found['feat_in'] = torch.randn(1, view.C, *bev, generator=rng).relu()
-        channels, half = view.C, not isinstance(view.downsample, nn.Identity)
-        if half:
-            convs = [m for m in view.downsample.modules() if isinstance(m, nn.Conv2d)]
-            channels, bev = convs[-1].out_channels, tuple(n // 2 for n in bev)
-        found['camera'] = torch.randn(1, channels, *bev, generator=rng).relu()
+        x, y, z = (int(n) for n in view.nx)
+        found['feat_in'] = torch.randn(1, view.C * z, x, y, generator=rng).relu()
+        shape = _output_shape(view.downsample, found['feat_in'])
+        found['camera'] = torch.randn(shape, generator=rng).relu()
     encoder = getattr(detector, 'pts_middle_encoder', None)
     if encoder is not None:
         found['lidar'] = torch.randn(_lidar_shape(encoder), generator=rng).relu()
@@ -249,6 +246,20 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
         cells = [n // head.test_cfg['out_size_factor'] for n in head.test_cfg['grid_size'][:2]]
         found['middle'] = torch.randn(1, head.in_channels, *cells, generator=rng).relu()
     return found
+
+
+@torch.no_grad()
+def _output_shape(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Shape of a module's float output, by running it in eval mode on its device."""
+    device = next((p.device for p in module.parameters()), x.device)
+    modes = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        with set_mode(module, 'float'):
+            return tuple(module(x.to(device)).shape)
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def fold_shapes(model: onnx.ModelProto) -> None:
                 if value.size > _SHAPE_SIZE:
                     kept.append(node)
                     continue
-                if not value.size:  # OpenVINO refuses to read a constant without elements
+                if not value.size:  # stays a node: OpenVINO refuses constants without elements
                     values[node.output[0]] = value
                     kept.append(node)
                     continue

@@ -303,7 +303,6 @@ class Maker:
             w, values, step = self.weights((x.shape[2], 4), 1)
             bound = x.bound * float(np.abs(values).sum(0).max())
             shape = (*x.shape[:2], 4)
-            positive = False
         else:
             y, x = self.round(x), self.round(x)
             turned = self.node('Transpose', y.name, perm=[0, 1, 3, 2])
@@ -313,7 +312,6 @@ class Maker:
                 x.bound * y.bound * x.shape[2],
                 (*x.shape[:2], x.shape[1]),
             )
-            positive = x.positive and y.positive
         if not bound or bound / (x.step * step) > EXACT:
             return
         self.ends.append(Grid(self.node('MatMul', x.name, w), shape, x.step * step, bound))

@@ -199,3 +199,25 @@ def test_sqnr():
     assert sqnr(signal, signal + [0.5, 0]) == pytest.approx(20.0)
     assert np.isnan(sqnr(signal, [np.nan, 1]))
     assert sqnr([0.0], [1.0]) == -np.inf
+
+
+@pytest.mark.parametrize('engine', [ONNXRuntime, OpenVINO])
+def test_a_swin_stage_within_one_window_is_run(tmp_path, engine):
+    """Its shifted windows slice nothing, whose indices have no elements."""
+    swin = MODELS.build(
+        dict(
+            type='mmdet.SwinTransformer',
+            embed_dims=4,
+            depths=(2, 2),
+            num_heads=(1, 1),
+            strides=(4, 2),
+            out_indices=(1,),
+        )
+    )
+    swin.eval()
+    x = torch.randn(1, 3, 32, 56, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / 'swin.onnx'
+    export_onnx(swin, [x], path, ['x'], ['y'], quantized=False)
+    with torch.no_grad():
+        expected = swin(x)[0]
+    assert sqnr(expected, engine(path)({'x': x.numpy()})['y']) > 90

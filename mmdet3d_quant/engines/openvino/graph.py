@@ -87,9 +87,11 @@ def _quantizer_of(multiply: Any) -> Any:
         node, integers = source(node), True
     if not integers or node is None or node.get_type_name() != 'FakeQuantize':
         return None  # a product of other tensors
-    ends = [single(node, i) for i in range(1, 5)]
-    if source(node).get_type_name() == 'Constant' or None in (scale, zero, *ends):
+    ends = [end for end in (single(node, i) for i in range(1, 5)) if end is not None]
+    if source(node).get_type_name() == 'Constant' or len(ends) < 4:
         return None  # a weight, or a range per channel
+    if scale is None or zero is None:
+        return None
     back = [(end - zero) * scale for end in ends[2:]]
     return node if np.allclose(back, ends[:2], 1e-6, 0) else None
 
