@@ -210,7 +210,7 @@ def test_generated_maps_have_odd_sizes_where_the_model_has(cells, downsample):
     assert view.training == training
     view.eval()
     with set_mode(view, 'float'), torch.no_grad():
-        context, depth = view.lift(torch.zeros(2, 8, 5, 9))
+        context, depth = view.lift(torch.zeros(1, 2, 8, 5, 9))
         pooled = view.splat(view.frustum.expand(1, 2, *view.frustum.shape), context, depth)
         made = view.downsample(inputs['feat_in'])
     assert inputs['feat_in'].shape == (1, 4 * heights, *cells)

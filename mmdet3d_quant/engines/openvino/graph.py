@@ -80,7 +80,8 @@ def _quantizer_of(multiply: Any) -> Any:
     """The FakeQuantize onto integers that a Multiply takes back to real numbers, or None."""
     if multiply.get_type_name() != 'Multiply':
         return None
-    scale, zero, node, integers = single(multiply, 1), 0.0, source(multiply), False
+    scale, node, integers = single(multiply, 1), source(multiply), False
+    zero: float | None = 0.0
     if node.get_type_name() == 'Subtract':
         zero, node = single(node, 1), source(node)
     while node is not None and node.get_type_name() == 'Convert':
