@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mmdet3d_quant.engines.engine import Arrays, Engine, latency, race
@@ -28,6 +29,7 @@ __all__ = [
 ENGINES: dict[str, Callable[..., Engine]] = {
     'openvino': OpenVINO,
     'onnxruntime': ONNXRuntime,
+    'onnxruntime:default': partial(ONNXRuntime, optimized=True),
     'tensorrt': TensorRT,
 }
 

@@ -11,6 +11,11 @@ import numpy as np
 
 from mmdet3d_quant.files.limits import LARGEST
 
+#: ONNX's numbers of float32, float16, float64 and bfloat16.
+_FLOATS = (1, 10, 11, 16)
+#: Operators between a stored tensor and its layer.
+_ON_THE_WAY = ('QuantizeLinear', 'DequantizeLinear', 'Identity', 'Cast', 'Transpose')
+
 
 class EngineError(ValueError):
     """A file cannot be run: it is missing, damaged or foreign, or the engine is not installed."""
@@ -25,7 +30,8 @@ def reading(path: str | Path, engine: str) -> Iterator[None]:
         engine: Name of the engine, for the message.
 
     Raises:
-        EngineError: If the file does not exist, is too large for ONNX, or the block raises.
+        EngineError: If the file does not exist, is too large for ONNX, has numbers that are not
+            finite, or the block raises.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,6 +43,8 @@ def reading(path: str | Path, engine: str) -> Iterator[None]:
             'or was not written whole'
         )
     try:
+        if path.suffix == '.onnx':
+            _check_finite(path)
         yield
     except Exception as err:  # every engine has classes of its own
         raise EngineError(f'{engine} cannot run {path}: {_diagnosis(path, err)}') from err
@@ -62,6 +70,43 @@ def _diagnosis(path: Path, err: Exception) -> str:
     except Exception as missing:  # onnx has several classes for it
         return f'the file with its weights is missing or damaged: {_line(missing)}'
     return _line(err)
+
+
+#: Readers for which infinity is a limit or a mask, and no damage.
+_MASKED = ('Clip', 'Expand', 'Max', 'Min', 'Pad', 'Where')
+
+
+def _check_finite(path: Path) -> None:
+    """Checks the stored numbers of an ONNX file; engines round NaN to 0 and go on.
+
+    Raises:
+        ValueError: If a tensor has NaN, or infinity other than as a limit or a mask; names the
+            tensor and the layer that reads it.
+    """
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    readers = {i: node for node in reversed(graph.node) for i in node.input}
+    stored = {i.name: i for i in graph.initializer}
+    stored.update(
+        (n.output[0], n.attribute[0].t)
+        for n in graph.node
+        if n.op_type == 'Constant' and n.attribute[0].name == 'value'
+    )
+    for name, tensor in stored.items():
+        if name not in readers or tensor.data_type not in _FLOATS:
+            continue
+        value, layer = onnx.numpy_helper.to_array(tensor).astype(np.float64), readers[name]
+        wrong = value[~np.isfinite(value)]
+        masks = layer.op_type in _MASKED or layer.op_type == 'Add' and not np.any(wrong > 0)
+        if wrong.size and (np.isnan(wrong).any() or not masks):
+            while layer.op_type in _ON_THE_WAY and layer.output[0] in readers:
+                layer = readers[layer.output[0]]
+            raise ValueError(
+                f'{wrong.size} of the {value.size} numbers of tensor {name!r}, which layer '
+                f'{layer.name or layer.output[0]!r} ({layer.op_type}) reads, are NaN or infinite: '
+                'mend the checkpoint, and export again'
+            )
 
 
 def _line(err: Exception) -> str:

@@ -233,10 +233,10 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
         Tensors by input name, of one sample, as :func:`random_input` draws them.
     """
     rng = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def draw(name: str, *shape: int) -> None:
-        found[name] = random_input(name, (1, *shape), rng)
+        inputs[name] = random_input(name, (1, *shape), rng)
 
     view = getattr(detector, 'view_transform', None)
     if view is not None:
@@ -244,13 +244,9 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
         draw('img', num_cams, 3, *size)
         if hasattr(view, 'dtransform'):
             draw('depth', num_cams, 1, *size)
-        bev = tuple(int(n) for n in view.nx[:2])
-        draw('feat_in', view.C, *bev)
-        channels, half = view.C, not isinstance(view.downsample, nn.Identity)
-        if half:
-            convs = [m for m in view.downsample.modules() if isinstance(m, nn.Conv2d)]
-            channels, bev = convs[-1].out_channels, tuple(n // 2 for n in bev)
-        draw('camera', channels, *bev)
+        x, y, z = (int(n) for n in view.nx)
+        draw('feat_in', view.C * z, x, y)
+        draw('camera', *_output_shape(view.downsample, inputs['feat_in'])[1:])
     encoder = getattr(detector, 'pts_middle_encoder', None)
     if encoder is not None:
         draw('lidar', *_lidar_shape(encoder)[1:])
@@ -258,7 +254,21 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
     if head is not None:
         cells = [n // head.test_cfg['out_size_factor'] for n in head.test_cfg['grid_size'][:2]]
         draw('middle', head.in_channels, *cells)
-    return found
+    return inputs
+
+
+@torch.no_grad()
+def _output_shape(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Shape of a module's float output, by running it in eval mode on its device."""
+    device = next((p.device for p in module.parameters()), x.device)
+    modes = {m: m.training for m in module.modules()}
+    try:
+        module.eval()
+        with set_mode(module, 'float'):
+            return tuple(module(x.to(device)).shape)
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 @torch.no_grad()

@@ -82,6 +82,10 @@ def fold_shapes(model: onnx.ModelProto) -> None:
                 if value.size > _SHAPE_SIZE:
                     kept.append(node)
                     continue
+                if not value.size:  # stays a node: OpenVINO refuses constants without elements
+                    values[node.output[0]] = value
+                    kept.append(node)
+                    continue
                 folded[node.output[0]] = value
             else:
                 kept.append(node)

@@ -15,7 +15,7 @@ from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
 from mmdet3d_quant.export.manifest import MANIFEST, describe_graph, describe_scales
-from mmdet3d_quant.export.onnx import ExportError, export_onnx
+from mmdet3d_quant.export.onnx import ExportError, export_onnx, kept_batch_norms, uncompiled
 from mmdet3d_quant.export.targets import DEFAULT, target_of
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files.outputs import sha256, whole_folder
@@ -67,9 +67,8 @@ def export_suite(
         UncalibratedError: If a quantizer of a cut has no range.
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
-    cuts = bevfusion_cuts(detector, inputs, target)
     detector = uncompiled(detector)
-    cuts = bevfusion_cuts(detector, inputs)
+    cuts = bevfusion_cuts(detector, inputs, target)
     wants = target_of(target)
     encoder = getattr(detector, 'pts_middle_encoder', None) if wants.libspconv else None
     stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])

@@ -10,7 +10,8 @@ from mmdet3d_quant import calibrate
 from mmdet3d_quant.check.verify import sqnr
 from mmdet3d_quant.engines import ONNXRuntime, OpenVINO, make_engine, race
 from mmdet3d_quant.engines.files import EngineError
-from mmdet3d_quant.engines.openvino.graph import overflows, prepare
+from mmdet3d_quant.engines.openvino.floats import overflows
+from mmdet3d_quant.engines.openvino.graph import prepare
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d
 from mmdet3d_quant.models.resnet import QuantBottleneck
@@ -207,6 +208,58 @@ def test_a_file_that_cannot_be_run_says_why(work, tmp_path, engine, harm, messag
     with pytest.raises(EngineError, match=message) as info:
         make_engine(engine, path)
     assert 'bad.onnx' in str(info.value)
+
+
+@pytest.mark.parametrize('engine', ['openvino', 'onnxruntime', 'onnxruntime:default'])
+@pytest.mark.parametrize('wrong', [np.nan, np.inf])
+@pytest.mark.parametrize('what', ['bias', 'scale'])
+def test_numbers_that_are_not_finite_are_named_with_their_layer(
+    work, tmp_path, engine, wrong, what
+):
+    model = onnx.load(work[0])
+    layer = next(n for n in model.graph.node if n.op_type == 'Conv' and 'last' in n.name)
+    reader = next(n for n in model.graph.node if n.output[0] == layer.input[1])
+    name = layer.input[2] if what == 'bias' else reader.input[1]
+    tensors = {i.name: i for i in model.graph.initializer}
+    tensors.update((n.output[0], n.attribute[0].t) for n in model.graph.node if not n.input)
+    tensor = tensors[name]
+    value = onnx.numpy_helper.to_array(tensor).copy()
+    value.flat[3] = wrong
+    tensor.CopyFrom(onnx.numpy_helper.from_array(value, name))
+    onnx.save(model, tmp_path / 'bad.onnx')
+    with pytest.raises(EngineError, match='1 of the 8 numbers of tensor') as info:
+        make_engine(engine, tmp_path / 'bad.onnx')
+    assert name in str(info.value) and layer.name in str(info.value)
+
+
+def test_a_mask_of_minus_infinity_is_run(tmp_path):
+    mask = np.float32([0, -np.inf, 0, 0])
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node('Add', ['x', 'mask'], ['a']),
+            onnx.helper.make_node('Softmax', ['a'], ['y']),
+        ],
+        'masked',
+        [info('x', onnx.TensorProto.FLOAT, [1, 4])],
+        [info('y', onnx.TensorProto.FLOAT, [1, 4])],
+        [onnx.numpy_helper.from_array(mask, 'mask')],
+    )
+    opset = onnx.helper.make_opsetid('', 17)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / 'm.onnx'
+    )
+    for engine in ('openvino', 'onnxruntime'):
+        y = make_engine(engine, tmp_path / 'm.onnx')({'x': np.zeros((1, 4), np.float32)})['y']
+        np.testing.assert_allclose(y, [[1 / 3, 0, 1 / 3, 1 / 3]], 1e-5, 1e-6)
+
+
+def test_onnxruntime_runs_with_its_default_optimisations_too(work):
+    path, inputs = work
+    plain, fused = make_engine('onnxruntime', path), make_engine('onnxruntime:default', path)
+    assert sqnr(plain(inputs)['y'], fused(inputs)['y']) > 55
+    options = [e._session.get_session_options().graph_optimization_level for e in (plain, fused)]
+    assert options[0] != options[1]
 
 
 def test_inputs_that_do_not_fit_are_named(work):

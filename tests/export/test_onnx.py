@@ -13,7 +13,7 @@ from mmdet3d_quant import UncalibratedError, calibrate, fold_bn, quantizers, set
 from mmdet3d_quant.check.verify import sqnr
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
-from mmdet3d_quant.engines.openvino.graph import overflows
+from mmdet3d_quant.engines.openvino.floats import overflows
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
 
@@ -196,3 +196,25 @@ def test_sqnr():
     assert sqnr(signal, signal + [0.5, 0]) == pytest.approx(20.0)
     assert np.isnan(sqnr(signal, [np.nan, 1])) and np.isnan(sqnr(signal, [np.inf, 1]))
     assert sqnr([0.0], [1.0]) == -np.inf
+
+
+@pytest.mark.parametrize('engine', [ONNXRuntime, OpenVINO])
+def test_a_swin_stage_within_one_window_is_run(tmp_path, engine):
+    """Its shifted windows slice nothing, whose indices have no elements."""
+    swin = MODELS.build(
+        dict(
+            type='mmdet.SwinTransformer',
+            embed_dims=4,
+            depths=(2, 2),
+            num_heads=(1, 1),
+            strides=(4, 2),
+            out_indices=(1,),
+        )
+    )
+    swin.eval()
+    x = torch.randn(1, 3, 32, 56, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / 'swin.onnx'
+    export_onnx(swin, [x], path, ['x'], ['y'], quantized=False)
+    with torch.no_grad():
+        expected = swin(x)[0]
+    assert sqnr(expected, engine(path)({'x': x.numpy()})['y']) > 90

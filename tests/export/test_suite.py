@@ -12,6 +12,7 @@ from mmdet3d_quant.check.verify import run_torch, sqnr
 from mmdet3d_quant.core.compat import removesuffix
 from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.models.view_transform import QuantLSSTransform
 from mmdet3d_quant.runs import from_config as fc
 from tests.export.detectors import exported, files_with_swin, small_detector
 from tests.small import ROOT
@@ -140,6 +141,30 @@ def test_generated_inputs_have_the_shapes_of_real_ones(small):
     calibrate(model, [small[1]], 'max')
     real, generated = capture_inputs(model, small[1]), generate_inputs(model)
     assert {k: v.shape for k, v in real.items()} == {k: v.shape for k, v in generated.items()}
+
+
+@pytest.mark.parametrize('cells', [(17, 22), (20, 15)])
+@pytest.mark.parametrize('downsample', [1, 2])
+def test_generated_maps_have_odd_sizes_where_the_model_has(cells, downsample):
+    heights = 1 if downsample == 2 else 2
+    view = QuantLSSTransform(
+        8, 4, [33, 65], [5, 9], [0, cells[0], 1], [0, cells[1], 1], [0, heights, 1], [1, 5, 1],
+        downsample=downsample,
+    )  # fmt: skip
+    detector = nn.Module()
+    detector.view_transform = view
+    training = view.training
+    inputs = generate_inputs(detector, num_cams=2)
+    assert view.training == training
+    view.eval()
+    with set_mode(view, 'float'), torch.no_grad():
+        context, depth = view.lift(torch.zeros(1, 2, 8, 5, 9))
+        pooled = view.splat(view.frustum.expand(1, 2, *view.frustum.shape), context, depth)
+        made = view.downsample(inputs['feat_in'])
+    assert inputs['feat_in'].shape == (1, 4 * heights, *cells)
+    assert pooled.shape == inputs['feat_in'].shape
+    assert inputs['camera'].shape == made.shape
+    assert inputs['img'].shape == (1, 2, 3, 33, 65)
 
 
 def test_a_batch_of_two_is_refused(small):

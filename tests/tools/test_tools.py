@@ -17,7 +17,7 @@ from mmdet3d_quant import UncalibratedError, quantizers, ties
 from mmdet3d_quant.calibration.histogram import NonFiniteError
 from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.data.samples import make_frame
-from mmdet3d_quant.engines.openvino.graph import overflows
+from mmdet3d_quant.engines.openvino.floats import overflows
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT, save_float, small_config

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
 from mmdet3d_quant.engines.openvino.graph import prepare
@@ -30,6 +31,8 @@ class OpenVINO:
         core = ov.Core()
         with reading(path, 'OpenVINO'):
             model = core.read_model(str(path))
+            # Two outputs that become one tensor would lose a name.
+            self._names = [output.get_names() for output in model.outputs]
             if Path(path).suffix != '.xml':  # OpenVINO's own runs as it is
                 prepare(model)
             self._compiled = core.compile_model(
@@ -53,7 +56,8 @@ class OpenVINO:
         """Runs the graph once."""
         check_inputs(inputs, self.input_shapes)
         results = self._compiled(inputs)
-        return {n: np.array(results[out]) for out in self._compiled.outputs for n in out.names}
+        named = strict_zip(self._compiled.outputs, self._names)
+        return {n: np.array(results[out]) for out, names in named for n in names}
 
     @property
     def input_names(self) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.formats import INT8
+from mmdet3d_quant.engines.openvino.floats import keep_real
 from mmdet3d_quant.engines.openvino.nodes import (
     is_constant,
     is_rounder,
@@ -23,9 +24,6 @@ from mmdet3d_quant.engines.openvino.nodes import (
     source,
     value,
 )
-
-#: Levels of a FakeQuantize that is as fine as float32 itself.
-_FLOAT_LEVELS = 2**24
 
 
 def fuse_adds(model: Any) -> None:
@@ -40,8 +38,6 @@ def fuse_adds(model: Any) -> None:
     Args:
         model: An ``openvino.Model``, changed in place.
     """
-    opset13 = operators()
-
     for add in model.get_ordered_ops():
         if add.get_type_name() != 'Add':
             continue
@@ -51,9 +47,9 @@ def fuse_adds(model: Any) -> None:
                 continue
             layer = _layer(output)
             if layer is not None:
-                limit = np.float32(layer.limit())
-                same = opset13.fake_quantize(output, -limit, limit, -limit, limit, _FLOAT_LEVELS)
-                add.input(i).replace_source_output(same.output(0))
+                limit = layer.limit()
+                if limit > 0:
+                    add.input(i).replace_source_output(keep_real(output, -limit, limit))
                 break
 
 
@@ -84,7 +80,7 @@ class _Layer:
         node: The convolution.
         largest: Upper bound of the absolute input values.
         weights: Its weights, dequantized, (out, in, kH, kW).
-        bias: (1, out, 1, 1), or None.
+        bias: Added afterwards, broadcast as numpy does, (1, out or 1, ...); or None.
     """
 
     node: Any
@@ -136,7 +132,10 @@ class _Layer:
         )
         name = f'{self.node.get_friendly_name()}/{channels.start}..{channels.stop - 1}'
         made.set_friendly_name(name)
-        return made if self.bias is None else opset13.add(made, self.bias[:, channels].copy())
+        if self.bias is None:
+            return made
+        bias = self.bias if self.bias.shape[1] == 1 else self.bias[:, channels]
+        return opset13.add(made, bias.copy())
 
 
 def _layer(output: Any) -> _Layer | None:
@@ -153,13 +152,19 @@ def _layer(output: Any) -> _Layer | None:
             data = data.get_node().input(0).get_source_output()
         if shaped.get_partial_shape().is_dynamic or not is_constant(data):
             return None
-        bias, node = value(data).reshape(tuple(shaped.get_shape())), source(node)
+        shape, rank = tuple(shaped.get_shape()), len(output.get_partial_shape())
+        bias = value(data).reshape((1,) * (rank - len(shape)) + shape)
+        node = source(node)
     if node.get_type_name() != 'Convolution':
         return None
     largest, weights = _largest(source(node)), node.input(1).get_source_output()
     if largest is None or not is_constant(weights):
         return None
-    return _Layer(node, largest, value(weights), bias)
+    layer = _Layer(node, largest, value(weights), bias)
+    fits = (
+        bias is None or bias.ndim == layer.weights.ndim and bias.shape[1] in (1, len(layer.weights))
+    )
+    return layer if fits else None
 
 
 def _largest(node: Any) -> float | None:

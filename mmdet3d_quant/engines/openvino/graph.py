@@ -9,25 +9,28 @@ nothing overflows, and rounding is put where OpenVINO fuses it into the layer be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from mmdet3d_quant.core.formats import INT8, UINT8
+from mmdet3d_quant.engines.openvino.floats import (
+    keep_layers_float,
+    part_averages,
+    part_mixed,
+)
 from mmdet3d_quant.engines.openvino.fusion import fuse_adds, split_convolutions
 from mmdet3d_quant.engines.openvino.nodes import (
-    is_constant,
+    identity,
     is_rounder,
     make_rounder,
     operators,
     range_of,
     replace,
     rounders,
+    rounders_before,
     single,
     source,
-    value,
 )
 
 #: Operators with non-negative outputs, and those with non-negative outputs for such inputs. These
@@ -46,9 +49,10 @@ def prepare(model: Any) -> None:
     _share_equal(model)
     _round_once(model)
     _round_before_pooling(model)
+    part_averages(model)
     _make_unsigned(model)
-    if overflows():
-        _keep_signed_float(model)
+    part_mixed(model)
+    keep_layers_float(model)
     fuse_adds(model)
     split_convolutions(model)
     model.validate_nodes_and_infer_types()
@@ -64,27 +68,43 @@ def _join_pairs(model: Any) -> None:
     """
     opset13 = operators()
 
-    for multiply in model.get_ops():
-        if multiply.get_type_name() != 'Multiply':
-            continue
-        node = source(multiply)
-        while node is not None and node.get_type_name() in ('Subtract', 'Convert'):
-            node = source(node)
-        if node is None or node.get_type_name() != 'FakeQuantize':
+    for multiply in model.get_ordered_ops():
+        node = _quantizer_of(multiply)
+        if node is None:
             continue
         data, low, high = (node.input(i).get_source_output() for i in range(3))
-        if data.get_node().get_type_name() == 'Constant':
-            continue  # a weight
         joined = opset13.fake_quantize(data, low, high, low, high, node.get_attributes()['levels'])
         joined.set_friendly_name(multiply.get_friendly_name())
         replace(multiply, joined)
+
+
+def _quantizer_of(multiply: Any) -> Any:
+    """The FakeQuantize onto integers that a Multiply takes back to real numbers, or None."""
+    if multiply.get_type_name() != 'Multiply':
+        return None
+    scale, node, integers = single(multiply, 1), source(multiply), False
+    zero: float | None = 0.0
+    if node.get_type_name() == 'Subtract':
+        zero, node = single(node, 1), source(node)
+    while node is not None and node.get_type_name() == 'Convert':
+        node, integers = source(node), True
+    if not integers or node is None or node.get_type_name() != 'FakeQuantize':
+        return None  # a product of other tensors
+    ends = [end for end in (single(node, i) for i in range(1, 5)) if end is not None]
+    if source(node).get_type_name() == 'Constant' or len(ends) < 4:
+        return None  # a weight, or a range per channel
+    if scale is None or zero is None:
+        return None
+    back = [(end - zero) * scale for end in ends[2:]]
+    return node if np.allclose(back, ends[:2], 1e-6, 0) else None
 
 
 def _round_before_pooling(model: Any) -> None:
     """Moves a rounder from behind a max pooling before it; the two commute."""
     for node in rounders(model):
         pool = source(node)
-        if pool.get_type_name() != 'MaxPool' or len(pool.output(0).get_target_inputs()) > 1:
+        readers = [target for output in pool.outputs() for target in output.get_target_inputs()]
+        if pool.get_type_name() != 'MaxPool' or len(readers) > 1:
             continue
         low, high = range_of(node)
         inner = make_rounder(pool.input(0).get_source_output(), low, high, node)
@@ -97,7 +117,7 @@ def _share_equal(model: Any) -> None:
     first: dict[tuple, Any] = {}
     for node in rounders(model):
         data = node.input(0).get_source_output()
-        key = (data.get_node().get_friendly_name(), data.get_index(), range_of(node))
+        key = (identity(data.get_node()), data.get_index(), range_of(node))
         if key in first:
             replace(node, first[key])
         else:
@@ -116,62 +136,35 @@ def _round_once(model: Any) -> None:
 
 
 def _make_unsigned(model: Any) -> None:
-    """Moves the rounders of non-negative tensors to 0..127 of an unsigned grid of equal steps."""
+    """Moves the rounders of non-negative tensors to 0..127 of an unsigned grid of equal steps.
+
+    A tensor that holds integers already stays: OpenVINO would round the bound of the clamp to one
+    of them. So does a tensor that is joined with signed ones; see :func:`part_mixed`.
+    """
     opset13 = operators()
 
+    chosen = {}
     for node in rounders(model):
-        low, high = range_of(node)
         data = node.input(0).get_source_output()
-        if low >= 0 or not _never_negative(data):
-            continue
+        held = any(True for _ in rounders_before(data.get_node()))
+        if range_of(node)[0] < 0 and not held and _never_negative(data):
+            chosen[identity(node)] = node
+    joins = [list(rounders_before(n)) for n in model.get_ops() if n.get_type_name() == 'Concat']
+    count = -1
+    while count != len(chosen):  # until no join takes another one out
+        count = len(chosen)
+        for members in joins:
+            if any(range_of(n)[0] < 0 and identity(n) not in chosen for n in members):
+                for node in members:
+                    chosen.pop(identity(node), None)
+    for node in chosen.values():
+        high = range_of(node)[1]
+        data = node.input(0).get_source_output()
         rectifier = data.get_node()
         if rectifier.get_type_name() == 'Relu' and len(data.get_target_inputs()) == 1:
             data = rectifier.input(0).get_source_output()  # the clamp below rectifies, too
         limited = opset13.clamp(data, 0.0, high)
         replace(node, make_rounder(limited.output(0), 0.0, UINT8.qmax * (high / INT8.qmax), node))
-
-
-def _keep_signed_float(model: Any) -> None:
-    """Dequantizes the weights of layers that read signed activations, so that they run in float."""
-    opset13 = operators()
-
-    for node in rounders(model):
-        if range_of(node)[0] >= 0:
-            continue
-        for reader in _layers_after(node):
-            weights = reader.input(1).get_source_output()
-            if weights.get_node().get_type_name() != 'Constant' and is_constant(weights):
-                reader.input(1).replace_source_output(opset13.constant(value(weights)).output(0))
-
-
-def _layers_after(node: Any) -> Iterator[Any]:
-    """Yields the layers with weights that read a node, directly or through concat and pooling."""
-    for target in node.output(0).get_target_inputs():
-        kind = target.get_node().get_type_name()
-        if kind in ('Convolution', 'ConvolutionBackpropData', 'MatMul'):
-            yield target.get_node()
-        elif kind in ('Concat', 'MaxPool'):
-            yield from _layers_after(target.get_node())
-
-
-@lru_cache(maxsize=None)
-def overflows() -> bool:
-    """True if 16-bit sums of INT8 products saturate on this CPU; tested on one convolution."""
-    import openvino as ov
-
-    opset13 = operators()
-
-    ends, ones = np.float32(-128), np.float32(127)
-    x = opset13.parameter([1, 64, 8, 8], np.float32)
-    rounded = opset13.fake_quantize(x, ends, ones, ends, ones, 256)
-    integers = opset13.constant(np.full((64, 64, 1, 1), 127, np.int8))
-    weights = opset13.multiply(opset13.convert(integers, np.float32), np.float32(1))
-    y = opset13.convolution(rounded, weights, [1, 1], [0, 0], [0, 0], [1, 1])
-    compiled = ov.compile_model(
-        ov.Model([y], [x]), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': 1}
-    )
-    sums = compiled(np.full((1, 64, 8, 8), 127, np.float32))[0]
-    return bool(np.abs(sums / (64 * 127 * 127) - 1).max() > 1e-3)
 
 
 def _never_negative(output: Any) -> bool:

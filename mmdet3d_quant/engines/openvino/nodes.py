@@ -20,22 +20,19 @@ def operators() -> Any:
     return opset13
 
 
+def identity(node: Any) -> int:
+    """Number that no other node has; names can be shared, and ``==`` makes a node."""
+    return node.get_instance_id()
+
+
 def source(node: Any) -> Any:
     """Producer of a node's first input; None for a node without inputs."""
     return node.input(0).get_source_output().get_node() if node.inputs() else None
 
 
-def _readers(node: Any) -> Any:
-    return node.output(0).get_target_inputs()
-
-
 def replace(node: Any, other: Any) -> None:
-    """Redirects all readers of a node's output to another node; results keep their names."""
-    names = node.output(0).get_names()
-    if any(reader.get_node().get_type_name() == 'Result' for reader in _readers(node)):
-        node.output(0).set_names(set())  # OpenVINO before 2025 does not carry them along
-        other.output(0).add_names(names)
-    for reader in _readers(node):
+    """Redirects all readers of a node's output to another node; names do not move along."""
+    for reader in node.output(0).get_target_inputs():
         reader.replace_source_output(other.output(0))
 
 
@@ -46,8 +43,8 @@ def is_constant(output: Any) -> bool:
         node = waiting.pop()
         if node.get_type_name() == 'Parameter':
             return False
-        if node.get_friendly_name() not in seen:
-            seen.add(node.get_friendly_name())
+        if identity(node) not in seen:
+            seen.add(identity(node))
             waiting += [i.get_source_output().get_node() for i in node.inputs()]
     return True
 
@@ -57,6 +54,34 @@ def value(output: Any) -> np.ndarray:
     import openvino as ov
 
     return ov.compile_model(ov.Model([output], []), 'CPU')([])[0]
+
+
+#: Operators that OpenVINO runs on the integers of a rounded tensor.
+_KEEPING = (
+    'AvgPool', 'Clamp', 'Concat', 'Interpolate', 'MaxPool', 'Pad', 'Relu', 'Reshape', 'Slice',
+    'Split', 'Squeeze', 'StridedSlice', 'Transpose', 'Unsqueeze', 'VariadicSplit',
+)  # yapf: disable  # fmt: skip
+
+
+def data_inputs(node: Any) -> Any:
+    """Inputs of an operator that keeps integers, without sizes and axes."""
+    if node.get_type_name() not in _KEEPING:
+        return []
+    return node.inputs() if node.get_type_name() == 'Concat' else node.inputs()[:1]
+
+
+def rounders_before(node: Any) -> Iterator[Any]:
+    """Yields the rounders whose integers a node holds: itself, or through operators before it."""
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if identity(node) in seen:
+            continue
+        seen.add(identity(node))
+        if is_rounder(node):
+            yield node
+        else:
+            waiting += [i.get_source_output().get_node() for i in data_inputs(node)]
 
 
 def rounders(model: Any) -> Iterator[Any]:
@@ -86,6 +111,8 @@ def range_of(node: Any) -> tuple[float, float]:
 def single(node: Any, index: int) -> float | None:
     """Value of a scalar constant input; None if it is computed or has several elements."""
     constant = node.input(index).get_source_output().get_node()
+    while constant.get_type_name() == 'Convert':
+        constant = source(constant)
     if constant.get_type_name() != 'Constant' or constant.data.size != 1:
         return None
     return float(constant.data.reshape(()))
