@@ -85,14 +85,14 @@ def make_targets(
             layer = slice(start, start + num_proposals)
             boxes = decoded[i]['bboxes'][layer]
             if isinstance(assigner, HeuristicAssigner3D):
-                found = assigner.assign(
+                assignment = assigner.assign(
                     boxes, gt_bboxes, None, gt_labels, outputs['query_labels'][i]
                 )
             else:
                 scores = logits[i : i + 1, :, layer]
-                found = assigner.assign(boxes, gt_bboxes, gt_labels, scores, train_cfg)
-            assigned.append(found.gt_inds)
-            ious.append(found.max_overlaps)
+                assignment = assigner.assign(boxes, gt_bboxes, gt_labels, scores, train_cfg)
+            assigned.append(assignment.gt_inds)
+            ious.append(assignment.max_overlaps)
         index = torch.cat(assigned)
         positive = index > 0
         if positive.any():
