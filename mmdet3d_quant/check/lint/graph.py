@@ -106,14 +106,14 @@ class Graph:
         """Shapes as far as they are known; -1 for a dimension that is not."""
         inferred = onnx.shape_inference.infer_shapes(self._model, data_prop=True).graph
         values = [*inferred.value_info, *inferred.input, *inferred.output]
-        found = {
+        known = {
             v.name: [d.dim_value if d.HasField('dim_value') else -1 for d in t.shape.dim]
             for v in values
             for t in (v.type.tensor_type,)
             if t.HasField('shape')
         }
-        found.update((name, list(i.dims)) for name, i in self._initializers.items())
-        return found
+        known.update((name, list(i.dims)) for name, i in self._initializers.items())
+        return known
 
     def pair(self, tensor: str) -> Pair | None:
         """How a tensor was quantized, if a DequantizeLinear makes it."""
