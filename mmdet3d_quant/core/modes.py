@@ -104,14 +104,14 @@ def keep_float(model: nn.Module, skip: str | Iterable[str] | Mapping[str, str]) 
     Raises:
         ValueError: If a pattern matches no quantizer.
     """
-    found = quantizers(model)
+    by_name = quantizers(model)
     for pattern, reason in as_reasons(skip).items():
-        names = select(found, pattern)
+        names = select(by_name, pattern)
         if not names:
-            some = ', '.join(dict.fromkeys(n.rpartition('.')[0] for n in found)) or 'none'
+            some = ', '.join(dict.fromkeys(n.rpartition('.')[0] for n in by_name)) or 'none'
             raise ValueError(
                 f'skip pattern {pattern!r} matches no quantized layer of '
                 f'{type(model).__name__}; its quantized layers are: {some}'
             )
         for name in names:
-            found[name].keep_float(reason)
+            by_name[name].keep_float(reason)

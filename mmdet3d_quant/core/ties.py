@@ -72,10 +72,10 @@ def ties(model: nn.Module) -> list[tuple[str, ...]]:
 
 def unequal_ties(model: nn.Module) -> list[tuple[str, ...]]:
     """Groups whose members are calibrated but do not have one and the same range."""
-    found = quantizers(model)
+    by_name = quantizers(model)
     broken = []
     for group in ties(model):
-        ranges = [q.amax for q in (found[n] for n in group) if q.amax is not None]
+        ranges = [q.amax for q in (by_name[n] for n in group) if q.amax is not None]
         if any(not r.equal(ranges[0]) for r in ranges[1:]):
             broken.append(group)
     return broken
