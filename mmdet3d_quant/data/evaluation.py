@@ -197,20 +197,23 @@ def _match(evaluation: NuScenesEval) -> dict[str, list[Matches]]:
     result: dict[str, list[Matches]] = {}
     for name in evaluation.cfg.class_names:
         truth = {t: [b for b in evaluation.gt_boxes[t] if b.detection_name == name] for t in tokens}
-        found = [b for b in evaluation.pred_boxes.all if b.detection_name == name]
+        detections = [b for b in evaluation.pred_boxes.all if b.detection_name == name]
         # The devkit's order, ties included.
-        order = sorted(range(len(found)), key=lambda i: (found[i].detection_score, i))[::-1]
-        found = [found[i] for i in order]
-        distance = [
-            np.array([center_distance(t, box) for t in truth[box.sample_token]]) for box in found
+        order = sorted(range(len(detections)), key=lambda i: (detections[i].detection_score, i))[
+            ::-1
         ]
-        sample = np.array([row[box.sample_token] for box in found], dtype=np.int64)
+        detections = [detections[i] for i in order]
+        distance = [
+            np.array([center_distance(t, box) for t in truth[box.sample_token]])
+            for box in detections
+        ]
+        sample = np.array([row[box.sample_token] for box in detections], dtype=np.int64)
         positives = np.array([len(truth[t]) for t in tokens])
         result[name] = []
         for threshold in evaluation.cfg.dist_ths:
             free = {t: np.ones(len(truth[t]), dtype=bool) for t in tokens}
-            hit = np.zeros(len(found), dtype=bool)
-            for i, (box, far) in enumerate(strict_zip(found, distance)):
+            hit = np.zeros(len(detections), dtype=bool)
+            for i, (box, far) in enumerate(strict_zip(detections, distance)):
                 far = np.where(free[box.sample_token], far, np.inf)
                 if len(far) and far.min() < threshold:
                     hit[i] = True

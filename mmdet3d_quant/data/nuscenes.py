@@ -120,14 +120,14 @@ def _version(root: Path, version: str | None) -> str:
             f'{root} does not exist; get nuScenes, or make a data set with '
             f'tools/make_synthetic_nuscenes.py --out {root}'
         )
-    found = sorted(p.name for p in root.glob('v1.0-*') if p.is_dir())
-    if version is None and len(found) == 1:
-        return found[0]
-    if version in found:
+    versions = sorted(p.name for p in root.glob('v1.0-*') if p.is_dir())
+    if version is None and len(versions) == 1:
+        return versions[0]
+    if version in versions:
         return version
     wanted = f'{version} is not among its versions' if version else 'has not one version'
     raise DatasetError(
-        f'{root}: {wanted}, found {", ".join(found) or "no folder v1.0-*"}; choose another '
+        f'{root}: {wanted}, found {", ".join(versions) or "no folder v1.0-*"}; choose another '
         'data_root or version'
     )
 
@@ -243,9 +243,11 @@ def _check_infos(
 ) -> list[dict[str, Any]]:
     path = root / name
     infos = read_infos(path)
-    found = infos['metainfo'].get('version')
-    if found != version:
-        raise DatasetError(f'info file {path} is of {found}, the tables of {version}; {_CONVERT}')
+    infos_version = infos['metainfo'].get('version')
+    if infos_version != version:
+        raise DatasetError(
+            f'info file {path} is of {infos_version}, the tables of {version}; {_CONVERT}'
+        )
     frames = infos['data_list']
     strange = [] if samples is None else [f['token'] for f in frames if f['token'] not in samples]
     if strange:
