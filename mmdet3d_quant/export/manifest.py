@@ -52,10 +52,10 @@ def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[di
         Entries with ``scale`` (step size), ``amax``, ``dtype`` and the names of the
         ``quantizers``, in the order of the model.
     """
-    found = {n: q for n, q in quantizers(model).items() if q.calibrated and q.spec.axis is None}
+    ranged = {n: q for n, q in quantizers(model).items() if q.calibrated and q.spec.axis is None}
     group_of = {name: group for group in ties(model) for name in group}
-    groups = dict.fromkeys(group_of.get(name, (name,)) for name in found)
-    return [_describe_scale(found[g[0]], list(g), id(found[g[0]]) in unsigned) for g in groups]
+    groups = dict.fromkeys(group_of.get(name, (name,)) for name in ranged)
+    return [_describe_scale(ranged[g[0]], list(g), id(ranged[g[0]]) in unsigned) for g in groups]
 
 
 def _describe_scale(quantizer: Quantizer, names: list[str], unsigned: bool) -> dict[str, Any]:

@@ -41,16 +41,16 @@ class _Walk:
     sets: int = 0
 
     def sparse(self, name: str) -> _Sparse:
-        found = self.tensors[name]
-        if not isinstance(found, _Sparse):
+        known = self.tensors[name]
+        if not isinstance(known, _Sparse):
             raise ScnError(f'tensor {name} is dense, a sparse one is expected')
-        return found
+        return known
 
     def dense(self, name: str) -> Axes:
-        found = self.tensors[name]
-        if isinstance(found, _Sparse):
+        known = self.tensors[name]
+        if isinstance(known, _Sparse):
             raise ScnError(f'tensor {name} is sparse; scatter it first')
-        return found
+        return known
 
 
 def check(program: Program) -> None:
@@ -172,8 +172,8 @@ def _check_reshape(op: Reshape, walk: _Walk) -> Axes:
     return op.dims
 
 
-def _check_precision(*found: str) -> None:
-    odd = [p for p in found if p not in PRECISIONS]
+def _check_precision(*precisions: str) -> None:
+    odd = [p for p in precisions if p not in PRECISIONS]
     if odd:
         raise ScnError(f'precision {odd[0]!r}; expected one of {", ".join(PRECISIONS)}')
 

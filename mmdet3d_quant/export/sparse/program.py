@@ -167,26 +167,26 @@ class Program:
 
     def readers(self, tensor: str) -> list[Op]:
         """Operators that read a tensor, those behind a ReLU included."""
-        found: list[Op] = []
+        readers: list[Op] = []
         for op in self.ops:
             if tensor in op.inputs:
-                found.extend(self.readers(op.output) if isinstance(op, Relu) else [op])
-        return found
+                readers.extend(self.readers(op.output) if isinstance(op, Relu) else [op])
+        return readers
 
     def ranges(self, tensor: str) -> set[float]:
         """Ranges with which INT8 readers read a tensor; libspconv knows one per tensor."""
-        found = set()
+        limits = set()
         for op in self.readers(tensor):
             if isinstance(op, SparseConv) and op.precision == 'int8':
-                found.add(op.input_range)
+                limits.add(op.input_range)
             elif isinstance(op, Add) and op.precision == 'int8':
                 read = [
                     r
                     for r, name in strict_zip(op.ranges, op.inputs)
                     if name == tensor or name in self._rectified(tensor)
                 ]
-                found.update(read)
-        return {r for r in found if r is not None}
+                limits.update(read)
+        return {r for r in limits if r is not None}
 
     def _rectified(self, tensor: str) -> set[str]:
         return {op.output for op in self.ops if isinstance(op, Relu) and tensor in op.inputs}
@@ -194,8 +194,8 @@ class Program:
 
 def conflicts(program: Program) -> dict[str, list[float]]:
     """Tensors that INT8 layers read with unequal ranges, and these."""
-    found = {op.output: sorted(program.ranges(op.output)) for op in program.ops}
-    return {tensor: ranges for tensor, ranges in found.items() if len(ranges) > 1}
+    by_tensor = {op.output: sorted(program.ranges(op.output)) for op in program.ops}
+    return {tensor: ranges for tensor, ranges in by_tensor.items() if len(ranges) > 1}
 
 
 def conv_grid(grid: Axes, kernel: Axes, stride: Axes, padding: Axes, dilation: Axes) -> Axes:

@@ -93,9 +93,9 @@ def _refuse_odd(name: str, conv: nn.Module) -> None:
         'an inverse convolution': conv.inverse,
         'a fused activation': 'None' not in str(getattr(conv, 'act_type', 'None')),
     }
-    found = [what for what, is_so in problems.items() if is_so]
-    if found:
-        raise ExportError(f'{name} has what cannot be exported to libspconv: {", ".join(found)}')
+    reasons = [what for what, is_so in problems.items() if is_so]
+    if reasons:
+        raise ExportError(f'{name} has what cannot be exported to libspconv: {", ".join(reasons)}')
 
 
 def _ranges(
