@@ -44,13 +44,13 @@ class _Inert:
 def _array_globals() -> dict[str, Any]:
     """What NumPy's arrays, scalars and types are pickled as, in NumPy 1 and 2."""
     rebuild, scalar = np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    found: dict[str, Any] = {'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
+    by_path: dict[str, Any] = {'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
     for core in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        found[f'{core}._reconstruct'] = rebuild
-        found[f'{core}.scalar'] = scalar
+        by_path[f'{core}._reconstruct'] = rebuild
+        by_path[f'{core}.scalar'] = scalar
     for kind in {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDSU'}:
-        found[f'{kind.__module__}.{kind.__name__}'] = kind
-    return found
+        by_path[f'{kind.__module__}.{kind.__name__}'] = kind
+    return by_path
 
 
 class _Buffer(HistoryBuffer):
