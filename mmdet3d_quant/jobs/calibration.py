@@ -271,9 +271,9 @@ def sensor_of(cfg: Config) -> tuple[float, float]:
     """Reads where the sensor is in the voxel grid, as a share of it along x and y."""
     own = cfg.model.get('data_preprocessor') or {}
     layers = (own.get(key) or {} for key in ('voxelize_cfg', 'voxel_layer'))
-    found = [layer['point_cloud_range'] for layer in layers if 'point_cloud_range' in layer]
-    if not found:
+    ranges = [layer['point_cloud_range'] for layer in layers if 'point_cloud_range' in layer]
+    if not ranges:
         return 0.5, 0.5
-    low, high = found[0][:2], found[0][3:5]
+    low, high = ranges[0][:2], ranges[0][3:5]
     x, y = (-a / (b - a) for a, b in strict_zip(low, high))
     return x, y
