@@ -156,10 +156,10 @@ class DepthLSSTransform(ViewTransform):
             ValueError: If there is not one point cloud per sample.
         """
         if points is None or len(points) != len(img):
-            found = 'none' if points is None else len(points)
+            count = 'none' if points is None else len(points)
             raise ValueError(
                 'DepthLSSTransform needs one LiDAR point cloud per sample for its depth maps: '
-                f'expected {len(img)}, got {found}; LSSTransform works without'
+                f'expected {len(img)}, got {count}; LSSTransform works without'
             )
         depth = self.depth_map(points, lidar2image, img_aug_matrix, lidar_aug_matrix, img.shape[1])
         lifted = self.lift(img, depth)
