@@ -87,7 +87,7 @@ def range_facts(
     """
     histograms = calibration.statistics.histograms
     rows = [
-        _row(order, found, histograms[found.name]) for order, found in enumerate(calibration.ranges)
+        _row(order, entry, histograms[entry.name]) for order, entry in enumerate(calibration.ranges)
     ]
     rows.sort(key=lambda row: math.inf if row['sqnr'] is None else row['sqnr'])
     looks = [
@@ -118,25 +118,25 @@ def _band(band: Band) -> dict[str, Any]:
     )
 
 
-def _row(order: int, found: CalibratedRange, histogram: Histogram) -> dict[str, Any]:
+def _row(order: int, entry: CalibratedRange, histogram: Histogram) -> dict[str, Any]:
     counts, edges = histogram.trimmed()
     width = -(-len(counts) // _BARS)
     padded = np.zeros(-(-len(counts) // width) * width, dtype=np.int64)
     padded[: len(counts)] = counts
-    health = found.health
+    health = entry.health
     return dict(
-        name=found.name,
+        name=entry.name,
         order=order,
-        amax=found.amax,
-        method=found.method,
-        largest=found.largest,
-        share=found.amax / found.largest if found.largest else None,
+        amax=entry.amax,
+        method=entry.method,
+        largest=entry.largest,
+        share=entry.amax / entry.largest if entry.largest else None,
         sqnr=_finite(health.sqnr),
         clipped=health.clipped,
         unsteady=_finite(health.unsteady),
-        num_elements=found.num_elements,
-        num_tensors=found.num_tensors,
-        group=found.group,
+        num_elements=entry.num_elements,
+        num_tensors=entry.num_tensors,
+        group=entry.group,
         flags=list(health.flags),
         histogram=dict(
             counts=padded.reshape(-1, width).sum(1).tolist(), bin_width=float(edges[1]) * width

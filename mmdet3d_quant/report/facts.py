@@ -91,15 +91,15 @@ def calibration_facts(model: Any, calibration: Mapping[str, Any]) -> dict[str, A
         Those, the counts of quantizers, ``groups`` that share a scale, and ``kept_float`` with
         reasons.
     """
-    found = quantizers(model)
-    active = {n: q for n, q in found.items() if q.float_reason is None}
+    by_name = quantizers(model)
+    active = {n: q for n, q in by_name.items() if q.float_reason is None}
     weights = sum(n.endswith('_weight_quantizer') for n in active)
     return dict(
         calibration,
         activation_quantizers=len(active) - weights,
         weight_quantizers=weights,
         groups=[list(group) for group in ties(model)],
-        kept_float={n: q.float_reason for n, q in found.items() if q.float_reason is not None},
+        kept_float={n: q.float_reason for n, q in by_name.items() if q.float_reason is not None},
     )
 
 
@@ -115,16 +115,16 @@ def weight_bytes(model: Any) -> dict[str, int]:
 
 def provenance_facts(cfg: Any, checkpoint: str | Path, command: str) -> dict[str, Any]:
     """Config, checkpoint, versions of packages, command line and machine."""
-    found = provenance(cfg, checkpoint)
-    versions = dict(found['versions'])
+    origin = provenance(cfg, checkpoint)
+    versions = dict(origin['versions'])
     for name in ENGINES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
     return dict(
-        config=found.get('config'),
-        checkpoint=found['source_checkpoint'],
+        config=origin.get('config'),
+        checkpoint=origin['source_checkpoint'],
         command=command,
         versions=versions,
         machine=machine_facts(),

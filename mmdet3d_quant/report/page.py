@@ -94,15 +94,15 @@ def render(
     return template.render({**empty, **facts}, images=images or {}, captions=captions or {})
 
 
-def verdict(name: str, found: Mapping[str, Any]) -> str:
+def verdict(name: str, difference: Mapping[str, Any]) -> str:
     """What a difference in mAP and its interval mean, in words.
 
     Args:
         name: The model that is compared with the float one.
-        found: Of ``facts.difference_facts``; mAP from 0 to 1.
+        difference: Of ``facts.difference_facts``; mAP from 0 to 1.
     """
-    low, high, count = found['low'], found['high'], found['scenery']
-    said = f'{name}: mAP changes by {_points(found["difference"])} points. '
+    low, high, count = difference['low'], difference['high'], difference['scenery']
+    said = f'{name}: mAP changes by {_points(difference["difference"])} points. '
     if count < _FEWEST:
         return said + f'{count} sceneries are too few to tell that from luck.'
     said += (

@@ -84,14 +84,14 @@ def load_frame(
     truth = info['eval_ann_info']  # mmdet3d left out those without points
     boxes = {TRUTH: _corners(truth['gt_bboxes_3d'][truth['gt_labels_3d'] >= 0])}
     for name, samples in detections.items():
-        (found,) = (s for s in samples if s['sample_idx'] == info['sample_idx'])
-        boxes[name] = _corners(_confident(found['pred_instances_3d'], threshold).bboxes_3d)
+        (sample,) = (s for s in samples if s['sample_idx'] == info['sample_idx'])
+        boxes[name] = _corners(_confident(sample['pred_instances_3d'], threshold).bboxes_3d)
     images = {name: Path(camera['img_path']) for name, camera in info['images'].items()}
     return Frame(f'frame {index}', images, matrices, points, boxes)
 
 
-def _confident(found: InstanceData, threshold: float) -> InstanceData:
-    return found[found.scores_3d >= threshold]
+def _confident(instances: InstanceData, threshold: float) -> InstanceData:
+    return instances[instances.scores_3d >= threshold]
 
 
 def _corners(boxes: Any) -> np.ndarray:
