@@ -59,21 +59,21 @@ def _without_classes(cfg: Config) -> Config:
 
     mmengine's Python configs have classes as types; registries find a class by its path, too.
     """
-    found = False
+    has_classes = False
 
     def named(value: Any) -> Any:
-        nonlocal found
+        nonlocal has_classes
         if isinstance(value, dict):
             items = dict(value.items())
             if callable(items.get('type')):
-                found, items['type'] = True, dotted(items['type'])
+                has_classes, items['type'] = True, dotted(items['type'])
             return {key: named(item) for key, item in items.items()}
         return type(value)(map(named, value)) if type(value) in (list, tuple) else value
 
     plain = dict(cfg.items())  # not to_dict(), which hides what is lazy
     own = {k: v for k, v in plain.items() if not callable(v) and not isinstance(v, ModuleType)}
     new = named(own)
-    return Config(new, filename=cfg.filename) if found or len(own) < len(plain) else cfg
+    return Config(new, filename=cfg.filename) if has_classes or len(own) < len(plain) else cfg
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -146,7 +146,7 @@ def check_data(cfg: Config, entries: Sequence[str]) -> None:
     Raises:
         DatasetError: If data are missing, damaged, or without objects to train on.
     """
-    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    folders: dict[tuple[str, str], dict[str, set[str]]] = {}
     for entry in entries:
         dataset = innermost(cfg.get(entry))
         root, infos = (str(dataset.get(key) or '') for key in ('data_root', 'ann_file'))
@@ -159,12 +159,12 @@ def check_data(cfg: Config, entries: Sequence[str]) -> None:
         nuscenes = type_name(dataset.get('type')) == 'NuScenesDataset'
         if nuscenes and type_name(metric) == 'NuScenesMetric' and not entry.startswith('calib'):
             version = (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval')
-            roles = found.setdefault((root, version), dict(all=set(), train=set()))
+            roles = folders.setdefault((root, version), dict(all=set(), train=set()))
             roles['all'].add(infos)
             roles['train'].update([infos] if training else [])
         else:
             _check_one(cfg, entry, Path(root), infos, training)
-    for (root, version), roles in found.items():
+    for (root, version), roles in folders.items():
         small = sum(f.stat().st_size for f in Path(root, version).glob('*.json')) < _SMALL
         check(root, version, sorted(roles['all']), tables=small, training=roles['train'])
 
