@@ -68,8 +68,8 @@ def make_infos(
     """
     root = Path(data_root).resolve()
     spec = importlib.util.find_spec('mmdet3d')
-    found = spec.submodule_search_locations if spec else None
-    home = Path(found[0] if found else 'mmdet3d') / '.mim'
+    locations = spec.submodule_search_locations if spec else None
+    home = Path(locations[0] if locations else 'mmdet3d') / '.mim'
     if not (home / 'tools/dataset_converters/nuscenes_converter.py').is_file():
         raise ConverterError(
             f'{home}/tools/create_data.py is missing: install mmdet3d from a wheel or by mim, '
