@@ -94,14 +94,14 @@ def apply(model: nn.Module, setting: Setting, batches: list) -> None:
     mq.set_mode(model, 'float')
     if not setting.branches:
         return
-    found = mq.quantizers(model)
-    for name, quantizer in found.items():
+    by_name = mq.quantizers(model)
+    for name, quantizer in by_name.items():
         weight = name.endswith('_weight_quantizer')
         bits = setting.weight_bits if weight else setting.activation_bits
         quantizer.spec = replace(quantizer.spec, num_bits=bits)
     mq.calibrate(model, track(batches, f'  calibrating {setting}'), setting.method)
     on = tuple(part for branch in setting.branches for part in BRANCHES[branch])
-    for name, quantizer in found.items():
+    for name, quantizer in by_name.items():
         if not name.startswith(on):
             quantizer.mode = 'float'
         if setting.naive and name.endswith('_weight_quantizer'):

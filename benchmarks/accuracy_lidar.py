@@ -90,11 +90,11 @@ def build(naive: bool) -> nn.Module:
 def calibrated(setting: Setting, batches: list) -> nn.Module:
     """The model of a row."""
     model = build(setting.naive)
-    found = mq.quantizers(model)
-    for quantizer in found.values():
+    by_name = mq.quantizers(model)
+    for quantizer in by_name.values():
         quantizer.spec = replace(quantizer.spec, num_bits=setting.bits)
     mq.calibrate(model, track(batches, f'  calibrating {setting}'), setting.method)
-    for name, quantizer in found.items():
+    for name, quantizer in by_name.items():
         if setting.naive and quantizer.spec.axis is not None:
             quantizer.amax = quantizer.amax.max().expand(quantizer.amax.shape)
         if setting.part != 'all' and name.startswith(LIDAR) != (setting.part == 'LiDAR'):

@@ -90,8 +90,8 @@ def measure(way: str, args: argparse.Namespace) -> dict:
                 out.square().sum().backward()
             times[name].append(time.perf_counter() - start)
         peaks[name] = (peak_memory() - before) / 2**20
-    found = {n: float(np.median(t)) for n, t in times.items()}
-    return dict(seconds=found, peak=peaks, norm=float(out.detach().double().norm()))
+    medians = {n: float(np.median(t)) for n, t in times.items()}
+    return dict(seconds=medians, peak=peaks, norm=float(out.detach().double().norm()))
 
 
 def main() -> None:

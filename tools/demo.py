@@ -104,8 +104,8 @@ def run(args: argparse.Namespace, command: str) -> Path:
     with steps.step('report'):
         told, path = demo.report((FLOAT, ENGINE), args.pictures, args.score_thr)
         console.print(comparison(told))
-        for name, found in told['differences'].items():
-            console.print(verdict(name, found))
+        for name, difference in told['differences'].items():
+            console.print(verdict(name, difference))
         console.print(f'Report: {path}')
     return path
 
