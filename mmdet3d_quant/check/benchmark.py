@@ -49,8 +49,8 @@ def benchmark(
         num_samples: Random samples, without ``inputs``.
         memory: Whether to start processes that measure memory.
         nncf: Adds its variant of the float file.
-        nncf_inputs: What it calibrates on, ``.npz``; by default the inputs.
-        listener: Is told how it goes on.
+        nncf_inputs: Inputs that NNCF calibrates on, ``.npz``; by default ``inputs``.
+        listener: Receives the progress.
 
     Yields:
         Name of the graph, and its variants in the order of the files, NNCF's last.
@@ -157,7 +157,7 @@ def benchmark_facts(results: Results, engine: str, num_threads: int) -> dict[str
 
 
 def _machine() -> dict[str, Any]:
-    """What the numbers were made on."""
+    """Describes the machine, with the versions of the engines."""
     machine: dict[str, Any] = dict(platform=platform.platform())
     for line in (
         Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else ()

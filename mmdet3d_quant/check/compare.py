@@ -18,7 +18,7 @@ SPARSE, RECTIFIED = ('depth',), ('camera', 'lidar', 'feat_in', 'middle')
 
 @dataclass(frozen=True)
 class Variant:
-    """What one file of a graph was measured to be.
+    """Measurements of one file of a graph.
 
     Attributes:
         name: How it is called.

@@ -1,4 +1,4 @@
-"""An ONNX graph as the rules look at it: who makes a tensor, who reads it, how it is quantized."""
+"""An ONNX graph with look-ups for the rules: producer, readers and quantization of a tensor."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Graph:
         return iter(self.nodes)
 
     def name(self, node: NodeProto) -> str:
-        """Its name, or type and position."""
+        """Returns a node's name, or else its type and position."""
         return node.name or f'{node.op_type}#{self._number[id(node)]}'
 
     def of(self, *types: str) -> Iterator[NodeProto]:
@@ -116,7 +116,7 @@ class Graph:
         return known
 
     def pair(self, tensor: str) -> Pair | None:
-        """How a tensor was quantized, if a DequantizeLinear makes it."""
+        """Finds the Q/DQ pair that makes a tensor; None if no DequantizeLinear does."""
         dq = self.producer.get(tensor)
         if dq is None or dq.op_type != 'DequantizeLinear':
             return None
@@ -132,7 +132,7 @@ class Graph:
         return tuple(None if v is None else v.reshape(-1) for v in (scale, zero))  # type: ignore
 
     def weight_pair(self, layer: NodeProto) -> Pair | None:
-        """How the weight of a layer was quantized."""
+        """Finds the Q/DQ pair of a layer's weight."""
         return self.pair(layer.input[1])
 
     def holds_weight(self, pair: Pair) -> bool:

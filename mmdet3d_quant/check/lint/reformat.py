@@ -96,7 +96,7 @@ def _to_int8(graph: Graph, tensor: str) -> bool:
 
 
 def _moves(node: NodeProto) -> bool:
-    """Interpolation makes new values; picking the nearest does not."""
+    """Tells whether a node only moves values; interpolation makes new ones, nearest does not."""
     mode = next((a.s for a in node.attribute if a.name == 'mode'), b'nearest')
     return node.op_type in MOVING and (node.op_type != 'Resize' or mode == b'nearest')
 
