@@ -1,4 +1,4 @@
-"""What Python 3.8, which mmdet3d's installation guide creates, does not have yet."""
+"""Backports for Python 3.8, the version of mmdet3d's installation guide."""
 
 from __future__ import annotations
 
