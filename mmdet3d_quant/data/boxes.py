@@ -29,7 +29,7 @@ def save_boxes(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def load_boxes(path: Path) -> list[dict[str, Any]]:
-    """Reads what :func:`save_boxes` wrote, as ``evaluation.predict`` returns it."""
+    """Reads a file of :func:`save_boxes`, in the form of ``evaluation.predict``."""
     results = []
     for index, boxes, scores, labels in torch.load(path, weights_only=True):
         instances = InstanceData(

@@ -1,4 +1,4 @@
-"""Looks through a nuScenes folder, real or generated, before long work begins on it."""
+"""Checks of a nuScenes folder, real or generated, before long work begins on it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check(
     tables: bool = True,
     training: Collection[str] = (),
 ) -> str:
-    """Makes sure that a nuScenes folder can be trained and scored on.
+    """Checks that a nuScenes folder can be trained and scored on.
 
     Args:
         data_root: Folder with ``v1.0-*``, ``samples`` and the info files.
@@ -133,7 +133,7 @@ def _version(root: Path, version: str | None) -> str:
 
 
 def read_tables(folder: Path) -> Tables:
-    """The 13 tables, each as rows by token.
+    """Reads the 13 tables, each as rows by token.
 
     Raises:
         DatasetError: If one is missing, no JSON, or has rows without a token.
@@ -206,7 +206,7 @@ def _check_scenes(tables: Tables, folder: Path) -> None:
 
 
 def read_infos(path: Path) -> dict[str, Any]:
-    """An info file of mmdet3d: ``metainfo`` and ``data_list``, read without running code.
+    """Reads an info file of mmdet3d, ``metainfo`` and ``data_list``, without running code.
 
     Raises:
         DatasetError: If it is missing, damaged, of another kind or empty.
@@ -225,7 +225,7 @@ def read_infos(path: Path) -> dict[str, Any]:
 
 
 def check_objects(path: Path, frames: Sequence[dict[str, Any]]) -> None:
-    """Makes sure that there is something to train on: the loader draws until it finds an object.
+    """Checks that some frame has an object: mmdet3d's loader draws frames until one has.
 
     Raises:
         DatasetError: If no frame has an object.
@@ -261,7 +261,7 @@ def _check_infos(
 
 
 def _files(root: Path, frame: dict[str, Any]) -> Iterator[Path]:
-    """The files of a key frame, where the stock data set looks for them."""
+    """Yields the files of a key frame, where the stock data set looks for them."""
     yield root / 'samples/LIDAR_TOP' / frame['lidar_points']['lidar_path']
     for channel, image in frame['images'].items():
         yield root / 'samples' / channel / image['img_path']
