@@ -1,4 +1,4 @@
-"""What an exported folder contains, for programs and people that build engines from it."""
+"""Entries of the manifest of an exported folder: its graphs and scales."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = onnx.TensorProto.DataType
 
 
 def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
-    """Inputs and outputs of a graph with shapes and types, opset, and node counts."""
+    """Describes a graph: inputs and outputs with shapes and types, opset, node counts."""
 
     def tensors(values: Any) -> dict[str, Any]:
         return {
@@ -42,7 +42,7 @@ def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[dict[str, Any]]:
-    """Activation scales by tie group, single quantizers included.
+    """Lists the activation scales by tie group, single quantizers included.
 
     Args:
         model: The detector.

@@ -1,4 +1,4 @@
-"""Whether a program is one that libspconv computes as it is meant."""
+"""Check that libspconv computes a program as intended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmdet3d_quant.export.sparse.program import (
 
 @dataclass(frozen=True)
 class _Sparse:
-    """What is known of a sparse tensor: which voxels (a number), their grid, their channels."""
+    """A sparse tensor, as the check sees it: number of its voxel set, grid, channels."""
 
     voxels: int
     grid: Axes
@@ -34,7 +34,7 @@ class _Sparse:
 
 @dataclass
 class _Walk:
-    """What is known of each tensor while a program is checked."""
+    """State of the check: the tensors and rulebooks of the operators so far."""
 
     tensors: dict[str, _Sparse | Axes]
     rulebooks: dict[str, tuple] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class _Walk:
 
 
 def check(program: Program) -> None:
-    """Makes sure that a program is one that libspconv computes as it is meant.
+    """Checks that libspconv computes a program as intended.
 
     Raises:
         ScnError: With the node that is wrong.

@@ -1,4 +1,4 @@
-"""From a file for libspconv, ours or NVIDIA's, back to a program."""
+"""Reading of a file for libspconv, ours or NVIDIA's, as a program."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_program(path: str | Path) -> Program:
 
 
 def from_onnx(model: onnx.ModelProto) -> Program:
-    """The program of a model in memory.
+    """Converts a model in memory to a program.
 
     Raises:
         ScnError: As :func:`read_program`, without the name of the file.
@@ -112,7 +112,7 @@ class _Node:
         self.attributes = {a.name: a for a in node.attribute}
 
     def get(self, name: str, kind: str, default: Any = ScnError) -> Any:
-        """An attribute; ``kind`` is INT, INTS, FLOAT, FLOATS or STRING.
+        """Reads an attribute; ``kind`` is INT, INTS, FLOAT, FLOATS or STRING.
 
         Raises:
             ScnError: If it has another type, or is missing and has no default.
@@ -131,30 +131,30 @@ class _Node:
         return tuple(value) if kind.endswith('S') else value
 
     def axes(self, name: str) -> Axes:
-        """An attribute with three integers."""
+        """Reads an attribute with three integers."""
         values = self.get(name, 'INTS')
         if len(values) != 3:
             raise ScnError(f'attribute {name} has {len(values)} values, expected 3')
         return values
 
     def inputs(self, count: int) -> tuple:
-        """The tensors read."""
+        """Returns the names of the tensors read, checked for their number."""
         if len(self.node.input) != count:
             raise ScnError(f'{len(self.node.input)} inputs, expected {count}')
         return tuple(self.node.input)
 
     def common(self, count: int) -> dict[str, Any]:
-        """Fields that all operators have."""
+        """Reads the fields that all operators have."""
         tensors = self.inputs(count)
         return dict(name=self.node.name, inputs=tensors, output=self.node.output[0])
 
     def precisions(self) -> dict[str, Any]:
-        """The parser takes everything that is not 'int8' for FP16."""
+        """Reads the precisions; as in the parser, everything that is not 'int8' is FP16."""
         names = ('precision', 'output_precision')
         return {n: 'int8' if self.get(n, 'STRING', '') == 'int8' else 'fp16' for n in names}
 
     def half(self, name: str) -> Tensor:
-        """An initializer, which must be raw FP16."""
+        """Reads an initializer, which must be raw FP16."""
         initializer = self.weights.get(name)
         if initializer is None:
             raise ScnError(f'initializer {name!r} is missing: the file is truncated?')
