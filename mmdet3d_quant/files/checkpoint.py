@@ -97,7 +97,7 @@ def read_training(path: str | Path) -> dict[str, Any]:
 
 
 def latest(work_dir: str | Path) -> str | None:
-    """The checkpoint that ``--resume`` without a file goes on from, or None.
+    """Finds the checkpoint that ``--resume`` without a file goes on from, or None.
 
     Raises:
         CheckpointError: If ``last_checkpoint`` of the folder names a file that is not there.
@@ -190,7 +190,7 @@ def _download(url: str) -> str:
 
 
 def _read(source: Source, map_location: Any = 'cpu', name: Any = None) -> tuple[Any, set[str]]:
-    """What a file holds, and the classes of the objects that were not read."""
+    """Reads a file; returns its content and the classes of the objects that were not read."""
     if name is None:
         name = source
     if isinstance(source, (str, Path)) and not Path(source).is_file():
@@ -237,7 +237,7 @@ class _TorchScriptError(Exception):
 
 
 def _weights(data: Any, path: Any) -> dict[str, Tensor]:
-    """The state dict of what a file holds.
+    """Extracts the state dict from a file's content.
 
     Raises:
         CheckpointError: If there is none, or it holds anything but tensors.
