@@ -1,4 +1,4 @@
-"""A model, its weights and its data, from a config and a checkpoint."""
+"""Building of a model, its weights and its data from a config and a checkpoint."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 
 def _without_classes(cfg: Config) -> Config:
-    """A config whose types are names, as text has them, so that it can be compared and dumped.
+    """Replaces classes in a config by their names, so that it can be compared and dumped.
 
     mmengine's Python configs have classes as types; registries find a class by its path, too.
     """
@@ -134,10 +134,10 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
 
 
 def check_data(cfg: Config, entries: Sequence[str]) -> None:
-    """Looks at the data sets that entries of a config read, before long work begins.
+    """Checks the data sets that entries of a config read, before long work begins.
 
-    A nuScenes folder that is scored on is looked through, tables and files; of other data sets,
-    and of a frame on its own, the folder and the info file.
+    Of a nuScenes folder that is scored on, the tables and files are checked; of other data sets,
+    and of a single frame, the folder and the info file.
 
     Args:
         cfg: The config.
@@ -184,7 +184,7 @@ def _check_one(cfg: Config, entry: str, root: Path, infos: str, training: bool) 
 
 
 def innermost(loader: Any) -> Any:
-    """The data set of a data loader's config, without wrappers such as ``CBGSDataset``."""
+    """Finds the data set in a data loader's config, without wrappers such as ``CBGSDataset``."""
     dataset = (loader or {}).get('dataset') or {}
     while dataset.get('dataset') is not None:
         dataset = dataset['dataset']
@@ -192,7 +192,7 @@ def innermost(loader: Any) -> Any:
 
 
 def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
-    """The data to calibrate on, in a fixed order.
+    """Builds the loader of the calibration data, in a fixed order.
 
     Returns:
         Name of the config's entry, and the data loader.
@@ -221,7 +221,7 @@ def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
 
 
 def batch_indices(loader: Any) -> list[list[int]]:
-    """Indices into the data set, batch by batch, in the order of a loader.
+    """Lists indices into the data set, batch by batch, in the order of a loader.
 
     Raises:
         ConfigError: If the loader has no such order.
@@ -255,7 +255,7 @@ def numbered_batches(
 
 
 def evaluated_on(cfg: Config, name: str) -> list[str]:
-    """Entries of the config that evaluate on the data of another entry.
+    """Finds the entries of the config that evaluate on the data of another entry.
 
     Args:
         cfg: The config.
@@ -274,7 +274,7 @@ def _source(loader: Any) -> tuple[str, ...]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one.
+    """Chooses the device asked for, by default a GPU where there is one.
 
     Raises:
         ConfigError: If a GPU is asked for and there is none.
