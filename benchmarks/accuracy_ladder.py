@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What quantization costs the tiny BEVFusion: bits, methods and branches, one at a time.
+"""Cost of quantization of the tiny BEVFusion: bits, methods and branches, one at a time.
 
 Every row is the mAP and NDS of one setting on the validation scenes, with the 95 % interval of
 its difference to float (bootstrap over layouts, the same draws for all rows).

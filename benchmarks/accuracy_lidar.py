@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What INT8 in the LiDAR encoder costs the tiny BEVFusion: naive, with our defaults, after QAT.
+"""Cost of INT8 in the LiDAR encoder of the tiny BEVFusion: naive, our defaults, after QAT.
 
 *Naive* quantizes every layer, the first one too, with one range per weight tensor and ranges of
 activations by ``max``. The defaults keep the first convolution float, have one range per output

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""BEV pooling against the obvious way (outer product, then index_add), time and peak memory."""
+"""Time and peak memory of BEV pooling, against outer product and index_add."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def layers(program: Program) -> list[SparseConv | Add]:
-    """What computes."""
+    """Lists the operators that compute: convolutions and adds."""
     return [op for op in program.ops if isinstance(op, (SparseConv, Add))]
 
 
@@ -157,11 +157,11 @@ def generated(program: Program, count: int = 20_000) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     coors = [torch.randint(0, n, (count,), generator=rng) for n in (1, *program.grid)]
     cells = torch.stack(coors, 1).unique(dim=0)
-    return torch.randn(len(cells), program.channels, generator=rng), found
+    return torch.randn(len(cells), program.channels, generator=rng), cells
 
 
 def describe(dense: Tensor, console: Console) -> None:
-    """What a map looks like."""
+    """Prints shape, share of zeros and statistics of a map."""
     console.print(
         f'Map {tuple(dense.shape)}: {float((dense != 0).float().mean()):.1%} not zero, '
         f'from {float(dense.min()):.4g} to {float(dense.max()):.4g}, '

@@ -1,4 +1,4 @@
-"""The steps of tools/demo.py, and what they hand on."""
+"""Steps of tools/demo.py, and the results that they pass on."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Demo:
     Args:
         config: INT8 config of a detector on the synthetic nuScenes.
         checkpoint: Its float weights.
-        work_dir: For everything that is made.
-        steps: Where to tell; what is not done twice.
+        work_dir: Folder for all results.
+        steps: Announces the steps, and reuses what an earlier run made.
     """
 
     def __init__(self, config: Path, checkpoint: str, work_dir: str, steps: Steps) -> None:
