@@ -11,7 +11,7 @@ from mmengine.dist import all_reduce, get_world_size
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet3d_quant.bevfusion.targets import make_targets
+from mmdet3d_quant.bevfusion.training_targets import make_targets
 
 #: What the head's forward returns.
 Outputs = Tuple[List[Dict[str, Tensor]]]
