@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What quantization costs the tiny BEVFusion: bits, methods and branches, one at a time.
+"""Cost of quantization of the tiny BEVFusion: bits, methods and branches, one at a time.
 
 Every row is the mAP and NDS of one setting on the validation scenes, with the 95 % interval of
 its difference to float (bootstrap over layouts, the same draws for all rows).
@@ -94,14 +94,14 @@ def apply(model: nn.Module, setting: Setting, batches: list) -> None:
     mq.set_mode(model, 'float')
     if not setting.branches:
         return
-    found = mq.quantizers(model)
-    for name, quantizer in found.items():
+    by_name = mq.quantizers(model)
+    for name, quantizer in by_name.items():
         weight = name.endswith('_weight_quantizer')
         bits = setting.weight_bits if weight else setting.activation_bits
         quantizer.spec = replace(quantizer.spec, num_bits=bits)
     mq.calibrate(model, track(batches, f'  calibrating {setting}'), setting.method)
     on = tuple(part for branch in setting.branches for part in BRANCHES[branch])
-    for name, quantizer in found.items():
+    for name, quantizer in by_name.items():
         if not name.startswith(on):
             quantizer.mode = 'float'
         if setting.naive and name.endswith('_weight_quantizer'):

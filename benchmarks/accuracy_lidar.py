@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What INT8 in the LiDAR encoder costs the tiny BEVFusion: naive, with our defaults, after QAT.
+"""Cost of INT8 in the LiDAR encoder of the tiny BEVFusion: naive, our defaults, after QAT.
 
 *Naive* quantizes every layer, the first one too, with one range per weight tensor and ranges of
 activations by ``max``. The defaults keep the first convolution float, have one range per output
@@ -90,11 +90,11 @@ def build(naive: bool) -> nn.Module:
 def calibrated(setting: Setting, batches: list) -> nn.Module:
     """The model of a row."""
     model = build(setting.naive)
-    found = mq.quantizers(model)
-    for quantizer in found.values():
+    by_name = mq.quantizers(model)
+    for quantizer in by_name.values():
         quantizer.spec = replace(quantizer.spec, num_bits=setting.bits)
     mq.calibrate(model, track(batches, f'  calibrating {setting}'), setting.method)
-    for name, quantizer in found.items():
+    for name, quantizer in by_name.items():
         if setting.naive and quantizer.spec.axis is not None:
             quantizer.amax = quantizer.amax.max().expand(quantizer.amax.shape)
         if setting.part != 'all' and name.startswith(LIDAR) != (setting.part == 'LiDAR'):

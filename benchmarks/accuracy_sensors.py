@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What each sensor is worth to the tiny BEVFusion, and how far the choice of scenes moves scores.
+"""Worth of each sensor of the tiny BEVFusion, and the spread of scores over choices of scenes.
 
 Rows: camera + LiDAR in float and in INT8, the same with the images of other frames, LiDAR alone,
 cameras alone, and the cameras' boxes put into other frames: what chance gives. Each on every

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""BEV pooling against the obvious way (outer product, then index_add), time and peak memory."""
+"""Time and peak memory of BEV pooling, against outer product and index_add."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def measure(way: str, args: argparse.Namespace) -> dict:
                 out.square().sum().backward()
             times[name].append(time.perf_counter() - start)
         peaks[name] = (peak_memory() - before) / 2**20
-    found = {n: float(np.median(t)) for n, t in times.items()}
-    return dict(seconds=found, peak=peaks, norm=float(out.detach().double().norm()))
+    medians = {n: float(np.median(t)) for n, t in times.items()}
+    return dict(seconds=medians, peak=peaks, norm=float(out.detach().double().norm()))
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What QAT gives back on the tiny BEVFusion: from good ranges, and from ruined ones.
+"""Recovery by QAT of the tiny BEVFusion: from good ranges, and from ruined ones.
 
 Two starts: ``good``, the default calibration, and ``outlier``, in which every activation range is
 16 times that of ``max``, as if one calibration value in each tensor had been 16 times the largest

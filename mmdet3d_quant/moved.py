@@ -18,6 +18,7 @@ MOVED = {
     'calibration.ranges': 'calibration.choose',
     'qat.ranges': 'qat.moving',
     'report.ranges': 'report.calibration',
+    'bevfusion.targets': 'bevfusion.training_targets',
     'compat': 'core.compat',
     'naming': 'core.naming',
     'errors': 'core.errors',

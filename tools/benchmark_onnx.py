@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Speed, closeness to float, memory and size of ONNX files side by side, and against NNCF's."""
+"""Compare ONNX files by speed, closeness to float, memory and size, also with NNCF's."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ it. Beside it lies a report, OUT with .html instead of .pth.
 
 
 def methods_text() -> str:
-    """What the methods do, a line each."""
+    """Describes the methods, a line each."""
     return '\nmethods:\n' + ''.join(f'  {name:10}  {what}\n' for name, what in METHODS.items())
 
 

@@ -82,15 +82,15 @@ def main(argv: list[str] | None = None) -> int:
         )
     feats, coors = read_points(program, args) if args.points else generated(program)
     console.print(f'Running on {len(feats):,} voxels, tensors in FP16 as libspconv keeps them')
-    found = ScnNetwork(program, fp16_tensors=True)(feats, coors)
-    describe(found, console)
+    dense = ScnNetwork(program, fp16_tensors=True)(feats, coors)
+    describe(dense, console)
     if args.save:
-        np.save(args.save, found.numpy())
-    return 0 if bool(torch.isfinite(found).all()) else 1
+        np.save(args.save, dense.numpy())
+    return 0 if bool(torch.isfinite(dense).all()) else 1
 
 
 def layers(program: Program) -> list[SparseConv | Add]:
-    """What computes."""
+    """Lists the operators that compute: convolutions and adds."""
     return [op for op in program.ops if isinstance(op, (SparseConv, Add))]
 
 
@@ -121,8 +121,8 @@ def layer_table(program: Program) -> Table:
             limit = op.ranges[0]
             shape = [''] * 4
         precision = f'{op.precision} -> {op.output_precision}'
-        found = '' if limit is None else f'{limit:.4g}'
-        table.add_row(op.name, removeprefix(op.layer, 'encoder_layers.'), *shape, precision, found)
+        shown = '' if limit is None else f'{limit:.4g}'
+        table.add_row(op.name, removeprefix(op.layer, 'encoder_layers.'), *shape, precision, shown)
     return table
 
 
@@ -156,18 +156,18 @@ def generated(program: Program, count: int = 20_000) -> tuple[Tensor, Tensor]:
     """Random voxels, normally distributed."""
     rng = torch.Generator().manual_seed(0)
     coors = [torch.randint(0, n, (count,), generator=rng) for n in (1, *program.grid)]
-    found = torch.stack(coors, 1).unique(dim=0)
-    return torch.randn(len(found), program.channels, generator=rng), found
+    cells = torch.stack(coors, 1).unique(dim=0)
+    return torch.randn(len(cells), program.channels, generator=rng), cells
 
 
-def describe(found: Tensor, console: Console) -> None:
-    """What a map looks like."""
+def describe(dense: Tensor, console: Console) -> None:
+    """Prints shape, share of zeros and statistics of a map."""
     console.print(
-        f'Map {tuple(found.shape)}: {float((found != 0).float().mean()):.1%} not zero, '
-        f'from {float(found.min()):.4g} to {float(found.max()):.4g}, '
-        f'standard deviation {float(found.std()):.4g}'
+        f'Map {tuple(dense.shape)}: {float((dense != 0).float().mean()):.1%} not zero, '
+        f'from {float(dense.min()):.4g} to {float(dense.max()):.4g}, '
+        f'standard deviation {float(dense.std()):.4g}'
     )
-    odd = int((~torch.isfinite(found)).sum())
+    odd = int((~torch.isfinite(dense)).sum())
     if odd:
         console.print(f'[red]{odd:,} values are not finite: FP16 ends at 65504')
 

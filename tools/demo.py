@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The whole way on a small trained BEVFusion: data, float scores, INT8 scores, files, report.
+"""Run all steps on a small trained BEVFusion: data, float scores, INT8 scores, files, report.
 
 Generates a part of the synthetic nuScenes, scores the trained checkpoint in float, calibrates it,
 scores the INT8 simulation and the exported INT8 files, and writes a report. Needs no GPU and no
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Finds now what would end a long run.
+    """Checks the arguments before a long run.
 
     Raises:
         CheckpointError: If the checkpoint is missing.
@@ -104,8 +104,8 @@ def run(args: argparse.Namespace, command: str) -> Path:
     with steps.step('report'):
         told, path = demo.report((FLOAT, ENGINE), args.pictures, args.score_thr)
         console.print(comparison(told))
-        for name, found in told['differences'].items():
-            console.print(verdict(name, found))
+        for name, difference in told['differences'].items():
+            console.print(verdict(name, difference))
         console.print(f'Report: {path}')
     return path
 

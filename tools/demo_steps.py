@@ -1,4 +1,4 @@
-"""The steps of tools/demo.py, and what they hand on."""
+"""Steps of tools/demo.py, and the results that they pass on."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Demo:
     Args:
         config: INT8 config of a detector on the synthetic nuScenes.
         checkpoint: Its float weights.
-        work_dir: For everything that is made.
-        steps: Where to tell; what is not done twice.
+        work_dir: Folder for all results.
+        steps: Announces the steps, and reuses what an earlier run made.
     """
 
     def __init__(self, config: Path, checkpoint: str, work_dir: str, steps: Steps) -> None:
@@ -60,9 +60,9 @@ class Demo:
         fc.load_weights(self.model, self.checkpoint, calibrated=False)
         self.source = facts.provenance_facts(cfg, self.checkpoint, command)
         self.source['config'] = str(self.given.relative_to(ROOT))
-        found = self.source['checkpoint']
-        self.console.print(f'{self.checkpoint}, SHA-256 {found["sha256"][:16]}...')
-        self.key.update(checkpoint=found['sha256'], versions=self.source['versions'])
+        checkpoint = self.source['checkpoint']
+        self.console.print(f'{self.checkpoint}, SHA-256 {checkpoint["sha256"][:16]}...')
+        self.key.update(checkpoint=checkpoint['sha256'], versions=self.source['versions'])
         self.key['code'] = digest([ROOT / 'mmdet3d_quant', ROOT / 'tools'])
 
     def make_data(self, train_samples: int, val_samples: int) -> None:
@@ -97,8 +97,8 @@ class Demo:
 
         self.steps.once(path, {**self.key, 'model': name}, make)
         self.results[name] = load_boxes(path)
-        found = self.scores[name] = self.scorer.score(self.results[name])
-        self.console.print(f'{name}: mAP {found.mAP:.4f}, NDS {found.NDS:.4f}')
+        scores = self.scores[name] = self.scorer.score(self.results[name])
+        self.console.print(f'{name}: mAP {scores.mAP:.4f}, NDS {scores.NDS:.4f}')
 
     def calibrate(self, method: str) -> None:
         """Runs tools/calibrate.py on the training frames."""

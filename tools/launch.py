@@ -1,4 +1,4 @@
-"""What tools/train.py and tools/test.py share: flags, and a config for mmengine's Runner."""
+"""Shared parts of tools/train.py and tools/test.py: flags, and a config for the Runner."""
 
 from __future__ import annotations
 

@@ -95,23 +95,23 @@ def main(argv: list[str] | None = None) -> int:
                 f'{file} has no Q/DQ: it is a float graph. Export a calibrated model with '
                 'tools/export_onnx.py, or say --allow-float'
             )
-        findings, found = lint(graph, args.ignore), layers(graph)
-        share = coverage(found)
+        findings, convolutions = lint(graph, args.ignore), layers(graph)
+        share = coverage(convolutions)
         low = is_quantized(graph) and not math.isnan(share) and share < args.min_coverage
         failed |= bool(findings) or low
         between = reformats(graph)
-        tell(console, file, findings, found, between)
+        tell(console, file, findings, convolutions, between)
         if low:
             console.print(f'[red]Less than {args.min_coverage:.1%} in INT8 (--min-coverage)')
         report[str(file)] = dict(
             coverage=None if math.isnan(share) else share,
             findings=[finding.as_dict() for finding in findings],
-            layers=[dict(name=x.name, macs=x.macs, int8=x.int8) for x in found],
+            layers=[dict(name=x.name, macs=x.macs, int8=x.int8) for x in convolutions],
             reformats=[asdict(x) for x in between],
         )
         if args.picture:
             with whole(args.picture) as part:
-                figure = draw(found, findings, Path(file).name, between)
+                figure = draw(convolutions, findings, Path(file).name, between)
                 figure.savefig(part, format='png', dpi=120)
             console.print(f'Wrote {args.picture}')
     if args.json:
@@ -125,15 +125,17 @@ def tell(
     console: Console,
     file: str,
     findings: list[Finding],
-    found: list[Layer],
+    convolutions: list[Layer],
     between: list[Reformat],
 ) -> None:
     """One file, for people."""
-    int8 = sum(layer.int8 for layer in found)
-    share = coverage(found)
+    int8 = sum(layer.int8 for layer in convolutions)
+    share = coverage(convolutions)
     work = '' if math.isnan(share) else f', {share:.1%} of their multiply-accumulates'
     console.rule(file, align='left')
-    console.print(f'{int8} of {len(found)} convolutions in INT8{work}; {len(findings)} findings')
+    console.print(
+        f'{int8} of {len(convolutions)} convolutions in INT8{work}; {len(findings)} findings'
+    )
     for kind in (TO_INT8, TO_FLOAT):
         same_kind = [x for x in between if x.kind == kind]
         names = ', '.join(x.tensor for x in same_kind[:SHOWN])

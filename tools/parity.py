@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Find where the way from the float model to the engines goes wrong: the step, and the layer."""
+"""Find the step from float model to engines, and the layer, where results go wrong."""
 
 from __future__ import annotations
 

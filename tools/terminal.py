@@ -1,4 +1,4 @@
-"""How the tools talk: one console, errors in one line, only warnings from libraries below."""
+"""Console output of the tools: one console, errors in one line, libraries' warnings only."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def open_console() -> Console:
 
 
 class ConsoleListener(Listener):
-    """Shows on a console how a job goes on, counted work as a bar.
+    """Shows the progress of a job on a console, counted work as a bar.
 
     Args:
-        console: Where to show it.
+        console: Console to print on.
         columns: Of the bar; default: rich's.
         transient: Whether the bar goes away when the work is done.
     """

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_resume(cfg: Config, asked: str | None) -> bool:
-    """Sets what a training goes on from, and looks into it before data are loaded.
+    """Sets the checkpoint that a training goes on from, and checks it before data are loaded.
 
     Args:
         cfg: The config; its ``resume`` and ``load_from`` are set.
@@ -125,7 +125,7 @@ def find_resume(cfg: Config, asked: str | None) -> bool:
 
 
 def check_start(cfg: Config) -> None:
-    """Looks at what a run starts from before data are loaded.
+    """Checks the weights that a run starts from, before data are loaded.
 
     Raises:
         CheckpointError: If ``load_from`` cannot be read; in a QAT run also if it does not fit.

@@ -1,4 +1,4 @@
-"""Which proposal answers for which object while training."""
+"""Assignment of ground-truth objects to the head's proposals, for training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IOU = dict(type='BboxOverlaps3D', coordinate='lidar')
 
 
 class BBoxBEVL1Cost:
-    """L1 distance of centres from above, in units of the map's sides.
+    """Matching cost: L1 distance of centres from above, in units of the map's sides.
 
     Args:
         weight: Factor.
@@ -25,7 +25,7 @@ class BBoxBEVL1Cost:
         self.weight = weight
 
     def __call__(self, bboxes: Tensor, gt_bboxes: Tensor, train_cfg: dict[str, Any]) -> Tensor:
-        """Costs, (P, n).
+        """Computes the cost of every pair of proposal and object, (P, n).
 
         Args:
             bboxes: Proposals (P, >=2), x and y in metres.
@@ -39,7 +39,7 @@ class BBoxBEVL1Cost:
 
 
 class IoU3DCost:
-    """Negative overlap.
+    """Matching cost: the negative 3D overlap (IoU).
 
     Args:
         weight: Factor.
@@ -49,18 +49,18 @@ class IoU3DCost:
         self.weight = weight
 
     def __call__(self, iou: Tensor) -> Tensor:
-        """Costs of overlaps of any shape."""
+        """Computes the costs of overlaps, in their shape."""
         return -iou * self.weight
 
 
 class HungarianAssigner3D:
-    """One proposal per object, at the least total cost (as in DETR).
+    """Assigns each object one proposal, at the least total cost (as in DETR).
 
     Args:
         cls_cost: Config of the cost of class scores.
         reg_cost: Config of the cost of centres.
         iou_cost: Config of the cost of overlaps.
-        iou_calculator: Config of what computes the overlaps.
+        iou_calculator: Config of the calculator of overlaps.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class HungarianAssigner3D:
 
 
 class HeuristicAssigner3D:
-    """Every object's nearest proposal; of objects that share one the nearest wins, then the first.
+    """Assigns each object its nearest proposal; the nearest, then first, object keeps a shared one.
 
     Args:
         dist_thre: Greatest distance of centres from above, metres.
-        iou_calculator: Config of what computes the overlaps.
+        iou_calculator: Config of the calculator of overlaps.
     """
 
     def __init__(self, dist_thre: float = 100, iou_calculator: dict = _IOU) -> None:
@@ -168,7 +168,7 @@ class HeuristicAssigner3D:
 
 
 def _nothing(bboxes: Tensor, num_gts: int) -> AssignResult:
-    """All proposals are background."""
+    """Creates the assignment of a sample without objects: all proposals are background."""
     count = (len(bboxes),)
     return AssignResult(
         num_gts,

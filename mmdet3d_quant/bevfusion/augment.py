@@ -1,7 +1,7 @@
 """Training augmentations of the scene and the images, as BEVFusion's configs name them.
 
-What moves the scene is recorded in ``lidar_aug_matrix``, which the view transforms undo when they
-look points up in the images.
+Each move of the scene is multiplied onto ``lidar_aug_matrix``, which the view transforms undo
+before they project points into the images.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class GridMask(BaseTransform):
         self.fixed_prob = fixed_prob
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the current epoch, on which the probability depends."""
+        """Sets the current epoch, on which the probability depends."""
         self.epoch = epoch
         if not self.fixed_prob:
             self.prob = self.st_prob * epoch / self.max_epoch
@@ -126,7 +126,7 @@ class GridMask(BaseTransform):
             results: Frame with ``img``, N arrays (H, W, 3) of one shape.
 
         Returns:
-            ``results`` with ``img`` replaced, or as it was.
+            ``results``, with ``img`` replaced where it was blanked.
         """
         if np.random.rand() > self.prob:
             return results
@@ -141,7 +141,7 @@ class GridMask(BaseTransform):
         return results
 
     def _mask(self, height: int, width: int) -> np.ndarray:
-        """1 where the image stays and 0 elsewhere, float32 (height, width)."""
+        """Draws a mask, float32 (height, width): 1 where the image stays, 0 elsewhere."""
         rows, cols = int(1.5 * height), int(1.5 * width)  # room for the rotation
         pitch = np.random.randint(2, min(height, width))
         if self.ratio == 1:

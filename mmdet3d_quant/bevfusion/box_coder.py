@@ -1,4 +1,4 @@
-"""Boxes to and from the head's bird's-eye-view regression targets."""
+"""Coding of boxes as the head's bird's-eye-view regression targets, and back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TransFusionBBoxCoder(BaseBBoxCoder):
         self.code_size = code_size
 
     def encode(self, dst_boxes: Tensor) -> Tensor:
-        """Boxes to targets.
+        """Encodes boxes as regression targets.
 
         Args:
             dst_boxes: (n, 7 or 9): x, y and bottom z in metres; size along x, y, z in metres;
@@ -73,7 +73,7 @@ class TransFusionBBoxCoder(BaseBBoxCoder):
         vel: Tensor | None,
         filter: bool = False,
     ) -> list[dict[str, Tensor]]:
-        """Outputs of the head to boxes; the inputs are left unchanged.
+        """Decodes outputs of the head to boxes; the inputs are left unchanged.
 
         Args:
             heatmap: Scores, (B, classes, P).

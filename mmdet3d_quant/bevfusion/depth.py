@@ -1,4 +1,4 @@
-"""Depth that cameras learn from LiDAR points, which they then do without."""
+"""View transform whose depths LiDAR points supervise in training; inference needs no points."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class DepthSupervisedLSSTransform(LSSTransform):
     those of ``LSSTransform``; only training needs ``points``.
 
     Args:
-        *args: What ``LSSTransform`` takes.
+        *args: Arguments of ``LSSTransform``.
         loss_weight: Weight of ``loss_depth``.
-        **kwargs: What ``LSSTransform`` takes.
+        **kwargs: Arguments of ``LSSTransform``.
     """
 
     def __init__(self, *args: Any, loss_weight: float = 1.0, **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class DepthSupervisedLSSTransform(LSSTransform):
         lidar_aug_matrix: Tensor,
         metas: Any = None,
     ) -> Tensor:
-        """As :meth:`LSSTransform.forward`; in training also for :meth:`pop_losses`.
+        """Computes the map; in training it also keeps the depth loss for :meth:`pop_losses`.
 
         Raises:
             ValueError: If in training there is not one point cloud per sample.
@@ -66,7 +66,7 @@ class DepthSupervisedLSSTransform(LSSTransform):
 
     @torch.no_grad()
     def depth_bins(self, depth_map: Tensor) -> Tensor:
-        """Bin of the nearest point that falls into each cell of the features.
+        """Finds the depth bin of the nearest point in each cell of the features.
 
         Args:
             depth_map: Metres, 0 where no point falls; (B, N, 1, H, W).
@@ -82,6 +82,6 @@ class DepthSupervisedLSSTransform(LSSTransform):
         return torch.where((bins >= 0) & (bins < self.D), bins, -1.0).long()
 
     def pop_losses(self) -> dict[str, Tensor]:
-        """The last forward's ``loss_depth``, once; empty outside of training."""
+        """Returns ``loss_depth`` of the last forward and forgets it; empty outside of training."""
         losses, self._losses = self._losses, {}
         return losses

@@ -17,7 +17,7 @@ from mmdet3d_quant.bevfusion.matrices import stack_matrices
 
 
 class BEVFusion(Base3DDetector):
-    """BEVFusion.
+    """BEVFusion detector.
 
     Give the ``img_*`` parts and ``view_transform`` for cameras, the voxel encoder and
     ``pts_middle_encoder`` for LiDAR, or both and a ``fusion_layer``. ``pts_backbone`` and
@@ -27,8 +27,8 @@ class BEVFusion(Base3DDetector):
         data_preprocessor: Config of the preprocessor, with ``voxelize_cfg`` for LiDAR: the
             arguments of ``mmcv.ops.Voxelization`` and ``voxelize_reduce`` (must be true: a
             voxel is the mean of its points). Left unchanged.
-        pts_voxel_encoder: Built and kept for its place in the model; the mean of
-            ``voxelize_reduce`` is what encodes a voxel.
+        pts_voxel_encoder: Built and kept for its place in the model, never called:
+            ``voxelize_reduce`` encodes a voxel, by the mean of its points.
         pts_middle_encoder: Config of the sparse encoder.
         fusion_layer: Config of the fuser; needed with both sensors.
         img_backbone: Config of the image backbone.
@@ -107,7 +107,7 @@ class BEVFusion(Base3DDetector):
         lidar_aug_matrix: Tensor,
         img_metas: list[dict],
     ) -> Tensor:
-        """Images to a bird's-eye-view map.
+        """Computes the bird's-eye-view map of images.
 
         Args:
             x: Normalised images, (B, N, 3, H, W).
@@ -146,7 +146,7 @@ class BEVFusion(Base3DDetector):
             )
 
     def extract_pts_feat(self, batch_inputs_dict: dict) -> Tensor:
-        """Points to a bird's-eye-view map.
+        """Computes the bird's-eye-view map of points.
 
         Args:
             batch_inputs_dict: With ``points``, one (P, channels) tensor per sample.
@@ -168,7 +168,7 @@ class BEVFusion(Base3DDetector):
 
     @torch.no_grad()
     def voxelize(self, points: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Means of the points in each voxel.
+        """Averages the points in each voxel.
 
         Args:
             points: One (P, channels) float tensor per sample, x, y, z in metres first.
@@ -195,7 +195,7 @@ class BEVFusion(Base3DDetector):
     def extract_feat(
         self, batch_inputs_dict: dict, batch_input_metas: list[dict]
     ) -> Tensor | Sequence[Tensor]:
-        """Inputs to what the head takes.
+        """Computes the input of the head.
 
         Args:
             batch_inputs_dict: ``imgs`` (B, N, 3, H, W) and ``points`` (one tensor per sample),
@@ -231,7 +231,7 @@ class BEVFusion(Base3DDetector):
     def _forward(
         self, batch_inputs_dict: dict, batch_data_samples: list[Det3DDataSample] | None = None
     ) -> Any:
-        """Raw outputs of the head; mode ``'tensor'``."""
+        """Computes the raw outputs of the head; mode ``'tensor'``."""
         metas = [sample.metainfo for sample in batch_data_samples or ()]
         return self.bbox_head(self.extract_feat(batch_inputs_dict, metas), metas)
 
@@ -254,14 +254,14 @@ class BEVFusion(Base3DDetector):
     def loss(
         self, batch_inputs_dict: dict, batch_data_samples: list[Det3DDataSample]
     ) -> dict[str, Tensor]:
-        """Losses of a batch; mode ``'loss'``.
+        """Computes the losses of a batch; mode ``'loss'``.
 
         Args:
             batch_inputs_dict: As :meth:`extract_feat` takes them.
             batch_data_samples: One per input sample, with ``gt_instances_3d``.
 
         Returns:
-            The head's losses, and those of a view transform that has some.
+            Dict of losses by name: the head's, and those of a view transform that has some.
         """
         metas = [sample.metainfo for sample in batch_data_samples]
         features = self.extract_feat(batch_inputs_dict, metas)
@@ -272,7 +272,7 @@ class BEVFusion(Base3DDetector):
 
 
 def _build(cfg: dict | None) -> Any:
-    """A part of the detector, or None; what it is called with is between it and its neighbours."""
+    """Builds a part of the detector, or None; typed Any, since arguments differ by part."""
     return None if cfg is None else MODELS.build(cfg)
 
 

@@ -35,8 +35,8 @@ class TransFusionHead(HeadLosses):
         auxiliary: Whether :meth:`forward` returns all decoder layers, or only the last.
         in_channels: Channels of the map.
         hidden_channel: Channels inside the head.
-        num_classes: Classes.
-        num_decoder_layers: Decoder layers.
+        num_classes: Number of classes.
+        num_decoder_layers: Number of decoder layers.
         decoder_layer: Config of a decoder layer.
         num_heads: Kept; the decoder layer's config decides.
         nms_kernel_size: Side of the window in which a peak is the maximum, cells, odd.
@@ -144,7 +144,7 @@ class TransFusionHead(HeadLosses):
 
     @staticmethod
     def create_2D_grid(x_size: int, y_size: int) -> Tensor:
-        """Centres of all cells, (1, x_size * y_size, 2), x then y in cells, y fastest."""
+        """Lists the centres of all cells, (1, x_size * y_size, 2), x then y in cells, y fastest."""
         x = torch.arange(x_size, dtype=torch.float) + 0.5
         y = torch.arange(y_size, dtype=torch.float) + 0.5
         return torch.cartesian_prod(x, y)[None]
@@ -228,11 +228,11 @@ class TransFusionHead(HeadLosses):
     def predict(
         self, batch_feats: Tensor | Sequence[Tensor], batch_input_metas: list[dict]
     ) -> list[InstanceData]:
-        """Boxes of every sample; see :meth:`predict_by_feat`."""
+        """Predicts the boxes of every sample; see :meth:`predict_by_feat`."""
         return self.predict_by_feat(self(batch_feats, batch_input_metas), batch_input_metas)
 
     def predict_by_feat(self, preds_dicts: Outputs, metas: list[dict]) -> list[InstanceData]:
-        """Decodes what :meth:`forward` returns.
+        """Decodes the result of :meth:`forward`.
 
         Args:
             preds_dicts: Result of :meth:`forward`; left unchanged.
@@ -244,7 +244,7 @@ class TransFusionHead(HeadLosses):
         return self.boxes(self.scored(preds_dicts[0][0]), metas)
 
     def scored(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of the last decoder layer, in cells, what :meth:`boxes` makes boxes of.
+        """Selects the outputs of the last decoder layer, in cells; :meth:`boxes` decodes them.
 
         Args:
             outputs: Dict of :meth:`forward_single`.
@@ -265,7 +265,7 @@ class TransFusionHead(HeadLosses):
         return found
 
     def boxes(self, found: dict[str, Tensor], metas: list[dict]) -> list[InstanceData]:
-        """Boxes of what :meth:`scored` returns; as :meth:`predict_by_feat`."""
+        """Decodes the outputs of :meth:`scored` to boxes; see :meth:`predict_by_feat`."""
         decoded = self.bbox_coder.decode(
             found['score'],
             found['rot'],
@@ -289,7 +289,7 @@ class TransFusionHead(HeadLosses):
         return results
 
     def _nms(self, bboxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-        """Which of n boxes to keep, (n,), bool."""
+        """Selects the boxes to keep, bool (n,)."""
         if self.test_cfg['nms_type'] is None:
             return torch.ones_like(labels, dtype=torch.bool)
         return kept_by_circle_nms(bboxes, scores, labels, self.test_cfg['dataset'])

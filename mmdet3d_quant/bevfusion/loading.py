@@ -72,7 +72,7 @@ class BEVLoadMultiViewImageFromFiles(LoadMultiViewImageFromFiles):
         return results
 
     def _images(self, paths: list[str]) -> list[np.ndarray]:
-        """Decoded images, zero-padded at the right and bottom to the largest."""
+        """Decodes images, zero-padded at the right and bottom to the largest."""
         images = [
             mmcv.imfrombytes(
                 get(path, backend_args=self.backend_args),
@@ -88,14 +88,14 @@ class BEVLoadMultiViewImageFromFiles(LoadMultiViewImageFromFiles):
 
 
 def _padded(matrix: Any) -> np.ndarray:
-    """A (3, 3) matrix in the corner of a (4, 4) identity, float32."""
+    """Puts a (3, 3) matrix into the corner of a (4, 4) identity, float32."""
     full = np.eye(4, dtype=np.float32)
     full[:3, :3] = matrix
     return full
 
 
 def _inverse(rigid: np.ndarray) -> np.ndarray:
-    """Inverse of a rigid motion (4, 4), computed in its dtype and returned in float64."""
+    """Inverts a rigid motion (4, 4), computed in its dtype and returned in float64."""
     inverse = np.eye(4)
     inverse[:3, :3] = rigid[:3, :3].T
     inverse[:3, 3:] = -(rigid[:3, :3].T @ rigid[:3, 3:])

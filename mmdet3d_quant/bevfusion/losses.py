@@ -11,7 +11,7 @@ from mmengine.dist import all_reduce, get_world_size
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdet3d_quant.bevfusion.targets import make_targets
+from mmdet3d_quant.bevfusion.training_targets import make_targets
 
 #: What the head's forward returns.
 Outputs = Tuple[List[Dict[str, Tensor]]]
@@ -31,7 +31,7 @@ class HeadLosses(nn.Module):
     def loss(
         self, batch_feats: Tensor | Sequence[Tensor], batch_data_samples: list[Det3DDataSample]
     ) -> dict[str, Tensor]:
-        """Losses of a batch, in float32 under autocast too: positions span the whole map.
+        """Computes the losses of a batch, in float32 under autocast too: positions span the map.
 
         Args:
             batch_feats: Map or maps, as :meth:`forward` takes them.
@@ -48,7 +48,7 @@ class HeadLosses(nn.Module):
     def loss_by_feat(
         self, preds_dicts: Outputs, batch_gt_instances_3d: list[InstanceData]
     ) -> dict[str, Tensor]:
-        """Losses of what :meth:`forward` returns.
+        """Computes the losses of the result of :meth:`forward`.
 
         Args:
             preds_dicts: Result of :meth:`forward`.
@@ -104,7 +104,7 @@ class HeadLosses(nn.Module):
         return losses
 
     def _avg_factor(self, count: float) -> float:
-        """What a sum of losses over ``count`` things is divided by."""
+        """Computes the divisor (``avg_factor``) of a loss summed over ``count`` objects."""
         if not self.sync_avg_factor:
             return max(count, 1)
         total = torch.tensor(float(count), device=self.class_encoding.weight.device)

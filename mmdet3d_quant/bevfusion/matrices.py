@@ -15,7 +15,7 @@ def stack_matrices(metas: list[dict], like: Tensor) -> list[Tensor]:
     Args:
         metas: Per sample ``lidar2img``, ``cam2img`` and ``cam2lidar``, each N (4, 4); optionally
             ``img_aug_matrix``, N (4, 4), and ``lidar_aug_matrix``, (4, 4), else the identity.
-        like: Images (B, N, ...), on the device that the matrices shall be on.
+        like: Images (B, N, ...), whose device the result gets.
 
     Returns:
         In the order of the view transform, float32: ``lidar2img``, ``cam2img``, ``cam2lidar`` and

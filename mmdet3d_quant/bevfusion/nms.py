@@ -1,4 +1,4 @@
-"""Non-maximum suppression: of cells and of boxes that lie close together, the best stay."""
+"""Non-maximum suppression of heatmap cells and of boxes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def heatmap_peaks(dense_heatmap: Tensor, num_classes: int, kernel: int, dataset:
 
     Args:
         dense_heatmap: Class logits, (B, classes, X, Y).
-        num_classes: Classes.
+        num_classes: Number of classes.
         kernel: Side of the window in which a peak is the maximum, cells, odd.
-        dataset: Decides on the classes whose every cell is a peak.
+        dataset: Name of the data set; decides in which classes every cell is a peak.
 
     Returns:
         (B, classes, X*Y): scores of the peaks, 0 elsewhere.
@@ -42,7 +42,7 @@ def kept_by_circle_nms(bboxes: Tensor, scores: Tensor, labels: Tensor, dataset: 
         bboxes: (n, >=2), x and y of the centres in metres first.
         scores: (n,).
         labels: (n,).
-        dataset: Decides on the radii.
+        dataset: Name of the data set; decides on the radii.
 
     Returns:
         (n,), bool.

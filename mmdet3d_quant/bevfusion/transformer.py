@@ -37,7 +37,7 @@ class TransformerDecoderLayer(DetrTransformerDecoderLayer):
 
     Args:
         pos_encoding_cfg: Arguments of the two position encodings.
-        **kwargs: What ``mmdet.models.DetrTransformerDecoderLayer`` takes.
+        **kwargs: Arguments of ``mmdet.models.DetrTransformerDecoderLayer``.
     """
 
     def __init__(self, pos_encoding_cfg: dict = _POSITION, **kwargs: Any) -> None:
@@ -57,7 +57,7 @@ class TransformerDecoderLayer(DetrTransformerDecoderLayer):
         key_padding_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Self-attention, cross-attention, feed-forward, each followed by its norm.
+        """Applies self-attention, cross-attention and feed-forward, each followed by its norm.
 
         Args:
             query: (B, C, P).

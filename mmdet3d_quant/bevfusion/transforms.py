@@ -1,4 +1,4 @@
-"""Image augmentation that records what it did to the pixels."""
+"""Image augmentation that records the map from old pixels to new ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmdet3d_quant.core.compat import strict_zip
 
 @dataclass(frozen=True)
 class _Augmentation:
-    """What happens to one image, in this order.
+    """Parameters of the augmentation of one image, in the order of its steps.
 
     Attributes:
         resize: Factor of both sides.
@@ -38,7 +38,7 @@ class _Augmentation:
         return np.asarray(result.rotate(self.rotate), dtype=np.float32)
 
     def matrix(self) -> np.ndarray:
-        """Homogeneous map of pixels (column, row, 1), in a (4, 4) identity; float32."""
+        """Computes the map of pixels (column, row, 1), in a (4, 4) identity; float32."""
         left, upper, right, lower = self.crop
         move = np.diag([self.resize, self.resize, 1.0])
         move[:2, 2] = -left, -upper

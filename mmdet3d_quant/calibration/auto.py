@@ -84,7 +84,7 @@ def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[s
         squared errors, and last of the squared output.
     """
     errors: dict[str, Tensor] = {}
-    found = quantizers(model)
+    by_name = quantizers(model)
     inputs = {
         m._input_quantizer: (m, m._weight_quantizer)
         for m in model.modules()
@@ -97,7 +97,7 @@ def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[s
         errors[name] = errors[name] + row if name in errors else row
 
     def of_layer(name: str, layer: Any, weight: Quantizer) -> Any:
-        quantizer, busy = found[name], False
+        quantizer, busy = by_name[name], False
 
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             nonlocal busy
@@ -120,7 +120,7 @@ def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[s
         return layer.register_forward_hook(hook)
 
     def of_join(name: str) -> Any:
-        quantizer = found[name]
+        quantizer = by_name[name]
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             x = args[0]
@@ -132,7 +132,7 @@ def _errors(model: nn.Module, ranges: dict[str, list[float]]) -> Iterator[dict[s
     handles = []
     try:
         for name in ranges:
-            owner = inputs.get(found[name])
+            owner = inputs.get(by_name[name])
             handles.append(of_join(name) if owner is None else of_layer(name, *owner))
         yield errors
     finally:

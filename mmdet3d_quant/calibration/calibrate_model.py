@@ -50,7 +50,7 @@ def calibrate(
         after: Steps after the ranges, in order.
 
     Returns:
-        What was calibrated.
+        :class:`Calibration`, the ranges and their statistics.
 
     Raises:
         ValueError: If the method is unknown, ``num_batches`` < 1, nothing is quantized, or there

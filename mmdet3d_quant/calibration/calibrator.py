@@ -102,10 +102,10 @@ class Calibrator:
         Args:
             held_out: Numbered batches for the method ``auto`` and for ``after``, not among those
                 observed.
-            after: What is done to the calibrated model next, in order.
+            after: Steps to apply to the calibrated model, in order.
 
         Returns:
-            What was calibrated.
+            :class:`Calibration`, the ranges and their statistics.
 
         Raises:
             CalibrationError: If there were no batches, or a quantizer was never reached or saw

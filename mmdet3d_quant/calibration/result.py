@@ -1,4 +1,4 @@
-"""What calibration chooses and reports, as plain data; and the protocol of what comes after."""
+"""Results of calibration as plain data, and the protocol of steps that follow it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Correction(Protocol):
 
 @dataclass(frozen=True)
 class CalibratedRange:
-    """What calibration found for one activation quantizer.
+    """Range of one activation quantizer, and how its inputs fit.
 
     Attributes:
         name: Name of the quantizer in the model.
@@ -88,7 +88,7 @@ class Calibration:
         kept_float: Name and reason of the quantizers kept float.
         looks: How the ranges moved with the number of batches.
         settled_at: Batches after which they moved no more, or None.
-        statistics: What the ranges were chosen from.
+        statistics: Statistics that the ranges were chosen from.
     """
 
     method: str

@@ -50,8 +50,8 @@ def benchmark(
         num_samples: Random samples, without ``inputs``.
         memory: Whether to start processes that measure memory.
         nncf: Adds its variant of the float file.
-        nncf_inputs: What it calibrates on, ``.npz``; by default the inputs.
-        listener: Is told how it goes on.
+        nncf_inputs: Inputs that NNCF calibrates on, ``.npz``; by default ``inputs``.
+        listener: Receives the progress.
 
     Yields:
         Name of the graph, and its variants in the order of the files, NNCF's last.
@@ -64,8 +64,8 @@ def benchmark(
     stored = StoredInputs(inputs) if inputs else None
     calibration = StoredInputs(nncf_inputs) if nncf_inputs else None
     with tempfile.TemporaryDirectory() as folder:
-        for name, found in graphs.items():
-            files = dict(found)
+        for name, variants in graphs.items():
+            files = dict(variants)
             reference = next(iter(files.values()))
             shapes = make_engine(engine, reference, num_threads).input_shapes
             samples = stored.pick(shapes) if stored else generate_samples(shapes, num_samples)
@@ -158,16 +158,16 @@ def benchmark_facts(results: Results, engine: str, num_threads: int) -> dict[str
 
 
 def _machine() -> dict[str, Any]:
-    """What the numbers were made on."""
-    found: dict[str, Any] = dict(platform=platform.platform())
+    """Describes the machine, with the versions of the engines."""
+    machine: dict[str, Any] = dict(platform=platform.platform())
     for line in (
         Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else ()
     ):
         if line.startswith('model name'):
-            found['cpu'] = line.partition(':')[2].strip()
+            machine['cpu'] = line.partition(':')[2].strip()
     for package in ('openvino', 'onnxruntime', 'tensorrt'):
         try:
-            found[package] = version(package)
+            machine[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return machine

@@ -17,7 +17,7 @@ from mmdet3d_quant.export.inputs import random_input
 
 @dataclass(frozen=True)
 class Variant:
-    """What one file of a graph was measured to be.
+    """Measurements of one file of a graph.
 
     Attributes:
         name: How it is called.

@@ -1,4 +1,4 @@
-"""What NNCF makes of a float file: a peer, from an environment of its own."""
+"""NNCF's quantization of a float file, as a peer, in an environment of its own."""
 
 from __future__ import annotations
 

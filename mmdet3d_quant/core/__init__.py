@@ -1,1 +1,1 @@
-"""What every room knows: grids, quantizers, modes, ties, errors."""
+"""Foundations of all rooms: grids, quantizers, modes, ties, errors."""

@@ -1,5 +1,5 @@
-"""The base of the errors that tell their reader what to do, rather than of a defect here."""
+"""Base class of errors that the user can remedy, unlike defects of this package."""
 
 
 class QuantError(RuntimeError):
-    """A request that the model, the data or a file as they are cannot fulfil; says the remedy."""
+    """A request that the given model, data or file cannot fulfil; the message has the remedy."""

@@ -133,9 +133,9 @@ def _in_pieces(x: Tensor, amax: Tensor) -> bool:
 class _FakeQuantize(Function):
     """Fake quantization with gradients.
 
-    It saves its input and, for a learned range, its output. Mostly others keep those anyway: the
-    input is the output of a ReLU, and the output the input of a convolution. With ``rectify`` the
-    input is that of the ReLU, and saving it takes memory.
+    Saved for backward: the input; also the output if the range is learned. Usually this costs no
+    memory, since the ReLU before saved the input and the next convolution saves the output. With
+    ``rectify`` the input is the ReLU's, which no other module saves.
     """
 
     @staticmethod

@@ -176,7 +176,7 @@ def _note(records: WeakTensorKeyDictionary, x: Tensor, record: Any) -> None:
 
 
 def _record(records: WeakTensorKeyDictionary, x: Tensor) -> Any:
-    """The record about a tensor; None if there is none or the tensor has changed since."""
+    """Looks up the record about a tensor; None if there is none or the tensor has changed since."""
     if x.is_inference():
         return None
     version, record = records.get(x, (None, None))

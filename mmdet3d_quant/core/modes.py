@@ -12,7 +12,7 @@ from mmdet3d_quant.core.spec import as_reasons, check_mode, select
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """All quantizers of a model, those kept float included.
+    """Finds all quantizers of a model, those kept float included.
 
     Args:
         model: Any module.
@@ -24,21 +24,21 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 def uncalibrated(model: nn.Module) -> list[str]:
-    """Names of the quantizers that should have a range and have none."""
+    """Lists the quantizers that should have a range and have none."""
     return [
         name for name, q in quantizers(model).items() if q.float_reason is None and not q.calibrated
     ]
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Any]:
-    """State dict without ranges: what the float parent has.
+    """Makes a state dict without ranges, with the keys of the float parent.
 
     Args:
         model: Any module.
 
     Returns:
-        The dict of ``model.state_dict()``, with its ``_metadata``, which spconv reads the layout
-        of its weights from and a comprehension over the dict would lose.
+        The dict of ``model.state_dict()`` itself, since a copy by comprehension would lose its
+        ``_metadata``, from which spconv reads the layout of its weights.
     """
     state = model.state_dict()
     for name in quantizers(model):
@@ -87,7 +87,7 @@ class set_mode(AbstractContextManager):  # noqa: N801 - reads as the function it
 
 
 def name_quantizers(model: nn.Module) -> None:
-    """Lets errors of the quantizers say where in ``model`` they sit."""
+    """Labels all quantizers with their names in ``model``, for error messages."""
     for name, q in quantizers(model).items():
         q.label = f'{type(model).__name__}: {name}'
 
@@ -104,14 +104,14 @@ def keep_float(model: nn.Module, skip: str | Iterable[str] | Mapping[str, str]) 
     Raises:
         ValueError: If a pattern matches no quantizer.
     """
-    found = quantizers(model)
+    by_name = quantizers(model)
     for pattern, reason in as_reasons(skip).items():
-        names = select(found, pattern)
+        names = select(by_name, pattern)
         if not names:
-            some = ', '.join(dict.fromkeys(n.rpartition('.')[0] for n in found)) or 'none'
+            some = ', '.join(dict.fromkeys(n.rpartition('.')[0] for n in by_name)) or 'none'
             raise ValueError(
                 f'skip pattern {pattern!r} matches no quantized layer of '
                 f'{type(model).__name__}; its quantized layers are: {some}'
             )
         for name in names:
-            found[name].keep_float(reason)
+            by_name[name].keep_float(reason)

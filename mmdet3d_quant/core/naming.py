@@ -1,4 +1,4 @@
-"""How a config names a type: ``'QuantResNet'``, ``'mmdet.ResNet'``, a dotted path or a class."""
+"""Names of types in a config: ``'QuantResNet'``, ``'mmdet.ResNet'``, a dotted path or a class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def type_name(kind: Any) -> str:
-    """The name of a type without scope or module.
+    """Extracts the name of a type, without scope or module.
 
     Args:
         kind: A name, with scope or not; a dotted path; or the class or function itself, as
@@ -20,5 +20,5 @@ def type_name(kind: Any) -> str:
 
 
 def dotted(kind: Any) -> str:
-    """The path by which registries of mmengine find a class or function: module and name."""
+    """Composes the path by which mmengine's registries find a class: module and name."""
     return f'{kind.__module__}.{kind.__qualname__}'

@@ -1,4 +1,4 @@
-"""What a quantizer is told to do, as frozen data, checked once at the boundary."""
+"""Settings of a quantizer as frozen data, checked once at the boundary."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Method:
 
 
 def check_mode(mode: str) -> str:
-    """Returns ``mode``.
+    """Checks a mode; returns it.
 
     Raises:
         ValueError: If it is not one of :data:`MODES`.
@@ -102,7 +102,7 @@ def check_mode(mode: str) -> str:
 
 
 def select(names: Iterable[str], pattern: str) -> list[str]:
-    """Names that a pattern stands for.
+    """Selects the names that a pattern matches.
 
     A pattern (shell wildcards, case-sensitive) names a module and everything inside it:
     ``'layer1.0'`` selects ``layer1.0.conv1`` too, ``'*.conv1'`` every ``conv1``.

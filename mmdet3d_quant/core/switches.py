@@ -1,4 +1,4 @@
-"""The switches of pytorch-quantization's ``TensorQuantizer``: each acts, or says what does."""
+"""The switches of pytorch-quantization's ``TensorQuantizer``: each acts, or names a remedy."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def _fixed(name: str, value: Callable[[Switches], Any], cure: str) -> property:
 
 
 class Switches(TensorQuantizer):
-    """A ``TensorQuantizer`` none of whose switches is silently without effect.
+    """``TensorQuantizer`` of which no switch is silently ignored.
 
-    ``disable``, ``enable``, ``disable_quant``, ``enable_quant`` and ``disable_calib`` do what they
-    do there, by the same attributes, which a subclass asks: disabled, or else observing, or else
-    quantizing. Bits and axis are those of ``spec``, where ``num_bits`` sets them. What has no
-    counterpart raises :class:`~mmdet3d_quant.core.errors.QuantError`.
+    ``disable``, ``enable``, ``disable_quant``, ``enable_quant`` and ``disable_calib`` act as there,
+    by the same attributes. A subclass reads these in order: disabled, else observing, else
+    quantizing. Bits and axis are those of ``spec``; setting ``num_bits`` changes it. A switch
+    without counterpart raises :class:`~mmdet3d_quant.core.errors.QuantError`.
 
     Attributes:
         spec: Bits and axis; set before the constructor is called.
@@ -72,7 +72,7 @@ class Switches(TensorQuantizer):
 
     @property
     def switches(self) -> tuple[bool, ...]:
-        """What the switches are set to, to be put back later."""
+        """State of the switches, to be restored later."""
         return self._disabled, self._if_calib, self._if_quant, self._by_mode
 
     @switches.setter
@@ -126,7 +126,7 @@ class Switches(TensorQuantizer):
         super().enable_calib()
 
     def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
-        """Sets the range that such a calibrator computes from the arguments.
+        """Sets the range that the calibrator in ``_calibrator`` computes from the arguments.
 
         Raises:
             QuantError: If there is none.

@@ -1,4 +1,4 @@
-"""Which quantizers share one scale.
+"""Ties: groups of quantizers that share one scale.
 
 Where two integer tensors meet (a residual add, a concat), or where several layers read one
 tensor, an engine inserts a conversion unless the scales are equal. So quantizers are tied into
@@ -46,7 +46,7 @@ LINKS: list[Link] = [Link(r'(.*\.)?(\w+_)?backbone', r'\g<1>\g<2>neck')]
 
 
 def ties(model: nn.Module) -> list[tuple[str, ...]]:
-    """Groups of quantizers that share one scale.
+    """Finds the groups of quantizers that share one scale.
 
     Args:
         model: Any module, usually the detector: ties between a backbone and a neck are only
@@ -71,18 +71,18 @@ def ties(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def unequal_ties(model: nn.Module) -> list[tuple[str, ...]]:
-    """Groups whose members are calibrated but do not have one and the same range."""
-    found = quantizers(model)
+    """Finds the groups whose members are calibrated but do not have one and the same range."""
+    by_name = quantizers(model)
     broken = []
     for group in ties(model):
-        ranges = [q.amax for q in (found[n] for n in group) if q.amax is not None]
+        ranges = [q.amax for q in (by_name[n] for n in group) if q.amax is not None]
         if any(not r.equal(ranges[0]) for r in ranges[1:]):
             broken.append(group)
     return broken
 
 
 def _declared(model: nn.Module) -> Iterable[list[str]]:
-    """All declared groups, as full names."""
+    """Yields all declared groups, as full names."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if hasattr(module, 'quant_ties'):

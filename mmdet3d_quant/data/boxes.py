@@ -21,21 +21,21 @@ def save_boxes(results: list[dict[str, Any]], path: Path) -> None:
     """
     rows = []
     for sample in results:
-        found = sample['pred_instances_3d']
-        tensors = (found.bboxes_3d.tensor, found.scores_3d, found.labels_3d)
+        instances = sample['pred_instances_3d']
+        tensors = (instances.bboxes_3d.tensor, instances.scores_3d, instances.labels_3d)
         rows.append((sample['sample_idx'], *tensors))
     with whole(path) as part:
         torch.save(rows, part)
 
 
 def load_boxes(path: Path) -> list[dict[str, Any]]:
-    """Reads what :func:`save_boxes` wrote, as ``evaluation.predict`` returns it."""
+    """Reads a file of :func:`save_boxes`, in the form of ``evaluation.predict``."""
     results = []
     for index, boxes, scores, labels in torch.load(path, weights_only=True):
-        found = InstanceData(
+        instances = InstanceData(
             bboxes_3d=LiDARInstance3DBoxes(boxes, box_dim=boxes.shape[1]),
             scores_3d=scores,
             labels_3d=labels,
         )
-        results.append(dict(sample_idx=index, pred_instances_3d=found))
+        results.append(dict(sample_idx=index, pred_instances_3d=instances))
     return results

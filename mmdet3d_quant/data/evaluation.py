@@ -1,4 +1,4 @@
-"""mAP and NDS of nuScenes, and how far luck moves them."""
+"""mAP and NDS of nuScenes, and their spread over resampled validation sets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Matches:
     positives: np.ndarray
 
     def average_precision(self, times: np.ndarray | None = None) -> float:
-        """Average precision as nuScenes defines it: recall and precision above 0.1 count.
+        """Computes average precision as nuScenes does: recall and precision above 0.1 count.
 
         Args:
             times: How often each sample counts, (samples,); once by default.
@@ -62,7 +62,7 @@ class Matches:
 
 @dataclass(frozen=True)
 class Scores:
-    """What nuScenes' devkit says about a set of detections.
+    """Scores of a set of detections, by nuScenes' devkit.
 
     Attributes:
         mAP: Mean average precision over classes and distance thresholds, 0 to 1.
@@ -83,7 +83,7 @@ class Scores:
 
 
 def predict(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any]]:
-    """Detections of a model.
+    """Runs a detector on batches.
 
     Args:
         model: Detector in eval mode, in the quantization mode to measure.
@@ -119,7 +119,7 @@ class Scorer:
         )
 
     def score(self, results: list[dict[str, Any]]) -> Scores:
-        """Scores what :func:`predict` returns.
+        """Scores the detections of :func:`predict`.
 
         Args:
             results: Detections of every sample of the split, in any order.
@@ -149,10 +149,10 @@ class Scorer:
 
 
 def bootstrap(scores: list[Scores], draws: int = 1000, seed: int = 0) -> np.ndarray:
-    """mAP on resampled validation sets, the same ones for every entry.
+    """Computes mAP on resampled validation sets, the same ones for every entry.
 
-    Samples that show the same objects are drawn together, since they are right and wrong
-    together: in nuScenes those of one scene, in the synthetic set those of one layout.
+    Samples that show the same objects are drawn together, since their errors are correlated: in
+    nuScenes those of one scene, in the synthetic set those of one layout.
 
     Args:
         scores: Scores on the same samples; differences between rows tell drops from luck.
@@ -177,7 +177,7 @@ def bootstrap(scores: list[Scores], draws: int = 1000, seed: int = 0) -> np.ndar
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides progress bars: mmengine's hold on to the stream that they found at import."""
+    """Hides output at the file descriptor, as mmengine's bars keep the stream seen at import."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:
@@ -191,26 +191,29 @@ def _quiet() -> Iterator[None]:
 
 
 def _match(evaluation: NuScenesEval) -> dict[str, list[Matches]]:
-    """Greedy matching by confidence, as in the devkit's ``accumulate``."""
+    """Matches detections greedily by confidence, as the devkit's ``accumulate`` does."""
     tokens = evaluation.sample_tokens
     row = {token: i for i, token in enumerate(tokens)}
     result: dict[str, list[Matches]] = {}
     for name in evaluation.cfg.class_names:
         truth = {t: [b for b in evaluation.gt_boxes[t] if b.detection_name == name] for t in tokens}
-        found = [b for b in evaluation.pred_boxes.all if b.detection_name == name]
+        detections = [b for b in evaluation.pred_boxes.all if b.detection_name == name]
         # The devkit's order, ties included.
-        order = sorted(range(len(found)), key=lambda i: (found[i].detection_score, i))[::-1]
-        found = [found[i] for i in order]
-        distance = [
-            np.array([center_distance(t, box) for t in truth[box.sample_token]]) for box in found
+        order = sorted(range(len(detections)), key=lambda i: (detections[i].detection_score, i))[
+            ::-1
         ]
-        sample = np.array([row[box.sample_token] for box in found], dtype=np.int64)
+        detections = [detections[i] for i in order]
+        distance = [
+            np.array([center_distance(t, box) for t in truth[box.sample_token]])
+            for box in detections
+        ]
+        sample = np.array([row[box.sample_token] for box in detections], dtype=np.int64)
         positives = np.array([len(truth[t]) for t in tokens])
         result[name] = []
         for threshold in evaluation.cfg.dist_ths:
             free = {t: np.ones(len(truth[t]), dtype=bool) for t in tokens}
-            hit = np.zeros(len(found), dtype=bool)
-            for i, (box, far) in enumerate(strict_zip(found, distance)):
+            hit = np.zeros(len(detections), dtype=bool)
+            for i, (box, far) in enumerate(strict_zip(detections, distance)):
                 far = np.where(free[box.sample_token], far, np.inf)
                 if len(far) and far.min() < threshold:
                     hit[i] = True

@@ -1,4 +1,4 @@
-"""Looks through a nuScenes folder, real or generated, before long work begins on it."""
+"""Checks of a nuScenes folder, real or generated, before long work begins on it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check(
     tables: bool = True,
     training: Collection[str] = (),
 ) -> str:
-    """Makes sure that a nuScenes folder can be trained and scored on.
+    """Checks that a nuScenes folder can be trained and scored on.
 
     Args:
         data_root: Folder with ``v1.0-*``, ``samples`` and the info files.
@@ -120,20 +120,20 @@ def _version(root: Path, version: str | None) -> str:
             f'{root} does not exist; get nuScenes, or make a data set with '
             f'tools/make_synthetic_nuscenes.py --out {root}'
         )
-    found = sorted(p.name for p in root.glob('v1.0-*') if p.is_dir())
-    if version is None and len(found) == 1:
-        return found[0]
-    if version in found:
+    versions = sorted(p.name for p in root.glob('v1.0-*') if p.is_dir())
+    if version is None and len(versions) == 1:
+        return versions[0]
+    if version in versions:
         return version
     wanted = f'{version} is not among its versions' if version else 'has not one version'
     raise DatasetError(
-        f'{root}: {wanted}, found {", ".join(found) or "no folder v1.0-*"}; choose another '
+        f'{root}: {wanted}, found {", ".join(versions) or "no folder v1.0-*"}; choose another '
         'data_root or version'
     )
 
 
 def read_tables(folder: Path) -> Tables:
-    """The 13 tables, each as rows by token.
+    """Reads the 13 tables, each as rows by token.
 
     Raises:
         DatasetError: If one is missing, no JSON, or has rows without a token.
@@ -206,7 +206,7 @@ def _check_scenes(tables: Tables, folder: Path) -> None:
 
 
 def read_infos(path: Path) -> dict[str, Any]:
-    """An info file of mmdet3d: ``metainfo`` and ``data_list``, read without running code.
+    """Reads an info file of mmdet3d, ``metainfo`` and ``data_list``, without running code.
 
     Raises:
         DatasetError: If it is missing, damaged, of another kind or empty.
@@ -225,7 +225,7 @@ def read_infos(path: Path) -> dict[str, Any]:
 
 
 def check_objects(path: Path, frames: Sequence[dict[str, Any]]) -> None:
-    """Makes sure that there is something to train on: the loader draws until it finds an object.
+    """Checks that some frame has an object: mmdet3d's loader draws frames until one has.
 
     Raises:
         DatasetError: If no frame has an object.
@@ -243,9 +243,11 @@ def _check_infos(
 ) -> list[dict[str, Any]]:
     path = root / name
     infos = read_infos(path)
-    found = infos['metainfo'].get('version')
-    if found != version:
-        raise DatasetError(f'info file {path} is of {found}, the tables of {version}; {_CONVERT}')
+    infos_version = infos['metainfo'].get('version')
+    if infos_version != version:
+        raise DatasetError(
+            f'info file {path} is of {infos_version}, the tables of {version}; {_CONVERT}'
+        )
     frames = infos['data_list']
     strange = [] if samples is None else [f['token'] for f in frames if f['token'] not in samples]
     if strange:
@@ -259,7 +261,7 @@ def _check_infos(
 
 
 def _files(root: Path, frame: dict[str, Any]) -> Iterator[Path]:
-    """The files of a key frame, where the stock data set looks for them."""
+    """Yields the files of a key frame, where the stock data set looks for them."""
     yield root / 'samples/LIDAR_TOP' / frame['lidar_points']['lidar_path']
     for channel, image in frame['images'].items():
         yield root / 'samples' / channel / image['img_path']

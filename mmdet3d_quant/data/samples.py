@@ -1,7 +1,7 @@
-"""One frame to try things on: where a nuScenes key frame lies, or a generated one, on disk.
+"""One frame for trials, on disk: a nuScenes key frame of the user's, or a generated one.
 
 Both are folders of the same kind (six images, one point cloud, one info file of mmdet3d's
-version 2), so that whatever runs on a frame runs through a config, its data set and pipeline.
+version 2), which a config reads through its own data set and pipeline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SENSOR, _DEPTH = 1.84, 4.0
 
 
 def real_frame() -> Path | None:
-    """The folder that :data:`FRAME` names, or None if it names none.
+    """Reads the folder from the environment variable :data:`FRAME`; None if it is not set.
 
     Raises:
         FileNotFoundError: If it is not there or has no info file.
@@ -53,7 +53,7 @@ def real_frame() -> Path | None:
 
 
 def frame_settings(cfg: Any, folder: str | Path) -> dict[str, Any]:
-    """Top-level settings with which a config reads the one frame of a folder.
+    """Makes top-level settings with which a config reads the one frame of a folder.
 
     Args:
         cfg: A config with ``test_dataloader`` (a dict or mmengine's ``Config``); not changed.
@@ -136,7 +136,7 @@ def make_frame(folder: str | Path, seed: int = 0) -> Path:
 
 
 def _texture(rng: np.random.Generator) -> np.ndarray:
-    """Noise of all sizes between a bright sky and a dark ground, uint8 (H, W, 3)."""
+    """Draws noise of all sizes between a bright sky and a dark ground, uint8 (H, W, 3)."""
     height, width = IMAGE_SIZE
     image = np.linspace(200, 80, height)[:, None, None] * np.ones((1, width, 3))
     for cells in (4, 16, 64, 256):
@@ -146,7 +146,7 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
 
 
 def _camera(yaw: float) -> tuple[np.ndarray, np.ndarray]:
-    """LiDAR-to-camera matrix (4, 4), metres, and camera matrix (3, 3), pixels."""
+    """Makes the LiDAR-to-camera matrix (4, 4), metres, and camera matrix (3, 3), pixels."""
     a = math.radians(yaw)
     ahead = np.array([-math.sin(a), math.cos(a), 0.0])  # nuScenes' LiDAR looks along +y
     right, down = np.cross(ahead, [0.0, 0.0, 1.0]), np.array([0.0, 0.0, -1.0])
@@ -159,7 +159,7 @@ def _camera(yaw: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scan(rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Points and the objects that they lie on.
+    """Generates points and the objects that they lie on.
 
     Returns:
         x, y, z (metres), intensity (0-255) and ring of 32 beams, float32 (P, 5); and an info
@@ -195,7 +195,7 @@ def _scan(rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
 
 
 def _instance(at: float, far: float, width: float, height: float) -> dict[str, Any]:
-    """A car or, if wide, a truck that turns its back to the sensor, as info files have it."""
+    """Makes an info file's entry of a car or, if wide, a truck, its back to the sensor."""
     centre = far + _DEPTH / 2
     label = int(width > 2.5)
     x, y, z = centre * math.cos(at), centre * math.sin(at), height / 2 - _SENSOR

@@ -122,7 +122,7 @@ class Head(nn.Module):
 def bevfusion_cuts(
     detector: nn.Module, inputs: dict[str, Tensor], target: str = DEFAULT
 ) -> list[Cut]:
-    """The files that a CUDA-BEVFusion style runtime builds engines from.
+    """Cuts a detector into the parts that a CUDA-BEVFusion style runtime has engines for.
 
     * ``camera.backbone``: ``img``, ``depth`` -> ``camera_feature``, ``camera_depth_weights``
     * ``camera.vtransform``: ``feat_in`` -> ``feat_out``, the BEV map after pooling
@@ -132,7 +132,7 @@ def bevfusion_cuts(
       TransFusionHead of this package
 
     BEV pooling is not among them, nor is the sparse encoder, whose file has a format of its own
-    (``export.scn``).
+    (``export.sparse``).
 
     Args:
         detector: A BEVFusion detector; a part that it does not have gives no cut.
@@ -178,7 +178,7 @@ def _exported_head(detector: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """Runs the detector on a batch and keeps what enters the cuts.
+    """Runs the detector on a batch and keeps the inputs of the cuts.
 
     Args:
         detector: A BEVFusion detector in eval mode.
@@ -222,7 +222,7 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 
 def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the shapes that the detector expects, where there are no data.
+    """Generates random inputs of the shapes that the detector expects, for lack of data.
 
     Args:
         detector: A BEVFusion detector.

@@ -1,4 +1,4 @@
-"""What lies beside the exported files: a script that builds their engines, and a README."""
+"""Companions of the exported files: a script that builds their engines, and a README."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def build_flags(entry: Mapping[str, Any], precision: str) -> list[str]:
 
 
 def build_script(manifest: Mapping[str, Any]) -> str:
-    """The script that builds the engines of an exported folder.
+    """Writes the script that builds the engines of an exported folder.
 
     Args:
         manifest: Of the folder, with ``files``.
@@ -173,7 +173,7 @@ def build_script(manifest: Mapping[str, Any]) -> str:
 
 
 def readme(manifest: Mapping[str, Any]) -> str:
-    """What is in an exported folder, for people.
+    """Writes the README of an exported folder.
 
     Args:
         manifest: Of the folder, with ``files``, ``target`` and ``precision``.

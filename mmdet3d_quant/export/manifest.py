@@ -1,4 +1,4 @@
-"""What an exported folder contains, for programs and people that build engines from it."""
+"""Entries of the manifest of an exported folder: its graphs and scales."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
-    """Inputs and outputs of a graph with shapes and types, opset, and node counts."""
+    """Describes a graph: inputs and outputs with shapes and types, opset, node counts."""
 
     def tensors(values: Any) -> dict[str, Any]:
         return {
@@ -67,7 +67,7 @@ def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[dict[str, Any]]:
-    """Activation scales by tie group, single quantizers included.
+    """Lists the activation scales by tie group, single quantizers included.
 
     Args:
         model: The detector.
@@ -77,10 +77,10 @@ def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[di
         Entries with ``scale`` (step size), ``amax``, ``dtype`` and the names of the
         ``quantizers``, in the order of the model.
     """
-    found = {n: q for n, q in quantizers(model).items() if q.calibrated and q.spec.axis is None}
+    ranged = {n: q for n, q in quantizers(model).items() if q.calibrated and q.spec.axis is None}
     group_of = {name: group for group in ties(model) for name in group}
-    groups = dict.fromkeys(group_of.get(name, (name,)) for name in found)
-    return [_describe_scale(found[g[0]], list(g), id(found[g[0]]) in unsigned) for g in groups]
+    groups = dict.fromkeys(group_of.get(name, (name,)) for name in ranged)
+    return [_describe_scale(ranged[g[0]], list(g), id(ranged[g[0]]) in unsigned) for g in groups]
 
 
 def _describe_scale(quantizer: Quantizer, names: list[str], unsigned: bool) -> dict[str, Any]:

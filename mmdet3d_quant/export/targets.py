@@ -1,4 +1,4 @@
-"""What engines accept, as data."""
+"""Properties of the engines that files are exported for, as data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Target:
     """An engine that a graph is written for.
 
     Attributes:
-        name: What ``--target`` takes.
+        name: Value of ``--target``.
         unsigned: Whether activations may be UINT8 (zero point 0). A tensor that is never negative
             then has twice as many steps in the same range, ``amax / 255`` instead of
             ``amax / 127``.
@@ -42,7 +42,7 @@ TARGET_KEY = 'mmdet3d_quant.target'
 
 
 def target_of(name: str) -> Target:
-    """A target by name.
+    """Looks up a target by name.
 
     Raises:
         ValueError: If there is none of that name.

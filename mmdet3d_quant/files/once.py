@@ -1,4 +1,4 @@
-"""Work that is not done twice: files and folders that remember what they were made from."""
+"""Reuse of files and folders that were made earlier from the same inputs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 
 def once(path: Path, key: dict[str, Any], make: Callable[[], Any]) -> bool:
-    """Makes a file or folder, unless it is there, made from the same things and unchanged.
+    """Makes a file or folder, unless it is there, made with the same key and unchanged.
 
     Args:
-        path: What ``make`` writes.
+        path: File or folder that ``make`` writes.
         key: All that decides its content, as plain values; kept beside it.
         make: Writes it.
 
     Returns:
-        Whether it was made; False if what is there was reused.
+        bool, True if it was made, False if the one there was reused.
     """
     stamp = path.with_name(f'{path.name}.key')
     if stamp.is_file() and _files(path) and stamp.read_text() == _stamp(path, key):
@@ -35,7 +35,7 @@ def _stamp(path: Path, key: dict[str, Any]) -> str:
 
 
 def _files(path: Path) -> dict[str, list[int]]:
-    """Size and time of change of a file, or of all in a folder."""
+    """Reads size and time of change of a file, or of all files in a folder."""
     files = sorted(path.rglob('*')) if path.is_dir() else [path]
     stats = {str(file.relative_to(path)): file.stat() for file in files if file.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

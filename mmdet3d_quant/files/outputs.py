@@ -57,7 +57,7 @@ def _umask() -> int:
 
 
 def check_writable(path: str | Path) -> None:
-    """Makes sure, before long work, that a file can be written at ``path``.
+    """Checks, before long work, that a file can be written at ``path``.
 
     Raises:
         OSError: If it cannot.
@@ -74,7 +74,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file."""
+    """Computes the SHA-256 of a file, as hex digits."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(1 << 20):

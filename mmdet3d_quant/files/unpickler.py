@@ -52,21 +52,21 @@ class Inert:
 
 
 def _array_globals() -> dict[str, Any]:
-    """What NumPy's arrays, scalars and types are pickled as, in NumPy 1 and 2."""
+    """Lists the globals in pickles of NumPy's arrays, scalars and types, of NumPy 1 and 2."""
     rebuild, scalar = np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    found: dict[str, Any] = {'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
+    by_path: dict[str, Any] = {'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
     for core in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        found[f'{core}._reconstruct'] = rebuild
-        found[f'{core}.scalar'] = scalar
+        by_path[f'{core}._reconstruct'] = rebuild
+        by_path[f'{core}.scalar'] = scalar
     for kind in {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDSU'}:
-        found[f'{kind.__module__}.{kind.__name__}'] = kind
-    return found
+        by_path[f'{kind.__module__}.{kind.__name__}'] = kind
+    return by_path
 
 
 class _Buffer(HistoryBuffer):
-    """A log buffer of mmengine while it is read; its state makes it one.
+    """Stand-in for a log buffer of mmengine that turns into one when its state is set.
 
-    Its methods are saved along, by name; those are the class's own, and stay so.
+    The state also names methods of the class; they are ignored, as the class has them.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,9 +76,9 @@ class _Buffer(HistoryBuffer):
 
 
 class _Call:
-    """A function or class that a pickle may call, and do nothing else to.
+    """Wraps a function or class that a pickle may call but not change.
 
-    A pickle can also set attributes of what it names, and so change a class for the process.
+    A pickle can set attributes of a class that it names, which changes it for the process.
     """
 
     __slots__ = ('_target',)
@@ -123,7 +123,7 @@ class DataUnpickler(pickle.Unpickler):
     strange: set[str]
 
     def find_class(self, module: str, name: str) -> Any:
-        """Gives what stands for a class or function that a pickle names."""
+        """Resolves a class or function that a pickle names: a known one, else a placeholder."""
         key = f'{module}.{name}'
         if key == _BUFFER:
             return _Buffer
@@ -136,7 +136,7 @@ class DataUnpickler(pickle.Unpickler):
         return _Call(known) if callable(known) else known
 
     def _attribute(self, owner: Any = _Buffer, name: str = '') -> Any:
-        """Stands for ``getattr``: the methods of a log buffer are not needed, others not read."""
+        """Replaces ``getattr``: methods of a log buffer are not needed, others not read."""
         if owner is not _Buffer:
             self.strange.add(f'getattr(..., {name!r})')
         return Inert()

@@ -39,11 +39,11 @@ from mmdet3d_quant.runs.provenance import provenance
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What :func:`calibrate_checkpoint` found.
+    """Result of :func:`calibrate_checkpoint`.
 
     Attributes:
-        calibration: The ranges, and what they were chosen from.
-        strata: How the inputs of sparse layers fit by distance; empty without such layers.
+        calibration: The ranges, and the statistics that they were chosen from.
+        strata: Fit of the inputs of sparse layers by distance; empty without such layers.
         page: The report.
     """
 
@@ -84,16 +84,17 @@ def calibrate_checkpoint(
         num_batches: Batches to use; all by default.
         until_stable: Stop when the ranges moved less than this share; by default all batches
             are used.
-        resume: Go on with what an interrupted run left beside ``out``.
+        resume: Go on from the statistics that an interrupted run left beside ``out``.
         strict: A warning is an error: nothing is written.
-        launcher: What started the processes, one of ``processes.LAUNCHERS``; they are joined here.
+        launcher: Launcher that started the processes, one of ``processes.LAUNCHERS``; they are
+            joined here.
         device: ``'cpu'`` or ``'cuda:N'``; by default a GPU where there is one.
         overrides: Entries of the config, by dotted key.
-        command: Told in the report.
-        listener: Is told how it goes on, in the first process.
+        command: Command line to show in the report.
+        listener: Receives the progress, in the first process.
 
     Returns:
-        What was calibrated.
+        :class:`Calibrated`, the ranges and the page.
 
     Raises:
         ConfigError: If the config, its data or the launcher is wrong.
@@ -195,7 +196,7 @@ def read_plan(cfg: Config, methods: Sequence[str] = (), weights: str | None = No
 def _introduce(
     calibrator: Calibrator, data: Share, cfg: Config, place: torch.device, told: _Told
 ) -> None:
-    """Tells what will be done, and what is odd about it."""
+    """Reports the settings of the run, and warns of unusual ones."""
     active = sum(q.float_reason is None for q in quantizers(calibrator.model).values())
     told.listener.note(
         f'{active} quantizers in {len(calibrator.groups)} groups and alone; '
@@ -213,7 +214,7 @@ def _introduce(
 
 
 def _go_on(calibrator: Calibrator, saved: Progress, resume: bool, rank: int) -> list[int]:
-    """Takes over what an interrupted run left; the numbers of its batches, to all processes."""
+    """Restores an interrupted run; returns the numbers of its batches, in all processes."""
     statistics, stability = calibrator.statistics, calibrator.stability
     state: list[Any] = [None]
     if rank == 0:
@@ -262,7 +263,7 @@ def _observe(
 
 
 def _by_distance(model: nn.Module, data: Share, cfg: Config) -> list[Strata]:
-    """How the inputs of sparse layers fit near the sensor and far from it, on one batch."""
+    """Measures how inputs of sparse layers fit near the sensor and far from it, on one batch."""
     if not any(hasattr(m, 'height_axis') for m in model.modules()):
         return []
     first = dict(list(data.seen.items())[:1])
@@ -274,9 +275,9 @@ def sensor_of(cfg: Config) -> tuple[float, float]:
     """Reads where the sensor is in the voxel grid, as a share of it along x and y."""
     own = cfg.model.get('data_preprocessor') or {}
     layers = (own.get(key) or {} for key in ('voxelize_cfg', 'voxel_layer'))
-    found = [layer['point_cloud_range'] for layer in layers if 'point_cloud_range' in layer]
-    if not found:
+    ranges = [layer['point_cloud_range'] for layer in layers if 'point_cloud_range' in layer]
+    if not ranges:
         return 0.5, 0.5
-    low, high = found[0][:2], found[0][3:5]
+    low, high = ranges[0][:2], ranges[0][3:5]
     x, y = (-a / (b - a) for a, b in strict_zip(low, high))
     return x, y

@@ -1,4 +1,4 @@
-"""What all quantized models share: taking their parent's arguments as they are."""
+"""Shared constructor steps of quantized models, which take their parent's arguments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arguments(parent: type, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 
 def quant_conv_cfg(cfg: dict | None) -> dict:
-    """The ``conv_cfg`` of a float config, with the quantized type and all else as it was.
+    """Converts a float ``conv_cfg`` to the quantized type, with all else as it was.
 
     Raises:
         ValueError: If the type has no quantized counterpart.
@@ -48,7 +48,7 @@ def quant_conv_cfg(cfg: dict | None) -> dict:
 
 
 def quant_upsample_cfg(cfg: dict) -> dict:
-    """The ``upsample_cfg`` of a float config; interpolations have no weights and stay.
+    """Converts a float ``upsample_cfg``; interpolations have no weights and stay.
 
     Raises:
         ValueError: If the type has no quantized counterpart.
@@ -59,7 +59,7 @@ def quant_upsample_cfg(cfg: dict) -> dict:
 
 
 def quant_sparse_conv_cfg(cfg: dict | None) -> dict:
-    """The ``conv_cfg`` of a float sparse block, with the quantized type and all else as it was.
+    """Converts the ``conv_cfg`` of a sparse block to the quantized type, with all else as it was.
 
     Raises:
         ValueError: If the type has no quantized counterpart.
@@ -81,13 +81,13 @@ def _swapped(cfg: Mapping | None, types: Mapping, what: str) -> dict:
 
 
 def _is(registered: Any, cls: Any) -> bool:
-    """Whether a class is the registered one, or torch's that mmcv wraps under that name."""
+    """Tells whether a class is the registered one, or torch's that mmcv wraps under its name."""
     wraps = getattr(registered, '__module__', '').startswith('mmcv.')
     return cls is not None and (registered is cls or (wraps and cls in registered.__bases__))
 
 
 def finish(model: nn.Module, skip: Skip, learn_amax: bool = False) -> None:
-    """Last step of every quantized model's constructor.
+    """Finishes the constructor of a quantized model: float layers, learned ranges.
 
     Args:
         model: The model, built.

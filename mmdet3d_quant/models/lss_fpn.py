@@ -37,14 +37,14 @@ class QuantGeneralizedLSSFPN(GeneralizedLSSFPN):
         return self.concats[level](tensors)
 
     def quant_ties(self) -> list[list[str]]:
-        """Concat and lateral convolution of each level."""
+        """Ties the concat and the lateral convolution of each level."""
         return [
             [f'concats.{i}._input_quantizer', f'lateral_convs.{i}.conv._input_quantizer']
             for i in range(len(self.concats))
         ]
 
     def input_readers(self) -> list[list[str]]:
-        """For each input, the concat that reads it; the coarsest is only read upsampled."""
+        """Lists the concat that reads each input; the coarsest is only read upsampled."""
         levels = range(-self.start_level, len(self.in_channels) - self.start_level)
         return [
             [f'concats.{i}._input_quantizer'] if 0 <= i < len(self.concats) else [] for i in levels

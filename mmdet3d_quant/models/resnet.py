@@ -34,9 +34,9 @@ class _QuantBlock(_Block):
     """A ResNet block whose identity branch is quantized before the add.
 
     Attributes:
-        residual_quantizer: With no downsample it shares conv1's input scale (both read the
-            input of the block); with one it has its own, and the downsample convolution's input
-            shares conv1's.
+        residual_quantizer: Quantizer of the identity branch. Without downsample it shares conv1's
+            input scale (both read the input of the block). With downsample it has its own scale,
+            and the downsample convolution's input shares conv1's.
     """
 
     float_block: type[nn.Module]
@@ -50,22 +50,22 @@ class _QuantBlock(_Block):
         self.residual_quantizer = Quantizer(label=f'residual of {type(self).__name__}')
 
     def quant_ties(self) -> list[list[str]]:
-        """Every quantizer that reads the input of the block."""
+        """Ties all quantizers that read the input of the block."""
         names = {module: name for name, module in self.named_modules()}
         return [[names[q] for module in self.readers() for q in input_quantizer(module)]]
 
     def readers(self) -> list[nn.Module]:
-        """Both modules that read the input of the block; one may be an average pool."""
+        """Lists the two modules that read the input of the block; one may be an average pool."""
         identity = self.residual_quantizer if self.downsample is None else self.downsample[0]
         return [self.conv1, identity]
 
     def forward(self, x: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor:
-        """Output of the block for an (N, C, H, W) input.
+        """Computes the output of the block for an (N, C, H, W) input.
 
         Args:
             x: Output of the block before.
-            readers: The quantizers that read the output, for which it may be rounded here; given
-                only where nothing else reads it.
+            readers: The quantizers that read the output, so that the block may round it for all of
+                them; to be given only if nothing else reads the output.
         """
         if self.with_cp and x.requires_grad:
             out = checkpoint(self._sum, x, use_reentrant=False)
@@ -80,7 +80,7 @@ class _QuantBlock(_Block):
         return out + self.residual_quantizer(identity)
 
     def _activated(self, x: Tensor, conv: nn.Module) -> Tensor:
-        """``x`` rectified, for a convolution to read."""
+        """Rectifies ``x`` and, where possible, quantizes it for the convolution that reads it."""
         return rectified(x, self.relu, readers_of(conv))
 
 
@@ -121,10 +121,10 @@ QUANT_BLOCKS = {BasicBlock: QuantBasicBlock, Bottleneck: QuantBottleneck}
 
 
 class QuantResLayer(ResLayer):
-    """A stage. In training its blocks hand on what the next one reads, rounded, where they can."""
+    """A stage. In training each block rounds its output for the next one, where it can."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the last block for an (N, C, H, W) input."""
+        """Computes the output of the last block for an (N, C, H, W) input."""
         blocks = list(self)
         for i, block in enumerate(blocks):
             pair = blocks[i : i + 2]
@@ -158,13 +158,13 @@ class QuantResNet(ResNet):
         finish(self, skip, learn_amax)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
-        """A stage of quantized blocks."""
+        """Builds a stage of quantized blocks."""
         # Swapped here and not in `arch_settings`: ResNet compares the block with its own
         # classes to decide on zero-initialised residuals.
         return QuantResLayer(**{**kwargs, 'block': QUANT_BLOCKS[kwargs['block']]})
 
     def output_readers(self) -> list[list[str]]:
-        """For each output, the input of the next stage's first block, which reads it too."""
+        """Lists the quantizers of the next stage's first block, which reads the output, too."""
         last = len(self.res_layers) - 1
         return [
             [f'{self.res_layers[i + 1]}.0.conv1._input_quantizer'] if i < last else []

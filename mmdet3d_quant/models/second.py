@@ -40,7 +40,7 @@ class QuantSECOND(SECOND):
         finish(self, skip, learn_amax)
 
     def output_readers(self) -> list[list[str]]:
-        """For each output, the first convolution of the next block, which reads it too."""
+        """Lists, for each output, the first convolution of the next block, which reads it, too."""
         last = len(self.blocks) - 1
         return [
             [f'blocks.{i + 1}.0._input_quantizer'] if i < last else []
@@ -68,5 +68,5 @@ class QuantSECONDFPN(SECONDFPN):
         finish(self, skip, learn_amax)
 
     def input_readers(self) -> list[list[str]]:
-        """For each input, the layer of its deblock."""
+        """Lists, for each input, the layer of its deblock."""
         return [[f'deblocks.{i}.0._input_quantizer'] for i in range(len(self.deblocks))]

@@ -31,8 +31,8 @@ class QuantSparseBasicBlock(SparseBasicBlock):
     where two read one tensor, their ranges must be equal, or one of them is not used.
 
     Attributes:
-        add: With no downsample its scale is conv1's input scale (both read the input of the
-            block); with one, the downsample convolution's input shares conv1's.
+        add: Quantized add. Without downsample its scale is conv1's input scale (both read the input
+            of the block). With downsample, the downsample convolution's input shares conv1's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -42,7 +42,7 @@ class QuantSparseBasicBlock(SparseBasicBlock):
         self.add = QuantAdd()
 
     def quant_ties(self) -> list[list[str]]:
-        """Every quantizer that reads the input of the block."""
+        """Ties all quantizers that read the input of the block."""
         readers = ['conv1._input_quantizer']
         if self.downsample is None:
             readers.append('add._input_quantizer')
@@ -56,7 +56,7 @@ class QuantSparseBasicBlock(SparseBasicBlock):
         return [readers]
 
     def forward(self, x: Any) -> Any:
-        """Output of the block, a ``SparseConvTensor`` like its input."""
+        """Computes the output of the block, a ``SparseConvTensor`` like its input."""
         out = self.conv1(x)
         out = with_values(out, self.relu(self.norm1(values(out))))
         out = self.conv2(out)
@@ -92,7 +92,7 @@ class QuantBEVFusionSparseEncoder(_QuantEncoder, BEVFusionSparseEncoder):
     Args:
         skip: Layers to keep float: name patterns such as ``'encoder_layers.encoder_layer1.*'``,
             or ``{pattern: reason}``. By default the first convolution, whose input has metres,
-            intensity and seconds on one scale; a ``skip`` that is given takes the place of that.
+            intensity and seconds on one scale; a ``skip`` that is given replaces this default.
         learn_amax: Let training learn the ranges of activations.
     """
 

@@ -1,4 +1,4 @@
-"""Tensors of a view transform that its config decides, though they lie in checkpoints."""
+"""Tensors of a view transform that checkpoints hold, but its config decides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROUNDED = 1e-3
 
 
 def derived_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with such parameters, the public project's included, and their names."""
+    """Yields the names and modules with such tensors, the public project's included."""
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if all(key in own and not own[key].requires_grad for key in DERIVED):
@@ -24,9 +24,9 @@ def derived_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def take_derived_from_config(model: nn.Module) -> None:
-    """Lets a checkpoint of another image size or grid load: what follows from those stays.
+    """Lets a checkpoint of another image size or grid load: tensors that follow from these stay.
 
-    Works with whatever loads, like :func:`~mmdet3d_quant.parents.sparse_layout.accept_any_layout`.
+    Works with any loader, like :func:`~mmdet3d_quant.parents.sparse_layout.accept_any_layout`.
     Values that agree within the rounding of FP16 come from the checkpoint. Calling it again
     changes nothing.
 

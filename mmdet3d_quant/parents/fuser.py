@@ -24,7 +24,7 @@ class ConvFuser(nn.Sequential):
         self.out_channels = out_channels
 
     def _conv(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Makes the convolution; takes what ``nn.Conv2d`` takes. Subclasses replace it.
+        """Makes the convolution, from arguments of ``nn.Conv2d``. Subclasses replace it.
 
         It runs before ``nn.Module.__init__``: an override must not assign modules to ``self``.
         """

@@ -21,7 +21,7 @@ from mmdet3d_quant.core.compat import strict_zip
 
 @dataclass(frozen=True)
 class Rulebook:
-    """Which input voxel adds to which output voxel under which weight.
+    """Pairs of input and output voxel, with the weight between them.
 
     Attributes:
         inputs: Indices of the input voxels (n, 4), int32, for which the rules hold.
@@ -43,7 +43,7 @@ class Rulebook:
 
 
 def rulebook(conv: SparseConv3d | SubMConv3d, x: SparseConvTensor) -> Rulebook:
-    """Rules of a convolution for the voxels of a tensor."""
+    """Computes the rules of a convolution for the voxels of a tensor."""
     outputs, pairs, counts = ops.get_indice_pairs(
         x.indices,
         x.batch_size,
@@ -80,7 +80,7 @@ def rulebook(conv: SparseConv3d | SubMConv3d, x: SparseConvTensor) -> Rulebook:
 
 
 def _grouped(rows: Tensor, counts: list[int], count: int) -> tuple[Tensor, Tensor]:
-    """Order of the pairs by row, and where each row's pairs begin: a sort by counting.
+    """Sorts the pairs by row, by counting; returns the order and where each row's pairs begin.
 
     Args:
         rows: Row of each pair, (p,); a row comes once per weight at most.
@@ -99,7 +99,7 @@ def _grouped(rows: Tensor, counts: list[int], count: int) -> tuple[Tensor, Tenso
 
 
 class _Convolve(torch.autograd.Function):
-    """Features (n, in), weights (K, in, out) and rules to features (m, out)."""
+    """Convolves features (n, in) with weights (K, in, out) by the rules, to features (m, out)."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, rules: Rulebook) -> Tensor:
@@ -124,7 +124,7 @@ class _Convolve(torch.autograd.Function):
 
 
 def _products(rows: Tensor, pick: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """The picked rows, each times the weight of its pair: (p, columns of a weight)."""
+    """Multiplies the picked rows by the weights of their pairs: (p, columns of a weight)."""
     out = rows.new_empty(len(pick), weight.shape[2])
     for picked, matrix, place in strict_zip(pick.split(counts), weight, out.split(counts)):
         torch.mm(rows.index_select(0, picked), matrix, out=place)
@@ -132,7 +132,7 @@ def _products(rows: Tensor, pick: Tensor, weight: Tensor, counts: list[int]) -> 
 
 
 def _sum(rows: Tensor, groups: tuple[Tensor, Tensor]) -> Tensor:
-    """Sums of the rows of each group, always in the same order."""
+    """Sums the rows of each group, always in the same order."""
     order, begins = groups
     return F.embedding_bag(order, rows, begins, mode='sum')
 
@@ -144,7 +144,7 @@ else:
 
 
 class _Portable(_Convolution):
-    """Takes over on the CPU; the constructor and the parameters are spconv's."""
+    """Convolves in plain torch on a CPU; the constructor and the parameters are spconv's."""
 
     def _conv_forward(
         self,

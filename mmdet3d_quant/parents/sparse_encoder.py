@@ -36,7 +36,7 @@ class PortableSparseEncoder(SparseEncoder):
     Takes its arguments, keeps its state-dict keys and loads weights of either layout.
 
     Attributes:
-        convs: Types of convolutions that mmdet3d names, and what is built for each.
+        convs: Class to build for each type of convolution that mmdet3d names.
         block: Type of the residual blocks; takes the arguments of ``SparseBasicBlock``.
         height_axis: Axis of the grid that points up. The last convolution squeezes it.
         rectified: Whether the map is never negative: it comes out of a ReLU.
@@ -105,7 +105,7 @@ class PortableSparseEncoder(SparseEncoder):
         block_type: str = 'conv_module',
         conv_cfg: dict | None = None,
     ) -> int:
-        """Builds the stages; the parent's, out of ``convs`` and ``block``."""
+        """Builds the stages of the parent out of ``convs`` and ``block``."""
 
         def make(*args: Any, conv_type: str, **kwargs: Any) -> Any:
             return make_block(*args, conv_type=self.convs[conv_type], **kwargs)
@@ -142,7 +142,7 @@ class PortableSparseEncoder(SparseEncoder):
         return super().forward(voxel_features, coors, int(batch_size))
 
     def _empty(self, like: Tensor, batch_size: int) -> Tensor:
-        """What a cloud without voxels gives: zeros (B, output_channels, *grid)."""
+        """Creates the map of a cloud without voxels: zeros (B, output_channels, *grid)."""
         shape = list(self.sparse_shape)
         for conv in self.modules():
             if isinstance(conv, SparseConv3d):

@@ -3,8 +3,8 @@
 spconv 1, mmcv and mit-han-lab's copy store (kernel x, y, z, in, out), spconv 2 stores (out, kernel
 x, y, z, in). mmdet3d's loader tells them apart by the version in a state dict's `_metadata`, and
 takes weights without one for spconv 1's. mmdet3d's published BEVFusion checkpoints have spconv 2's
-layout without the version, so it turns them round and refuses them (its issue 2584). Shapes do not
-lie: here they decide.
+layout without the version, so it turns them round and refuses them (its issue 2584). Shapes cannot
+be wrong: here they decide.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LayoutError(ValueError):
 
 
 def rearranged(weight: Tensor, layout: str) -> Tensor:
-    """A weight of the other layout in this one.
+    """Rearranges a weight from the other layout to this one.
 
     Args:
         weight: Five axes, in the other layout.
@@ -47,7 +47,7 @@ def rearranged(weight: Tensor, layout: str) -> Tensor:
 
 
 def layout_of(shapes: Iterable[Sequence[int]]) -> str:
-    """The one layout of all weights of an encoder.
+    """Finds the one layout of all weights of an encoder.
 
     Args:
         shapes: Shapes of its weights, five axes each. Kernels have sides of 1, 3, 5 or 7.
@@ -76,7 +76,7 @@ def layout_of(shapes: Iterable[Sequence[int]]) -> str:
 def accept_any_layout(model: nn.Module) -> None:
     """Lets the sparse convolutions of a model load weights of either layout, by their shape.
 
-    Works with whatever loads: ``load_state_dict``, mmengine's ``load_checkpoint``, mmdet3d's
+    Works with any loader: ``load_state_dict``, mmengine's ``load_checkpoint``, mmdet3d's
     ``init_model``. Ranges of quantized weights are turned with them. A weight that fits in both
     layouts (all five axes are equal) needs the version in the state dict's ``_metadata``;
     without, loading into spconv 2 fails. Calling it again changes nothing.
@@ -101,10 +101,10 @@ def _hand_over(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Puts a weight into the layout that the loader, which runs next, takes it for.
+    """Rearranges a weight to the layout that the loader, which runs next, expects.
 
-    Of spconv 2's convolutions that is mmdet3d's, which goes by the version; of mmcv's it is
-    torch's, which takes it as it is.
+    mmdet3d's loader, for spconv 2's convolutions, expects the layout that the version in the
+    metadata names; torch's, for mmcv's, copies the weight as it is.
     """
     amax_key = f'{prefix}_weight_quantizer._amax'
     amax = getattr(getattr(conv, '_weight_quantizer', None), '_amax', None)

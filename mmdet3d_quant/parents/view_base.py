@@ -1,4 +1,4 @@
-"""What both view transforms share: the geometry, the splat and the layers behind it."""
+"""Base of both view transforms: the geometry, the splat and the layers behind it."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class ViewTransform(nn.Module):
 
         Args:
             part: Which of the three; subclasses may treat them differently.
-            *args: What ``nn.Conv2d`` takes.
-            **kwargs: What ``nn.Conv2d`` takes.
+            *args: Arguments of ``nn.Conv2d``.
+            **kwargs: Arguments of ``nn.Conv2d``.
         """
         return nn.Conv2d(*args, **kwargs)
 
@@ -119,7 +119,7 @@ class ViewTransform(nn.Module):
         extra_rots: Tensor | None = None,
         extra_trans: Tensor | None = None,
     ) -> Tensor:
-        """Positions of all depth bins in the (augmented) LiDAR frame.
+        """Computes the positions of all depth bins in the (augmented) LiDAR frame.
 
         Args:
             camera2lidar_rots: (B, N, 3, 3).
@@ -198,5 +198,5 @@ class ViewTransform(nn.Module):
         return self.downsample(self.splat(geom, *lifted))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of ``depthnet``, (B*N, D+C, fH, fW), to context and depth."""
+        """Splits the output of ``depthnet``, (B*N, D+C, fH, fW), into context and depth."""
         return x[:, self.D : self.D + self.C], x[:, : self.D].softmax(dim=1)

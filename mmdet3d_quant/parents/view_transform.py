@@ -40,7 +40,7 @@ class LSSTransform(ViewTransform):
         lidar_aug_matrix: Tensor,
         metas: Any = None,
     ) -> Tensor:
-        """Image features to a map.
+        """Computes the map of image features.
 
         Args:
             img: Image features, (B, N, in_channels, fH, fW).
@@ -93,7 +93,7 @@ class DepthLSSTransform(ViewTransform):
         lidar_aug_matrix: Tensor,
         num_cams: int,
     ) -> Tensor:
-        """Depths of the LiDAR points in every image.
+        """Projects the LiDAR points to a depth map of every image.
 
         Where several points hit one pixel, the last one in order wins. Points behind a camera
         count as 1e-5 m in front of it.
@@ -137,7 +137,7 @@ class DepthLSSTransform(ViewTransform):
         lidar_aug_matrix: Tensor,
         metas: Any = None,
     ) -> Tensor:
-        """Image features and points to a map.
+        """Computes the map of image features and points.
 
         Args:
             img: Image features, (B, N, in_channels, fH, fW).
@@ -156,10 +156,10 @@ class DepthLSSTransform(ViewTransform):
             ValueError: If there is not one point cloud per sample.
         """
         if points is None or len(points) != len(img):
-            found = 'none' if points is None else len(points)
+            count = 'none' if points is None else len(points)
             raise ValueError(
                 'DepthLSSTransform needs one LiDAR point cloud per sample for its depth maps: '
-                f'expected {len(img)}, got {found}; LSSTransform works without'
+                f'expected {len(img)}, got {count}; LSSTransform works without'
             )
         depth = self.depth_map(points, lidar2image, img_aug_matrix, lidar_aug_matrix, img.shape[1])
         lifted = self.lift(img, depth)
@@ -175,7 +175,7 @@ def _sample_depth(
     img_aug: Tensor,
     lidar_aug: Tensor,
 ) -> Tensor:
-    """Depths of one sample's points, (N, H*W)."""
+    """Projects one sample's points to depths, (N, H*W)."""
     height, width = image_size
     xyz = (points[:, :3].float() - lidar_aug[:3, 3]).T
     xyz = torch.inverse(lidar_aug[:3, :3]) @ xyz

@@ -64,9 +64,9 @@ def write_ranges(
 
     Args:
         path: Page to write; the JSON gets the same name with ``.json``.
-        calibration: What to show.
+        calibration: Calibration to show.
         about: Plain facts to show at the end: config, checkpoint, command, versions.
-        strata: Of a model with sparse layers, how they fit by distance.
+        strata: Fit of the sparse layers by distance, if the model has some.
 
     Returns:
         ``path``.
@@ -94,15 +94,16 @@ def write_ranges(
 def range_facts(
     calibration: Calibration, about: Mapping[str, Any], strata: Sequence[Strata] = ()
 ) -> dict[str, Any]:
-    """All numbers of the page, as plain values that JSON takes.
+    """Collects all numbers of the page, as plain values that JSON takes.
 
     Returns:
-        ``ranges`` (per quantizer, worst SQNR first), ``flags`` (how many have each), ``looks``,
-        ``strata`` (per sparse layer, in the order of the model), and the rest of the calibration.
+        ``ranges`` (per quantizer, worst SQNR first), ``flags`` (number of quantizers by flag),
+        ``looks``, ``strata`` (per sparse layer, in the order of the model), and the rest of the
+        calibration.
     """
     histograms = calibration.statistics.histograms
     rows = [
-        _row(order, found, histograms[found.name]) for order, found in enumerate(calibration.ranges)
+        _row(order, entry, histograms[entry.name]) for order, entry in enumerate(calibration.ranges)
     ]
     rows.sort(key=lambda row: math.inf if row['sqnr'] is None else row['sqnr'])
     looks = [
@@ -135,26 +136,26 @@ def _band(band: Band) -> dict[str, Any]:
     )
 
 
-def _row(order: int, found: CalibratedRange, histogram: Histogram) -> dict[str, Any]:
+def _row(order: int, entry: CalibratedRange, histogram: Histogram) -> dict[str, Any]:
     counts, edges = histogram.trimmed()
     width = -(-len(counts) // _BARS)
     padded = np.zeros(-(-len(counts) // width) * width, dtype=np.int64)
     padded[: len(counts)] = counts
-    health = found.health
+    health = entry.health
     return dict(
-        name=found.name,
+        name=entry.name,
         order=order,
-        amax=found.amax,
-        method=found.method,
-        largest=found.largest,
-        share=found.amax / found.largest if found.largest else None,
+        amax=entry.amax,
+        method=entry.method,
+        largest=entry.largest,
+        share=entry.amax / entry.largest if entry.largest else None,
         sqnr=finite_or_none(health.sqnr),
         clipped=health.clipped,
         unsteady=finite_or_none(health.unsteady),
-        num_elements=found.num_elements,
-        num_tensors=found.num_tensors,
-        group=found.group,
-        largest_in=found.largest_in,
+        num_elements=entry.num_elements,
+        num_tensors=entry.num_tensors,
+        group=entry.group,
+        largest_in=entry.largest_in,
         lost=health.lost,
         lost_channels=health.lost_channels,
         bits=[round(b, 2) for b in health.bits],
@@ -166,7 +167,7 @@ def _row(order: int, found: CalibratedRange, histogram: Histogram) -> dict[str, 
 
 
 def draw_sqnr(facts: Mapping[str, Any]) -> Figure:
-    """SQNR of every layer, in the order of the model."""
+    """Draws the SQNR of every layer, in the order of the model."""
     rows = sorted(facts['ranges'], key=lambda row: row['order'])
     values = [math.nan if row['sqnr'] is None else row['sqnr'] for row in rows]
     figure = Figure(figsize=(9, 2.4), layout='constrained')
@@ -179,7 +180,7 @@ def draw_sqnr(facts: Mapping[str, Any]) -> Figure:
 
 
 def draw_looks(facts: Mapping[str, Any]) -> Figure:
-    """How far the ranges moved when the number of batches doubled."""
+    """Draws the change of the ranges at each doubling of the number of batches."""
     looks = [look for look in facts['looks'] if look['high'] is not None]
     batches = [look['num_batches'] for look in looks]
     figure = Figure(figsize=(9, 2.2), layout='constrained')
@@ -195,7 +196,7 @@ def draw_looks(facts: Mapping[str, Any]) -> Figure:
 
 
 def _thumbnails(rows: list[dict[str, Any]]) -> dict[str, Markup]:
-    """Small histograms by name: logarithmic counts, the range as a line."""
+    """Draws small histograms, by name: logarithmic counts, the range as a line."""
     figure = Figure(figsize=(1.5, 0.42))
     axes = figure.add_axes((0, 0, 1, 1))
     drawn = {}
@@ -212,7 +213,7 @@ def _thumbnails(rows: list[dict[str, Any]]) -> dict[str, Markup]:
 
 
 def _svg(figure: Figure) -> Markup:
-    """A figure as an SVG element."""
+    """Converts a figure to an SVG element."""
     buffer = io.StringIO()
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': '0', 'font.size': 9}):
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})

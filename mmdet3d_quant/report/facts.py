@@ -31,7 +31,7 @@ CPUINFO = Path('/proc/cpuinfo')
 
 
 def score_facts(scores: Scores) -> dict[str, Any]:
-    """Scores without what only :func:`difference_facts` needs.
+    """Extracts the scores that the page shows.
 
     Returns:
         ``mAP``, ``NDS``, the five mean errors (None where the metric has none) and ``ap`` by class.
@@ -42,7 +42,7 @@ def score_facts(scores: Scores) -> dict[str, Any]:
 
 
 def data_facts(scores: Scores) -> dict[str, Any]:
-    """Size of the validation set.
+    """Counts frames, sceneries and boxes of the validation set.
 
     Returns:
         ``frames``, ``scenery`` (groups of frames that show the same objects) and ``boxes`` by
@@ -55,7 +55,7 @@ def data_facts(scores: Scores) -> dict[str, Any]:
 def difference_facts(
     scores: Mapping[str, Scores], draws: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """How far each model's mAP is from that of the first, and how luck moves that.
+    """Computes each model's difference in mAP to the first, with its interval under resampling.
 
     Args:
         scores: By model, on the same frames; the reference first.
@@ -63,9 +63,8 @@ def difference_facts(
         seed: Seed of the draws.
 
     Returns:
-        For each but the first ``difference``, the 2.5 % and 97.5 % quantiles ``low`` and ``high``
-        of the difference on resampled sets, and ``scenery``: how many groups of frames were
-        there to draw from.
+        Dict by model, without the first: ``difference``; ``low`` and ``high``, its 2.5 % and 97.5 %
+        quantiles on resampled sets; ``scenery``, the number of groups of frames to draw from.
     """
     reference, *others = scores
     drawn = bootstrap(list(scores.values()), draws, seed)
@@ -81,30 +80,30 @@ def difference_facts(
 
 
 def calibration_facts(model: Any, calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a calibrated model is quantized, and how the ranges were found.
+    """Collects the numbers of quantizers, scale groups and float layers of a calibrated model.
 
     Args:
         model: The calibrated model.
         calibration: ``method``, ``num_batches`` and ``loader`` of the checkpoint's ``meta``.
 
     Returns:
-        Those, the counts of quantizers, ``groups`` that share a scale, and ``kept_float`` with
-        reasons.
+        Dict of the entries of ``calibration``, the counts of quantizers, ``groups`` that share a
+        scale, and ``kept_float`` with reasons.
     """
-    found = quantizers(model)
-    active = {n: q for n, q in found.items() if q.float_reason is None}
+    by_name = quantizers(model)
+    active = {n: q for n, q in by_name.items() if q.float_reason is None}
     weights = sum(n.endswith('_weight_quantizer') for n in active)
     return dict(
         calibration,
         activation_quantizers=len(active) - weights,
         weight_quantizers=weights,
         groups=[list(group) for group in ties(model)],
-        kept_float={n: q.float_reason for n, q in found.items() if q.float_reason is not None},
+        kept_float={n: q.float_reason for n, q in by_name.items() if q.float_reason is not None},
     )
 
 
 def weight_bytes(model: Any) -> dict[str, int]:
-    """Bytes of the weights of the layers that are quantized: 4 a weight in float, 1 in INT8."""
+    """Counts the bytes of the quantized layers' weights: 4 per weight in float, 1 in INT8."""
     count = sum(
         m.weight.numel()
         for m in model.modules()
@@ -114,17 +113,17 @@ def weight_bytes(model: Any) -> dict[str, int]:
 
 
 def provenance_facts(cfg: Any, checkpoint: str | Path, command: str) -> dict[str, Any]:
-    """Config, checkpoint, versions of packages, command line and machine."""
-    found = provenance(cfg, checkpoint)
-    versions = dict(found['versions'])
+    """Collects config, checkpoint, versions of packages, command line and machine."""
+    origin = provenance(cfg, checkpoint)
+    versions = dict(origin['versions'])
     for name in ENGINES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
     return dict(
-        config=found.get('config'),
-        checkpoint=found['source_checkpoint'],
+        config=origin.get('config'),
+        checkpoint=origin['source_checkpoint'],
         command=command,
         versions=versions,
         machine=machine_facts(),
@@ -132,7 +131,7 @@ def provenance_facts(cfg: Any, checkpoint: str | Path, command: str) -> dict[str
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, its INT8 instructions and cores, as far as the system tells."""
+    """Reads processor, INT8 instructions and number of cores, as far as the system tells them."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
     fields = dict(
         (key.strip(), value.strip()) for key, _, value in (line.partition(':') for line in lines)

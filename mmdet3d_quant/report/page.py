@@ -1,4 +1,4 @@
-"""The page itself: numbers and pictures to one HTML file that needs no other."""
+"""Rendering of numbers and pictures to one HTML file that needs no other."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_report(
         folder: Folder to write to; earlier pictures of frames in it are removed.
         facts: The numbers, of ``report.facts``. ``title``, and any of ``scores`` (per model; the
             float one first), ``data``, ``differences``, ``latency`` (seconds per file and
-            precision), ``engine`` (how those were measured), ``int8_convolutions``, ``sizes``
+            precision), ``engine`` (how the latency was measured), ``int8_convolutions``, ``sizes``
             (bytes per file and precision), ``weights``, ``calibration``, ``provenance`` and
             ``seconds`` (per step). What is missing is left out.
         pictures: Figures by caption.
@@ -72,7 +72,7 @@ def render(
     images: Mapping[str, bytes] | None = None,
     captions: Mapping[str, str] | None = None,
 ) -> str:
-    """The page.
+    """Renders the page.
 
     Args:
         facts: As :func:`write_report` takes them.
@@ -94,15 +94,15 @@ def render(
     return template.render({**empty, **facts}, images=images or {}, captions=captions or {})
 
 
-def verdict(name: str, found: Mapping[str, Any]) -> str:
-    """What a difference in mAP and its interval mean, in words.
+def verdict(name: str, difference: Mapping[str, Any]) -> str:
+    """Says in words what a difference in mAP and its interval mean.
 
     Args:
         name: The model that is compared with the float one.
-        found: Of ``facts.difference_facts``; mAP from 0 to 1.
+        difference: Entry of ``facts.difference_facts``; mAP from 0 to 1.
     """
-    low, high, count = found['low'], found['high'], found['scenery']
-    said = f'{name}: mAP changes by {_points(found["difference"])} points. '
+    low, high, count = difference['low'], difference['high'], difference['scenery']
+    said = f'{name}: mAP changes by {_points(difference["difference"])} points. '
     if count < _FEWEST:
         return said + f'{count} sceneries are too few to tell that from luck.'
     said += (
@@ -127,7 +127,7 @@ def _percent(value: float | None) -> str:
 
 
 def _points(value: float | None) -> str:
-    """A difference in percentage points, signed; a true minus and no minus zero."""
+    """Formats a difference in percentage points, signed; a true minus and no minus zero."""
     text = f'{100 * (value or 0):+.2f}'
     return text.replace('-0.00', '+0.00').replace('+0.00', '0.00').replace('-', '−')
 

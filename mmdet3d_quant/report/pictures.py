@@ -38,15 +38,15 @@ _NEAR = 0.3  # metres in front of a camera
 
 @dataclass(frozen=True)
 class Frame:
-    """What is drawn of one key frame.
+    """Images, points and boxes of one key frame, to be drawn.
 
     Attributes:
-        name: For the title.
+        name: Title of the picture.
         images: Paths by camera.
         lidar2img: LiDAR frame to pixels by camera, (4, 4).
         points: Key frame's LiDAR points, (P, >=3), metres.
-        boxes: Corners (n, 8, 3) of the boxes by who says so, metres in the LiDAR frame; the
-            first is :data:`TRUTH`.
+        boxes: Corners (n, 8, 3) of boxes, metres in the LiDAR frame, by name of their source:
+            :data:`TRUTH` first, then models.
     """
 
     name: str
@@ -66,8 +66,8 @@ def load_frame(
 
     Args:
         dataset: A nuScenes data set of mmdet3d in test mode.
-        index: Of the frame in it.
-        detections: Name of a model -> what ``evaluation.predict`` gave for the data set.
+        index: Index of the frame in it.
+        detections: Results of ``evaluation.predict`` for the data set, by name of the model.
         threshold: Least score of a box.
 
     Returns:
@@ -84,14 +84,14 @@ def load_frame(
     truth = info['eval_ann_info']  # mmdet3d left out those without points
     boxes = {TRUTH: _corners(truth['gt_bboxes_3d'][truth['gt_labels_3d'] >= 0])}
     for name, samples in detections.items():
-        (found,) = (s for s in samples if s['sample_idx'] == info['sample_idx'])
-        boxes[name] = _corners(_confident(found['pred_instances_3d'], threshold).bboxes_3d)
+        (sample,) = (s for s in samples if s['sample_idx'] == info['sample_idx'])
+        boxes[name] = _corners(_confident(sample['pred_instances_3d'], threshold).bboxes_3d)
     images = {name: Path(camera['img_path']) for name, camera in info['images'].items()}
     return Frame(f'frame {index}', images, matrices, points, boxes)
 
 
-def _confident(found: InstanceData, threshold: float) -> InstanceData:
-    return found[found.scores_3d >= threshold]
+def _confident(instances: InstanceData, threshold: float) -> InstanceData:
+    return instances[instances.scores_3d >= threshold]
 
 
 def _corners(boxes: Any) -> np.ndarray:
@@ -99,7 +99,7 @@ def _corners(boxes: Any) -> np.ndarray:
 
 
 def draw_frame(frame: Frame, reach: float = 40.0, threshold: float | None = None) -> Figure:
-    """Six cameras in two rows, and the bird's-eye view beside them.
+    """Draws six cameras in two rows, and the bird's-eye view beside them.
 
     Args:
         frame: The frame.
@@ -134,7 +134,7 @@ def draw_frame(frame: Frame, reach: float = 40.0, threshold: float | None = None
 
 
 def line_of(name: str, boxes: Mapping[str, Any]) -> tuple[str, float, Any]:
-    """Colour, width and dashes of a set of boxes."""
+    """Looks up colour, width and dashes of a set of boxes."""
     models = [other for other in boxes if other != TRUTH]
     return _TRUTH_LINE if name == TRUTH else _LINES[models.index(name) % len(_LINES)]
 
@@ -183,7 +183,7 @@ def _draw_camera(axes: Axes, frame: Frame, name: str) -> None:
 
 
 def project_edges(corners: np.ndarray, lidar2img: np.ndarray) -> np.ndarray:
-    """Edges of boxes as lines in an image, cut where they pass the camera.
+    """Projects edges of boxes to lines in an image, clipped in front of the camera.
 
     Args:
         corners: (n, 8, 3), metres.
@@ -224,7 +224,7 @@ def _draw_bev(axes: Axes, frame: Frame, reach: float) -> None:
 
 
 def draw_ap(ap: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Bars of the average precision per class.
+    """Draws bars of the average precision per class.
 
     Args:
         ap: Name of a model -> class -> average precision, 0 to 1; the same classes for each.

@@ -1,1 +1,1 @@
-"""A model, its weights and its data, from files; and where files come from."""
+"""Building of a model, its weights and its data from files; provenance of files."""

@@ -87,7 +87,7 @@ class ConversionError(ValueError):
 
 @dataclass(frozen=True)
 class Part:
-    """What became of one part of a model: entries, numbers in them, entries changed in value."""
+    """Counts of one part of a model: entries, numbers in them, entries changed in value."""
 
     entries: int = 0
     numbers: int = 0
@@ -103,7 +103,7 @@ _PATTERNS = [[_pattern(rule[side]) for rule in RULES] for side in (0, 1)]
 
 
 def rename(name: str, to: str) -> str | None:
-    """Name of an entry in the target's layout; None where the target has no such place.
+    """Maps an entry's name to the target's layout; None where the target has no such place.
 
     >>> rename('heads.object.decoder.0.norm1.weight', 'mmdet3d')
     'bbox_head.decoder.0.norms.0.weight'
@@ -207,7 +207,7 @@ def _new_names(state: Mapping[str, Tensor], to: str) -> dict[str, str]:
 
 
 def _recode_box(value: Tensor, head: str) -> Tensor:
-    """Rows of the last convolution of a head; the same both ways.
+    """Recodes the rows of the last convolution of a head; the same both ways.
 
     mit-han-lab keeps the boxes of mmdet3d before 1.0: width before length, and a yaw r that is
     -pi/2 - yaw of today, so that (sin r, cos r) = (-cos yaw, -sin yaw).

@@ -1,4 +1,4 @@
-"""A model, its weights and its data, from a config and a checkpoint."""
+"""Building of a model, its weights and its data from a config and a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ def read_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
 
 
 def _without_classes(cfg: Config) -> Config:
-    """A config whose types are names, as text has them, so that it can be compared and dumped.
+    """Replaces classes in a config by their names, so that it can be compared and dumped.
 
     mmengine's Python configs have classes as types; registries find a class by its path, too.
     """
-    found = False
+    has_classes = False
 
     def named(value: Any) -> Any:
-        nonlocal found
+        nonlocal has_classes
         if isinstance(value, dict):
             items = dict(value.items())
             if callable(items.get('type')):
-                found, items['type'] = True, dotted(items['type'])
+                has_classes, items['type'] = True, dotted(items['type'])
             return {key: named(item) for key, item in items.items()}
         return type(value)(map(named, value)) if type(value) in (list, tuple) else value
 
     plain = dict(cfg.items())  # not to_dict(), which hides what is lazy
     own = {k: v for k, v in plain.items() if not callable(v) and not isinstance(v, ModuleType)}
     new = named(own)
-    return Config(new, filename=cfg.filename) if found or len(own) < len(plain) else cfg
+    return Config(new, filename=cfg.filename) if has_classes or len(own) < len(plain) else cfg
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -91,10 +91,10 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def check_data(cfg: Config, entries: Sequence[str]) -> None:
-    """Looks at the data sets that entries of a config read, before long work begins.
+    """Checks the data sets that entries of a config read, before long work begins.
 
-    A nuScenes folder that is scored on is looked through, tables and files; of other data sets,
-    and of a frame on its own, the folder and the info file.
+    Of a nuScenes folder that is scored on, the tables and files are checked; of other data sets,
+    and of a single frame, the folder and the info file.
 
     Args:
         cfg: The config.
@@ -103,7 +103,7 @@ def check_data(cfg: Config, entries: Sequence[str]) -> None:
     Raises:
         DatasetError: If data are missing, damaged, or without objects to train on.
     """
-    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    folders: dict[tuple[str, str], dict[str, set[str]]] = {}
     for entry in entries:
         dataset = innermost(cfg.get(entry))
         root, infos = (str(dataset.get(key) or '') for key in ('data_root', 'ann_file'))
@@ -116,12 +116,12 @@ def check_data(cfg: Config, entries: Sequence[str]) -> None:
         nuscenes = type_name(dataset.get('type')) == 'NuScenesDataset'
         if nuscenes and type_name(metric) == 'NuScenesMetric' and not entry.startswith('calib'):
             version = (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval')
-            roles = found.setdefault((root, version), dict(all=set(), train=set()))
+            roles = folders.setdefault((root, version), dict(all=set(), train=set()))
             roles['all'].add(infos)
             roles['train'].update([infos] if training else [])
         else:
             _check_one(cfg, entry, Path(root), infos, training)
-    for (root, version), roles in found.items():
+    for (root, version), roles in folders.items():
         small = sum(f.stat().st_size for f in Path(root, version).glob('*.json')) < _SMALL
         check(root, version, sorted(roles['all']), tables=small, training=roles['train'])
 
@@ -141,7 +141,7 @@ def _check_one(cfg: Config, entry: str, root: Path, infos: str, training: bool) 
 
 
 def innermost(loader: Any) -> Any:
-    """The data set of a data loader's config, without wrappers such as ``CBGSDataset``."""
+    """Finds the data set in a data loader's config, without wrappers such as ``CBGSDataset``."""
     dataset = (loader or {}).get('dataset') or {}
     while dataset.get('dataset') is not None:
         dataset = dataset['dataset']
@@ -149,7 +149,7 @@ def innermost(loader: Any) -> Any:
 
 
 def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
-    """The data to calibrate on, in a fixed order.
+    """Builds the loader of the calibration data, in a fixed order.
 
     Returns:
         Name of the config's entry, and the data loader.
@@ -178,7 +178,7 @@ def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
 
 
 def batch_indices(loader: Any) -> list[list[int]]:
-    """Indices into the data set, batch by batch, in the order of a loader.
+    """Lists indices into the data set, batch by batch, in the order of a loader.
 
     Raises:
         ConfigError: If the loader has no such order.
@@ -212,7 +212,7 @@ def numbered_batches(
 
 
 def evaluated_on(cfg: Config, name: str) -> list[str]:
-    """Entries of the config that evaluate on the data of another entry.
+    """Finds the entries of the config that evaluate on the data of another entry.
 
     Args:
         cfg: The config.
@@ -231,7 +231,7 @@ def _source(loader: Any) -> tuple[str, ...]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one.
+    """Chooses the device asked for, by default a GPU where there is one.
 
     Raises:
         ConfigError: If a GPU is asked for and there is none.

@@ -1,4 +1,4 @@
-"""How a long job tells what it does, for whoever wants to show it."""
+"""Interface by which a long job reports its progress."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from contextlib import contextmanager
 
 
 class Listener:
-    """Is told how a job goes on; a subclass shows it, this one keeps it to itself."""
+    """Receives the progress of a job; a subclass shows it, this one ignores it."""
 
     def note(self, text: str) -> None:
-        """Takes a line on what is done."""
+        """Receives a line on the current work."""
 
     def warn(self, text: str) -> None:
-        """Takes a line on what is odd."""
+        """Receives a line of warning."""
 
     @contextmanager
     def counting(self, title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """Surrounds work that is counted.
+        """Surrounds counted work.
 
         Args:
-            title: What is counted.
-            total: How much there is.
-            done: How much of it was done before.
+            title: Name of the items counted.
+            total: Number of items.
+            done: Number of items done before.
 
         Yields:
-            A function that takes how much is done now.
+            Function that takes the number of items done by now.
         """
         yield lambda done: None

@@ -6,15 +6,15 @@ from typing import Any
 
 
 def replace_start(value: Any, old: str, new: str) -> Any:
-    """Gives the paths in a config another start.
+    """Replaces the start of paths in a config.
 
     Args:
         value: A config, or a part of it.
-        old: What the texts to change begin with.
-        new: What they begin with then.
+        old: Start of the strings to change.
+        new: Their new start.
 
     Returns:
-        A copy; all else in it is as before.
+        Copy of ``value``; all else in it is as before.
     """
     if isinstance(value, dict):
         return {k: replace_start(v, old, new) for k, v in value.items()}

@@ -37,6 +37,6 @@ def join(launcher: str) -> None:
 
 
 def own_device(name: str | None) -> str | None:
-    """The device of this process: of several with GPUs, each has its own, which joining chose."""
+    """Returns ``name``, or if None the GPU that :func:`join` gave this process, if it did."""
     shared = name is None and torch.cuda.is_available() and torch.distributed.is_initialized()
     return f'cuda:{torch.cuda.current_device()}' if shared else name

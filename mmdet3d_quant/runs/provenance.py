@@ -31,14 +31,14 @@ def provenance(cfg: Config | None, checkpoint: str | Path) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    found: dict[str, Any] = dict(
+    facts: dict[str, Any] = dict(
         source_checkpoint=dict(name=Path(checkpoint).name, sha256=sha256(checkpoint)),
         versions=versions,
     )
     if cfg is None:
-        return found
-    found.update(config=str(cfg.filename), cfg=cfg.pretty_text)
+        return facts
+    facts.update(config=str(cfg.filename), cfg=cfg.pretty_text)
     classes = cfg.get('class_names') or cfg.get('metainfo', {}).get('classes')
     if classes:
-        found['dataset_meta'] = dict(classes=list(classes))
-    return found
+        facts['dataset_meta'] = dict(classes=list(classes))
+    return facts

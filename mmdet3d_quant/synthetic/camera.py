@@ -1,4 +1,4 @@
-"""The cameras: faces of parts, painted from far to near over sky and ground."""
+"""Camera images: faces of parts, painted from far to near over sky and ground."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scene:
         self.first_part, self.num_parts = offsets, sum(sizes)
 
     def frame(self, time: float, width: int) -> list[np.ndarray]:
-        """The six pictures at a time, uint8 (H, W, 3) in the order blue, green, red."""
+        """Paints the six images at a time, uint8 (H, W, 3) in the order blue, green, red."""
         things = self.block.things
         poses = [t.at(time) for t in things]
         ego = self.block.ego(time)
@@ -65,7 +65,7 @@ class Scene:
         ]
 
     def _shade(self, spot, normals, lamps, ego: Pose) -> np.ndarray:
-        """Linear colour of each face, (Q, 3), before exposure and haze."""
+        """Computes the linear colour of each face, (Q, 3), before exposure and haze."""
         light = self.light
         lambert = np.clip(normals @ light.sun, 0, 1)
         extra = light.on(spot, lamps, ego)[self.thing]
@@ -98,7 +98,7 @@ class Scene:
         return image
 
     def _backdrop(self, matrix, eye, rotation, gain, fog, size, ground) -> np.ndarray:
-        """Sky and ground."""
+        """Paints sky and ground, uint8 (H, W, 3)."""
         height, width = size
         horizon = int(math.ceil(matrix[1, 2]))
         rise = (matrix[1, 2] - np.arange(horizon)) / matrix[0, 0]
@@ -136,7 +136,7 @@ class Scene:
         return np.ascontiguousarray(np.concatenate(rows)[..., ::-1])
 
     def _visible(self, quads, normals, eye, rotation, matrix, width) -> np.ndarray:
-        """Indices of the faces that look at the camera and lie in its field of view."""
+        """Finds the indices of the faces that look at the camera and lie in its field of view."""
         facing = np.einsum('qi,qi->q', normals, eye - quads[:, 0]) > 0
         index = np.nonzero(facing)[0]
         points = (quads[index] - eye) @ rotation
@@ -148,7 +148,7 @@ class Scene:
         return index[keep]
 
     def _ranks(self, visible: np.ndarray, poses, eye: np.ndarray) -> np.ndarray:
-        """Painting rank of each part, (P,); -1 for parts of things out of view."""
+        """Computes the painting rank of each part, (P,); -1 for parts of things out of view."""
         rank = np.full(self.num_parts, -1)
         things = [self.block.things[k] for k in visible]
         shown = [poses[k] for k in visible]
@@ -167,7 +167,7 @@ class Scene:
 
 
 def project(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Pixels of points in the camera frame, as int32 with ``_SHIFT`` bits of fraction.
+    """Projects points in the camera frame to pixels, int32 with ``_SHIFT`` bits of fraction.
 
     OpenCV has the centre of the first pixel at 0, the camera matrix its upper left corner.
     """
@@ -177,7 +177,7 @@ def project(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def _clip(points: np.ndarray) -> np.ndarray:
-    """Cuts a polygon (N, 3) off in front of the camera."""
+    """Clips a polygon (N, 3) at the plane ``NEAR`` in front of the camera."""
     kept = []
     for a, b in strict_zip(points, np.roll(points, -1, axis=0)):
         if a[2] > NEAR:

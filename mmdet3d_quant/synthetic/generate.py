@@ -45,17 +45,17 @@ def make_synthetic_nuscenes(
 ) -> Path:
     """Writes a generated data set in the form of nuScenes v1.0-mini.
 
-    A block of a scene depends on ``settings`` and nothing else: with fewer scenes or samples the
-    result is a part of what more would give, whatever the number of workers. More than one worker
-    means new processes that import the main module, which must not start this again: call it
-    below ``if __name__ == '__main__'``.
+    A block of a scene depends on ``settings`` and nothing else: fewer scenes or samples give a part
+    of the larger data set, whatever the number of workers. More than one worker starts new
+    processes, which import the main module: call this function below ``if __name__ == '__main__'``,
+    so that they do not call it again.
 
     Args:
         out: Folder to create.
-        scenes: Scenes of nuScenes mini to make up.
+        scenes: Names of scenes of nuScenes mini to generate.
         samples: Key frames of each training scene, 0.5 s apart.
-        val_samples: Of each validation scene; default: ``samples``.
-        settings: What decides the content.
+        val_samples: Key frames of each validation scene; default: ``samples``.
+        settings: Settings that decide the content.
         workers: Processes; default: one per processor.
         infos: Also run mmdet3d's converter, for ``nuscenes_infos_*.pkl``.
         gt_database: Also cut out the objects of the training scenes, for ``ObjectSample``.
@@ -103,7 +103,7 @@ def make_synthetic_nuscenes(
 
 
 def _run(jobs: list[tuple], workers: int):
-    """Rows of each block, in order."""
+    """Records the blocks in processes; yields the table rows of each, in order."""
     if min(workers, len(jobs)) == 1:
         yield from (record_block(*job) for job in jobs)
         return
@@ -130,10 +130,10 @@ def _record(job: tuple):
 
 
 def check_arguments(counts: dict[str, int], settings: Settings, workers: int | None) -> None:
-    """Refuses what makes no sense.
+    """Checks the arguments of :func:`make_synthetic_nuscenes`.
 
     Raises:
-        ValueError: With the argument, its value and what is expected.
+        ValueError: If one is invalid; names it, its value and the expected values.
     """
     known = TRAIN_SCENES + VAL_SCENES
     if not counts:

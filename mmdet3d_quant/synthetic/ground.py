@@ -17,7 +17,7 @@ GROUND_SIZE = 128.0  # side of the painted ground, metres
 
 
 def paint_ground(rng: np.random.Generator) -> np.ndarray:
-    """Albedo of the ground: asphalt with patches, lanes along x, verges; float32 (N, N, 3)."""
+    """Paints the albedo of asphalt with patches, lanes along x and verges; float32 (N, N, 3)."""
     n = GROUND_PIXELS
     base = rng.uniform(0.08, 0.25)
     noise = np.zeros((n, n), np.float32)
@@ -46,14 +46,14 @@ def lit_ground(
     lamps: np.ndarray,
     ego: Pose,
 ) -> np.ndarray:
-    """The ground as lit, with shadows.
+    """Computes the light that the ground reflects, with shadows.
 
     Args:
         ground: Albedo, (N, N, 3), of the square around the block's origin: rows along y,
             columns along x.
-        light: How it is lit.
-        things: What casts shadows.
-        poses: Where each of them is.
+        light: Light of the block.
+        things: Objects, which cast shadows.
+        poses: Pose of each object.
         lamps: Positions of street lamps, (L, 2).
         ego: Pose of the ego car.
 

@@ -51,8 +51,8 @@ def make_infos(
 ) -> list[Path]:
     """Writes mmdet3d's info files beside the tables.
 
-    The converter takes its data from ``./data/nuscenes`` whatever it is told, so that it runs in
-    a temporary folder in which that is a link.
+    The converter reads ``./data/nuscenes`` whatever its arguments, so it runs in a temporary folder
+    that has a link of this name.
 
     Args:
         data_root: Folder with ``v1.0-*``, ``samples`` and ``sweeps``.
@@ -64,12 +64,12 @@ def make_infos(
         The info files: one for each split that has scenes.
 
     Raises:
-        ConverterError: If the converter fails; with the end of what it said.
+        ConverterError: If the converter fails; carries the end of its output.
     """
     root = Path(data_root).resolve()
     spec = importlib.util.find_spec('mmdet3d')
-    found = spec.submodule_search_locations if spec else None
-    home = Path(found[0] if found else 'mmdet3d') / '.mim'
+    locations = spec.submodule_search_locations if spec else None
+    home = Path(locations[0] if locations else 'mmdet3d') / '.mim'
     if not (home / 'tools/dataset_converters/nuscenes_converter.py').is_file():
         raise ConverterError(
             f'{home}/tools/create_data.py is missing: install mmdet3d from a wheel or by mim, '

@@ -1,4 +1,4 @@
-"""The ten detection classes of nuScenes and what else stands around: sizes, numbers, speeds."""
+"""The ten detection classes of nuScenes, and unlabelled scenery: sizes, numbers, speeds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a class of objects is like.
+    """Sizes, numbers and motion of a class of objects.
 
     Attributes:
-        category: Category name of nuScenes; empty for what is not labelled.
+        category: Category name of nuScenes; empty for scenery without labels.
         size: Mean width, length, height, metres.
         spread: Standard deviation of the logarithm of the size.
         number: Mean number in a layout.

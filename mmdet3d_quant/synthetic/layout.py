@@ -1,4 +1,4 @@
-"""Draws layouts: what stands and moves around the car for a few key frames."""
+"""Random layouts: the objects around the ego car for a few key frames."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _EGO_BOX = (2.2, 5.0)  # width and length kept free, metres
 
 
 class _Ground:
-    """Which ground is taken: rectangles swept by everything placed so far."""
+    """Occupied ground: the rectangles that the objects placed so far sweep."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, float, float, float, float]] = []
         self._table = np.zeros((0, 5))
 
     def free(self, x: float, y: float, yaw: float, half: tuple[float, float], gap: float) -> bool:
-        """Whether a rectangle (half length, half width) clears all others by a gap."""
+        """Tells whether a rectangle (half length, half width) clears all others by a gap."""
         if len(self._table) != len(self.rows):
             self._table = np.array(self.rows)
         t = self._table
@@ -50,7 +50,7 @@ class _Ground:
         self.rows.append((x, y, yaw, *half))
 
     def hidden(self, x: float, y: float) -> bool:
-        """Whether something larger than a car stands between the origin and a point."""
+        """Tells whether an object larger than a car stands between the origin and a point."""
         far = math.hypot(x, y)
         for ox, oy, yaw, length, width in self.rows[1:]:
             near = math.hypot(ox, oy)
@@ -65,7 +65,7 @@ class _Ground:
 
 
 class _Plan(NamedTuple):
-    """What is known of an object before it has a place."""
+    """Properties of an object, drawn before it has a place."""
 
     size: tuple[float, float, float]
     speed: float
@@ -99,7 +99,7 @@ def make_block(rng: np.random.Generator, frames: int, radius: float) -> Block:
 
 
 def _count(rng: np.random.Generator, kind: Kind) -> int:
-    """How many to place: at least one of what is labelled."""
+    """Draws how many objects of a kind to place: at least one of a labelled kind."""
     if not kind.category:
         return int(rng.poisson(kind.number))
     if kind.number > 2:
@@ -171,7 +171,7 @@ class _Builder:
 
 
 def _heading(rng: np.random.Generator, name: str) -> float:
-    """Along or across the road for what is built or driven on it, else anywhere."""
+    """Draws a heading, radians: along or across the road; any for people and small objects."""
     if name in ('pedestrian', 'traffic_cone', 'debris', 'bicycle', 'barrier'):
         return rng.uniform(-math.pi, math.pi)
     quarter = rng.choice([0.0, 0.5, 1.0, 1.5], p=[0.35, 0.15, 0.35, 0.15])
@@ -201,7 +201,7 @@ def _plan(rng: np.random.Generator, name: str, kind: Kind, moving: bool) -> _Pla
 def _next(
     rng: np.random.Generator, name: str, pose: Pose, size: tuple[float, float, float]
 ) -> Pose:
-    """Where the next member of a row or crowd goes."""
+    """Draws the pose of the next member of a row or crowd."""
     width, length, _ = size
     step, towards, yaw = 0.0, pose.yaw, pose.yaw
     if name == 'pedestrian':

@@ -1,4 +1,4 @@
-"""What a lens and a sensor add to a picture."""
+"""Effects of a camera's lens and sensor: bloom, glare of the sun, noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmdet3d_quant.synthetic.sensors import Camera, Pose
 
 @lru_cache(maxsize=2)
 def _grain(height: int, width: int) -> np.ndarray:
-    """Noise to cut pieces from: unit variance, float32 (H + 64, W + 64, 3)."""
+    """Generates noise to cut pieces from: unit variance, float32 (H + 64, W + 64, 3)."""
     rng = np.random.default_rng(0)
     return rng.normal(0, 1, (height + 64, width + 64, 3)).astype(np.float32)
 
@@ -22,7 +22,7 @@ def _grain(height: int, width: int) -> np.ndarray:
 def expose(
     image: np.ndarray, camera: Camera, ego: Pose, light: Light, rng: np.random.Generator
 ) -> np.ndarray:
-    """Adds what lens and sensor do: bloom, the glare of the sun, noise.
+    """Adds the effects of lens and sensor: bloom, the glare of the sun, noise.
 
     Args:
         image: uint8 (H, W, 3).

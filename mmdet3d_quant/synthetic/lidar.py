@@ -1,4 +1,4 @@
-"""The LiDAR: rays against cuboid parts, then what a real sensor does to the returns."""
+"""LiDAR scans: rays against cuboid parts, then the noise and losses of a real sensor."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Scan(NamedTuple):
 
     Attributes:
         points: x, y, z in the LiDAR frame (metres), intensity (0 to 255), ring; float32 (N, 5).
-        thing: Index of what was hit, (N,); -1 for ground and clutter.
+        thing: Index of the object hit, (N,); -1 for ground and clutter.
         hits: Returns from each thing, (T,).
-        possible: Returns that each would give if nothing stood before it, (T,).
+        possible: Returns that each would give if nothing occluded it, (T,).
     """
 
     points: np.ndarray
@@ -54,7 +54,7 @@ def scan(
     """Casts one turn, as if taken at one instant.
 
     Args:
-        things: What stands and moves around.
+        things: Objects, standing and moving.
         time: Seconds from the block's first key frame.
         ego: Pose of the ego car, in the frame of ``things``.
         rng: Source of noise.
@@ -99,7 +99,7 @@ def scan(
 
 
 def _lost(distance: np.ndarray, reflectivity: np.ndarray, rain: float) -> np.ndarray:
-    """Chance that a return is too weak, for each ray."""
+    """Computes the probability that a return is too weak, for each ray."""
     share = np.clip(distance / LIDAR_RANGE, 0, 1)
     dark = np.clip(0.03 / np.maximum(reflectivity, 1e-3), 0, 1.5)
     chance = 0.03 + 0.05 * rain + share**2 * (0.15 + 0.25 * dark + 0.3 * rain)
@@ -107,10 +107,10 @@ def _lost(distance: np.ndarray, reflectivity: np.ndarray, rain: float) -> np.nda
 
 
 def _cast(thing: Thing, index: int, pose: Pose, sensor: Pose, rays: _Rays) -> int:
-    """Casts the rays that may hit one thing and keeps what is nearest.
+    """Casts the rays that may hit one object; keeps the nearest hit of each ray.
 
     Returns:
-        How many would hit it if nothing stood before it.
+        int, the number of rays that would hit it if nothing occluded it.
     """
     height = LIDAR_TRANSLATION[2]
     dx, dy = pose.x - sensor.x, pose.y - sensor.y
@@ -143,7 +143,7 @@ def _cast(thing: Thing, index: int, pose: Pose, sensor: Pose, rays: _Rays) -> in
 
 
 def _window(thing: Thing, far: float, bearing: float) -> tuple[int, int, np.ndarray]:
-    """First and last row, and the columns, of the rays that may hit a thing.
+    """Finds first and last row, and the columns, of the rays that may hit an object.
 
     Args:
         thing: The thing.

@@ -16,7 +16,7 @@ HOURS = {'day': 0.5, 'dusk': 0.22, 'night': 0.28}
 
 @dataclass
 class Light:
-    """How a block is lit, in linear units in which white in full daylight is about 1.
+    """Light and weather of a block, in linear units: white in full daylight is about 1.
 
     Attributes:
         hour: ``day``, ``dusk`` or ``night``.
@@ -26,7 +26,7 @@ class Light:
         sky: Colour of the sky at the horizon and at the top, (2, 3).
         haze: Distance in metres over which contrast falls to a third.
         head: Strength of the ego car's head lamps.
-        glow: What each kind of lamp in ``GLOWS`` gives off, (G, 3).
+        glow: Light of each kind of lamp in ``GLOWS``, (G, 3).
         exposure: Gain of each camera, (6,).
         glare: Strength of the sun's bloom in cameras that see it.
         noise: Standard deviation of the sensor noise in grey levels.
@@ -47,7 +47,7 @@ class Light:
     rain: float
 
     def on(self, points: np.ndarray, lamps: np.ndarray, ego) -> np.ndarray:
-        """Light of lamps at points on or near the ground.
+        """Computes the light of lamps at points on or near the ground.
 
         Args:
             points: (N, 2), metres, in the block's frame.

@@ -1,7 +1,7 @@
-"""Which of two things a camera must paint first.
+"""Painting order: far parts before those that hide them.
 
-It is exact wherever a plane tells them apart, which boxes that do not overlap always have: what
-lies on the camera's side of the plane cannot be hidden by what lies beyond.
+The order is exact for boxes that do not overlap: between each two there is a plane, and the box on
+the camera's side of the plane cannot be hidden by the one beyond.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from mmdet3d_quant.synthetic.world import Thing
 
 
 def paint_order(before: np.ndarray, distance: np.ndarray) -> list[int]:
-    """An order in which ``i`` comes before ``j`` wherever ``before[i, j]``, else far to near.
+    """Finds an order with ``i`` before ``j`` wherever ``before[i, j]``, else from far to near.
 
     Args:
-        before: (N, N) of bool. Circles in it, which overlapping boxes can give, are cut at the
-            farthest.
+        before: (N, N) of bool. Cycles, which overlapping boxes can give, are cut at the farthest.
         distance: (N,), metres.
     """
     needs = [sum(1 << int(i) for i in np.nonzero(column)[0]) for column in before.T]
@@ -36,12 +35,12 @@ def paint_order(before: np.ndarray, distance: np.ndarray) -> list[int]:
 def parts_before(
     low: np.ndarray, high: np.ndarray, eye: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which boxes along the axes go before which, (N, N), and how far they are, (N,).
+    """Computes which of axis-aligned boxes go before which, (N, N), and their distances, (N,).
 
     Args:
         low: Lower corners, (N, 3).
         high: Upper corners, (N, 3).
-        eye: Where the camera is, (3,), in the same frame.
+        eye: Position of the camera, (3,), in the same frame.
     """
     eps = 1e-6
     before = np.zeros((len(low), len(low)), dtype=bool)
@@ -57,7 +56,7 @@ def parts_before(
 def things_before(
     things: Sequence[Thing], poses: Sequence[Pose], eye: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same for upright boxes of any heading, apart from each other on the ground."""
+    """Does as :func:`parts_before` for upright boxes of any heading, disjoint on the ground."""
     half = np.array([[t.size[1] / 2, t.size[0] / 2] for t in things]).reshape(-1, 2)
     spot = np.array([[p.x, p.y] for p in poses]).reshape(-1, 2)
     yaw = np.array([p.yaw for p in poses])

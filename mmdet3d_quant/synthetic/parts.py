@@ -1,4 +1,4 @@
-"""How shapes are written: cuboid parts, and patches painted on their faces.
+"""Notation of shapes: cuboid parts, and patches painted on their faces.
 
 Everything is in fractions of an object's size: x from -0.5 (back) to 0.5 (front), y from -0.5
 (right) to 0.5 (left), z from 0 (ground) to 1 (top). Parts touch but do not overlap, so that the

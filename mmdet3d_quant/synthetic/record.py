@@ -1,4 +1,4 @@
-"""Records one block: its files, and its rows of the tables."""
+"""Recording of one block: its files, and its rows of the tables."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mmdet3d_quant.synthetic.world import KEYFRAME_INTERVAL, Block, Thing
 
 
 class Settings(NamedTuple):
-    """What decides the content of every block.
+    """Settings that decide the content of every block.
 
     Attributes:
         seed: Seed of everything.
         block: Key frames for which a layout lasts.
-        width: Of the images, pixels.
+        width: Width of the images, pixels.
         sweeps: LiDAR sweeps before each key frame.
         sweep_interval: Seconds between sweeps.
         radius: Labelled objects are within this distance, metres.
@@ -41,7 +41,7 @@ class Settings(NamedTuple):
 
 
 def generators(settings: Settings, scene: str, index: int) -> list[np.random.Generator]:
-    """Sources of chance of a block for layout, light, LiDAR and cameras.
+    """Creates the random generators of a block: for layout, light, LiDAR and cameras.
 
     They depend on seed, scene and block only, so that any part of a set can be made alone.
     """
@@ -50,7 +50,7 @@ def generators(settings: Settings, scene: str, index: int) -> list[np.random.Gen
 
 
 def make_layout(settings: Settings, scene: str, index: int) -> Block:
-    """The layout of a block."""
+    """Draws the layout of a block."""
     return make_block(generators(settings, scene, index)[0], settings.block, settings.radius)
 
 
@@ -61,9 +61,9 @@ def record_block(
 
     Args:
         root: Data root; the folders for recordings exist.
-        settings: What decides the content.
+        settings: Settings of the data set.
         scene: Name of the scene.
-        index: Of the block in it.
+        index: Index of the block in the scene.
         samples: Key frames of the whole scene.
 
     Returns:
@@ -193,6 +193,6 @@ def _placed(pose: Pose, height: float) -> dict[str, list[float]]:
 
 
 def _visibility(hits: int, possible: int) -> str:
-    """nuScenes' level, from the share of rays that reach an object."""
+    """Looks up nuScenes' visibility level, by the share of rays that reach an object."""
     share = hits / max(0.85 * possible, 1)
     return str(1 + (share > 0.4) + (share > 0.6) + (share > 0.8))

@@ -29,7 +29,7 @@ _AHEAD = Quaternion(0.5, -0.5, 0.5, -0.5)  # camera axes (right, down, ahead) in
 
 @dataclass(frozen=True)
 class Camera:
-    """Where a camera sits and how it projects.
+    """Position and projection of a camera.
 
     Attributes:
         name: Channel, such as ``CAM_FRONT``.
@@ -51,7 +51,7 @@ class Camera:
         return Quaternion(axis=[0, 0, 1], degrees=self.yaw) * _AHEAD
 
     def intrinsics(self, width: int) -> np.ndarray:
-        """Camera matrix (3, 3) for images of a width, in pixels."""
+        """Computes the camera matrix (3, 3) for images of a width, in pixels."""
         scale = width / REAL_WIDTH
         x, y = self.centre
         return np.array(
@@ -78,13 +78,13 @@ class Pose:
     yaw: float
 
     def apply(self, points: np.ndarray) -> np.ndarray:
-        """Takes points (..., 3) from this pose's frame to its parent's."""
+        """Transforms points (..., 3) from this pose's frame to its parent's."""
         c, s = math.cos(self.yaw), math.sin(self.yaw)
         x, y = points[..., 0], points[..., 1]
         return np.stack([c * x - s * y + self.x, s * x + c * y + self.y, points[..., 2]], axis=-1)
 
     def __matmul__(self, other: Pose) -> Pose:
-        """The pose ``other``, given in this pose's frame, in this pose's parent frame."""
+        """Transforms the pose ``other`` from this pose's frame to its parent's."""
         x, y, _ = self.apply(np.array([other.x, other.y, 0.0]))
         return Pose(float(x), float(y), self.yaw + other.yaw)
 

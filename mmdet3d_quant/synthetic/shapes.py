@@ -1,7 +1,7 @@
-"""What two-wheelers, people, small things and scenery look like, and the table of all shapes.
+"""Shapes of two-wheelers, people, small objects and scenery, and the table of all shapes.
 
-``parts.py`` says how shapes are written. Each is drawn by a function of a source of chance and of
-whether somebody rides on it, which matters to two-wheelers only.
+``parts.py`` has the notation. Each shape is drawn by a function of a random generator and of a flag
+for a rider, which only two-wheelers use.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def traffic_cone(rng: np.random.Generator, rider: bool) -> Shape:
 
 
 def barrier(rng: np.random.Generator, rider: bool) -> Shape:
-    """Lies across its heading, as nuScenes has it: x is the short side."""
+    """Draws a barrier across its heading, as nuScenes has it: x is the short side."""
     s = Shape()
     count = int(rng.integers(4, 8))
     if rng.random() < 0.5:  # concrete profile

@@ -1,8 +1,8 @@
-"""A shape at its size, painted: the arrays that both sensors draw from.
+"""Solids: shapes scaled and coloured, as the arrays that both sensors draw from.
 
-Colour says nothing of the class: every material that covers a large part of an object is drawn
-from one distribution, whatever the object is. What is left are tyres, glass, lamps and plates,
-which objects of many classes share.
+Colour does not give a class away: the colour of every material that covers a large part of an
+object is drawn from one distribution for all classes. Exceptions are tyres, glass, lamps and
+plates, which many classes share.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Solid:
     Attributes:
         low: Lower corners of the parts, (P, 3), metres.
         high: Upper corners of the parts, (P, 3).
-        reflectivity: What share of a LiDAR pulse each part returns, (P,); above 1 for
+        reflectivity: Share of a LiDAR pulse that each part returns, (P,); above 1 for
             retroreflectors.
         quads: Faces and the patches on them, (Q, 4, 3), in painting order for one part.
         normals: Outward normals, (Q, 3).
         albedo: Red, green, blue, (Q, 3), 0 to 1.
-        glow: Index into ``GLOWS``, (Q,): what kind of lamp a quad is.
+        glow: Index into ``GLOWS`` of each quad's kind of lamp, (Q,).
         part: Part of each quad, (Q,).
     """
 
@@ -62,14 +62,14 @@ GLOWS = {name: k for k, name in enumerate(_GLOWS)}
 
 
 def random_colour(rng: np.random.Generator) -> Colour:
-    """A colour from the one wide distribution that all objects share."""
+    """Draws a colour from the one wide distribution that all objects share."""
     value = float(np.clip(rng.lognormal(-1.2, 0.7), 0.02, 0.9))
     saturation = rng.beta(0.8, 1.6)
     return colorsys.hsv_to_rgb(rng.random(), saturation, value)
 
 
 def make_palette(rng: np.random.Generator) -> dict[str, tuple[Colour, float]]:
-    """Colour and LiDAR reflectivity of each material, for one object."""
+    """Draws colour and LiDAR reflectivity of each material, for one object."""
     palette: dict[str, tuple[Colour, float]] = {}
     for name in ('body', 'second', 'third', 'fourth', 'skin', 'collar', 'sign'):
         colour = random_colour(rng)
@@ -133,7 +133,7 @@ def make_solid(
 
 
 def _wear(shape: Shape, rng: np.random.Generator) -> None:
-    """Dirt and stickers, on objects of any kind."""
+    """Adds dirt and stickers, to objects of any kind."""
     extents = np.array([p[:6] for p in shape.parts])
     large = np.argsort(-np.prod(extents[:, 1::2] - extents[:, 0::2], axis=1))[:2]
     for part in large:
@@ -146,7 +146,7 @@ def _wear(shape: Shape, rng: np.random.Generator) -> None:
 
 
 def _faces(shape: Shape, low: np.ndarray, high: np.ndarray):
-    """Corners (Q, 4, 3), normals (Q, 3), parts (Q,) and materials of faces, then patches."""
+    """Makes corners (Q, 4, 3), normals (Q, 3), parts (Q,), materials of faces, then patches."""
     rows = [
         (k, face, 0.0, 1.0, 0.0, 1.0, p[6]) for k, p in enumerate(shape.parts) for face in FACES
     ] + shape.patches

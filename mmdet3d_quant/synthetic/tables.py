@@ -68,7 +68,7 @@ _SCENE_TIME = 10_000_000_000  # between the starts of scenes, microseconds
 
 
 def token(*parts: Any) -> str:
-    """A token that depends on nothing but its parts."""
+    """Computes a token that depends on nothing but its parts."""
     return hashlib.md5('/'.join(map(str, parts)).encode()).hexdigest()
 
 
@@ -77,12 +77,12 @@ def log_name(scene: str) -> str:
 
 
 def timestamp(scene: str, seconds: float) -> int:
-    """Microseconds of a moment, from the first key frame of a scene."""
+    """Converts seconds from the first key frame of a scene to nuScenes' time, microseconds."""
     return _START + int(scene[-4:]) * _SCENE_TIME + round(seconds * 1e6)
 
 
 def file_name(scene: str, channel: str, when: int, key: bool) -> str:
-    """Path of a recording below the data root."""
+    """Composes the path of a recording below the data root."""
     suffix = '.pcd.bin' if channel == LIDAR else '.jpg'
     folder = 'samples' if key else 'sweeps'
     return f'{folder}/{channel}/{log_name(scene)}__{channel}__{when}{suffix}'
@@ -96,8 +96,8 @@ def write_tables(
     Args:
         root: Data root.
         samples: Scenes and their numbers of key frames.
-        width: Of the images, pixels.
-        blocks: What ``record.py`` returned for each block, in order: lists of ``sample``,
+        width: Width of the images, pixels.
+        blocks: Results of ``record_block`` for each block, in order: lists of ``sample``,
             ``sample_data``, ``ego_pose``, ``instance`` and ``sample_annotation`` rows.
     """
     tables: dict[str, list[dict]] = {name: [] for name in TABLES}

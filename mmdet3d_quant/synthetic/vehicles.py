@@ -1,4 +1,4 @@
-"""What vehicles of four wheels or more look like. ``parts.py`` says how shapes are written."""
+"""Shapes of vehicles with four wheels or more, in the notation of ``parts.py``."""
 
 from __future__ import annotations
 
@@ -130,6 +130,6 @@ def construction_vehicle(rng: np.random.Generator, rider: bool) -> Shape:
 
 
 def _on(part: tuple) -> tuple:
-    """A small box on top of a cab."""
+    """Places a small box on top of a cab."""
     x, y, top = (part[0] + part[1]) / 2, (part[2] + part[3]) / 2, part[5] * 0.96
     return x - 0.02, x + 0.02, y - 0.04, y + 0.04, top, min(1.0, top + 0.04)

@@ -1,4 +1,4 @@
-"""What both sensors look at: things that keep their heading and speed, and the ego car's way.
+"""The world before both sensors: objects of constant heading and speed, and the ego car's way.
 
 Everything is in the block's frame: the road runs along x, and the ego car passes the origin
 around the middle of the block. ``Block.anchor`` places that frame in the global one.
@@ -24,7 +24,7 @@ class Thing:
     Attributes:
         kind: Name in ``KINDS`` (labelled) or ``SCENERY``.
         size: Width, length, height of the box, metres.
-        pose: Where the middle of its footprint is at time 0, in the block's frame.
+        pose: Middle of its footprint and heading at time 0, in the block's frame.
         speed: Along its heading, m/s.
         solid: Its parts and faces.
         attribute: Attribute name of nuScenes, or empty.
@@ -42,7 +42,7 @@ class Thing:
         return self.kind in KINDS
 
     def at(self, time: float) -> Pose:
-        """Its pose at a time, seconds from the block's first key frame."""
+        """Computes the pose at a time, seconds from the block's first key frame."""
         way = self.speed * time
         p = self.pose
         return Pose(p.x + way * math.cos(p.yaw), p.y + way * math.sin(p.yaw), p.yaw)
@@ -55,13 +55,13 @@ class Thing:
 
 @dataclass
 class Block:
-    """A layout and how the ego car drives through it.
+    """A layout and the ego car's way through it.
 
     Attributes:
         anchor: The block's frame in the global one.
-        speed: Of the ego car, m/s.
-        turn: Its yaw rate, rad/s.
-        middle: Time at which it passes the origin, seconds.
+        speed: Speed of the ego car, m/s.
+        turn: Yaw rate of the ego car, rad/s.
+        middle: Time at which the ego car passes the origin, seconds.
         things: Everything that stands or moves around.
     """
 
@@ -72,7 +72,7 @@ class Block:
     things: list[Thing]
 
     def ego(self, time: float) -> Pose:
-        """Pose of the ego car in the block's frame."""
+        """Computes the pose of the ego car in the block's frame."""
         t = time - self.middle
         half, way = self.turn * t / 2, self.speed * t
         return Pose(way * math.cos(half), way * math.sin(half), self.turn * t)

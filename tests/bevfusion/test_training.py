@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
-from mmdet3d_quant.bevfusion.targets import heatmap_targets, make_targets
+from mmdet3d_quant.bevfusion.training_targets import heatmap_targets, make_targets
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.runs import from_config as fc

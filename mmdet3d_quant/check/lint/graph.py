@@ -1,4 +1,4 @@
-"""An ONNX graph as the rules look at it: who makes a tensor, who reads it, how it is quantized."""
+"""An ONNX graph with look-ups for the rules: producer, readers and quantization of a tensor."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Graph:
         return iter(self.nodes)
 
     def name(self, node: NodeProto) -> str:
-        """Its name, or type and position."""
+        """Returns a node's name, or else its type and position."""
         return node.name or f'{node.op_type}#{self._number[id(node)]}'
 
     def of(self, *types: str) -> Iterator[NodeProto]:
@@ -100,17 +100,17 @@ class Graph:
         """Shapes as far as they are known; -1 for a dimension that is not."""
         inferred = onnx.shape_inference.infer_shapes(self._model, data_prop=True).graph
         values = [*inferred.value_info, *inferred.input, *inferred.output]
-        found = {
+        known = {
             v.name: [d.dim_value if d.HasField('dim_value') else -1 for d in t.shape.dim]
             for v in values
             for t in (v.type.tensor_type,)
             if t.HasField('shape')
         }
-        found.update((name, list(i.dims)) for name, i in self._stored.items())
-        return found
+        known.update((name, list(i.dims)) for name, i in self._stored.items())
+        return known
 
     def pair(self, tensor: str) -> Pair | None:
-        """How a tensor was quantized, if a DequantizeLinear makes it."""
+        """Finds the Q/DQ pair that makes a tensor; None if no DequantizeLinear does."""
         dq = self.producer.get(tensor)
         if dq is None or dq.op_type != 'DequantizeLinear':
             return None
@@ -126,7 +126,7 @@ class Graph:
         return tuple(None if v is None else v.reshape(-1) for v in (scale, zero))  # type: ignore
 
     def weight_pair(self, layer: NodeProto) -> Pair | None:
-        """How the weight of a layer was quantized."""
+        """Finds the Q/DQ pair of a layer's weight."""
         return self.pair(layer.input[1])
 
     def holds_weight(self, pair: Pair) -> bool:

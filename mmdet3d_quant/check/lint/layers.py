@@ -38,11 +38,11 @@ def layers(graph: Graph) -> list[Layer]:
     ]
 
 
-def coverage(found: Iterable[Layer]) -> float:
+def coverage(convolutions: Iterable[Layer]) -> float:
     """Computes the share of multiply-accumulates in INT8, 0 to 1; NaN without convolutions."""
-    found = list(found)
-    total = sum(layer.macs for layer in found)
-    return sum(layer.macs for layer in found if layer.int8) / total if total else math.nan
+    convolutions = list(convolutions)
+    total = sum(layer.macs for layer in convolutions)
+    return sum(layer.macs for layer in convolutions if layer.int8) / total if total else math.nan
 
 
 def _macs(graph: Graph, node: NodeProto) -> int:

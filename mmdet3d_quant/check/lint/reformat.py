@@ -40,7 +40,7 @@ class Reformat:
 
 def reformats(graph: Graph) -> list[Reformat]:
     """All conversions of activations in the order of the file, one per tensor, scale and kind."""
-    found: dict[tuple, Reformat] = {}
+    conversions: dict[tuple, Reformat] = {}
     for node in graph.of('QuantizeLinear', 'DequantizeLinear'):
         q = node if node.op_type == 'QuantizeLinear' else graph.producer.get(node.input[0])
         if q is None or q.op_type != 'QuantizeLinear' or graph.is_constant(q.input[0]):
@@ -52,12 +52,12 @@ def reformats(graph: Graph) -> list[Reformat]:
             needed, kind = not _from_int8(graph, source), TO_INT8
         else:
             needed, kind = not _to_int8(graph, node.output[0]), TO_FLOAT
-        if needed and (source, step, kind) not in found:
+        if needed and (source, step, kind) not in conversions:
             layer = next(_convs_behind(graph, node.output[0]), None)
             layer = layer or _conv_before(graph, source)
             name = '' if layer is None else graph.name(layer)
-            found[source, step, kind] = Reformat(graph.name(node), source, kind, name)
-    return list(found.values())
+            conversions[source, step, kind] = Reformat(graph.name(node), source, kind, name)
+    return list(conversions.values())
 
 
 def _from_int8(graph: Graph, tensor: str) -> bool:
@@ -96,7 +96,7 @@ def _to_int8(graph: Graph, tensor: str) -> bool:
 
 
 def _moves(node: NodeProto) -> bool:
-    """Interpolation makes new values; picking the nearest does not."""
+    """Tells whether a node only moves values; interpolation makes new ones, nearest does not."""
     mode = next((a.s for a in node.attribute if a.name == 'mode'), b'nearest')
     return node.op_type in MOVING and (node.op_type != 'Resize' or mode == b'nearest')
 

@@ -1,4 +1,4 @@
-"""Whether a program is one that libspconv computes as it is meant."""
+"""Check that libspconv computes a program as intended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmdet3d_quant.export.sparse.program import (
 
 @dataclass(frozen=True)
 class _Sparse:
-    """What is known of a sparse tensor: which voxels (a number), their grid, their channels."""
+    """A sparse tensor, as the check sees it: number of its voxel set, grid, channels."""
 
     voxels: int
     grid: Axes
@@ -34,27 +34,27 @@ class _Sparse:
 
 @dataclass
 class _Walk:
-    """What is known of each tensor while a program is checked."""
+    """State of the check: the tensors and rulebooks of the operators so far."""
 
     tensors: dict[str, _Sparse | Axes]
     rulebooks: dict[str, tuple] = field(default_factory=dict)
     sets: int = 0
 
     def sparse(self, name: str) -> _Sparse:
-        found = self.tensors[name]
-        if not isinstance(found, _Sparse):
+        known = self.tensors[name]
+        if not isinstance(known, _Sparse):
             raise ScnError(f'tensor {name} is dense, a sparse one is expected')
-        return found
+        return known
 
     def dense(self, name: str) -> Axes:
-        found = self.tensors[name]
-        if isinstance(found, _Sparse):
+        known = self.tensors[name]
+        if isinstance(known, _Sparse):
             raise ScnError(f'tensor {name} is sparse; scatter it first')
-        return found
+        return known
 
 
 def check(program: Program) -> None:
-    """Makes sure that a program is one that libspconv computes as it is meant.
+    """Checks that libspconv computes a program as intended.
 
     Raises:
         ScnError: With the node that is wrong.
@@ -172,8 +172,8 @@ def _check_reshape(op: Reshape, walk: _Walk) -> Axes:
     return op.dims
 
 
-def _check_precision(*found: str) -> None:
-    odd = [p for p in found if p not in PRECISIONS]
+def _check_precision(*precisions: str) -> None:
+    odd = [p for p in precisions if p not in PRECISIONS]
     if odd:
         raise ScnError(f'precision {odd[0]!r}; expected one of {", ".join(PRECISIONS)}')
 

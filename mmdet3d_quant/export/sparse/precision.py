@@ -1,4 +1,4 @@
-"""Which layers compute in INT8, and which tensors are kept in it.
+"""Choice of the layers that compute in INT8, and of the tensors that are kept in it.
 
 libspconv keeps a tensor once, in the precision of the layer that makes it and with one scale,
 which it takes from the layers that read it. Its Add wants both summands in one precision. Hence:
@@ -21,7 +21,7 @@ from mmdet3d_quant.export.sparse.program import Add, Op, Program, SparseConv, co
 
 
 def with_precisions(program: Program) -> Program:
-    """A program whose quantized layers have ranges, with the precisions that follow.
+    """Sets the precisions of a program whose quantized layers have ranges.
 
     A layer that is left in FP16 gets the range of its input from INT8 readers of the same
     tensor, if there are any, so that it does not take their scale away.

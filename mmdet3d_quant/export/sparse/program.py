@@ -1,4 +1,4 @@
-"""A sparse convolution network as plain data: what a `lidar.backbone.*.onnx` says.
+"""A sparse convolution network as plain data: the content of a `lidar.backbone.*.onnx`.
 
 The operators are those of libspconv, the engine of NVIDIA's Lidar_AI_Solution, and their
 fields are what its parser reads (`libraries/3DSparseConvolution/src/onnx-parser.cpp`).
@@ -166,40 +166,40 @@ class Program:
         return next(op.order for op in self.ops if isinstance(op, ScatterDense))
 
     def readers(self, tensor: str) -> list[Op]:
-        """Operators that read a tensor, those behind a ReLU included."""
-        found: list[Op] = []
+        """Lists the operators that read a tensor, those behind a ReLU included."""
+        readers: list[Op] = []
         for op in self.ops:
             if tensor in op.inputs:
-                found.extend(self.readers(op.output) if isinstance(op, Relu) else [op])
-        return found
+                readers.extend(self.readers(op.output) if isinstance(op, Relu) else [op])
+        return readers
 
     def ranges(self, tensor: str) -> set[float]:
-        """Ranges with which INT8 readers read a tensor; libspconv knows one per tensor."""
-        found = set()
+        """Collects the ranges of a tensor's INT8 readers; libspconv knows one per tensor."""
+        limits = set()
         for op in self.readers(tensor):
             if isinstance(op, SparseConv) and op.precision == 'int8':
-                found.add(op.input_range)
+                limits.add(op.input_range)
             elif isinstance(op, Add) and op.precision == 'int8':
                 read = [
                     r
                     for r, name in strict_zip(op.ranges, op.inputs)
                     if name == tensor or name in self._rectified(tensor)
                 ]
-                found.update(read)
-        return {r for r in found if r is not None}
+                limits.update(read)
+        return {r for r in limits if r is not None}
 
     def _rectified(self, tensor: str) -> set[str]:
         return {op.output for op in self.ops if isinstance(op, Relu) and tensor in op.inputs}
 
 
 def conflicts(program: Program) -> dict[str, list[float]]:
-    """Tensors that INT8 layers read with unequal ranges, and these."""
-    found = {op.output: sorted(program.ranges(op.output)) for op in program.ops}
-    return {tensor: ranges for tensor, ranges in found.items() if len(ranges) > 1}
+    """Finds the tensors that INT8 layers read with unequal ranges, and these."""
+    by_tensor = {op.output: sorted(program.ranges(op.output)) for op in program.ops}
+    return {tensor: ranges for tensor, ranges in by_tensor.items() if len(ranges) > 1}
 
 
 def conv_grid(grid: Axes, kernel: Axes, stride: Axes, padding: Axes, dilation: Axes) -> Axes:
-    """Number of cells along each axis after a strided convolution."""
+    """Computes the number of cells along each axis after a strided convolution."""
     return tuple(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in strict_zip(grid, kernel, stride, padding, dilation)

@@ -1,4 +1,4 @@
-"""From a file for libspconv, ours or NVIDIA's, back to a program."""
+"""Reading of a file for libspconv, ours or NVIDIA's, as a program."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_program(path: str | Path) -> Program:
 
 
 def from_onnx(model: onnx.ModelProto) -> Program:
-    """The program of a model in memory.
+    """Converts a model in memory to a program.
 
     Raises:
         ScnError: As :func:`read_program`, without the name of the file.
@@ -112,61 +112,61 @@ class _Node:
         self.attributes = {a.name: a for a in node.attribute}
 
     def get(self, name: str, kind: str, default: Any = ScnError) -> Any:
-        """An attribute; ``kind`` is INT, INTS, FLOAT, FLOATS or STRING.
+        """Reads an attribute; ``kind`` is INT, INTS, FLOAT, FLOATS or STRING.
 
         Raises:
             ScnError: If it has another type, or is missing and has no default.
         """
-        found = self.attributes.get(name)
-        if found is None:
+        attribute = self.attributes.get(name)
+        if attribute is None:
             if default is ScnError:
                 raise ScnError(f'attribute {name} is missing')
             return default
-        if found.type != getattr(onnx.AttributeProto, kind):
-            has = onnx.AttributeProto.AttributeType.Name(found.type)
+        if attribute.type != getattr(onnx.AttributeProto, kind):
+            has = onnx.AttributeProto.AttributeType.Name(attribute.type)
             raise ScnError(f'attribute {name} is {has}, expected {kind}')
-        value = helper.get_attribute_value(found)
+        value = helper.get_attribute_value(attribute)
         if kind == 'STRING':
             return value.decode()
         return tuple(value) if kind.endswith('S') else value
 
     def axes(self, name: str) -> Axes:
-        """An attribute with three integers."""
-        found = self.get(name, 'INTS')
-        if len(found) != 3:
-            raise ScnError(f'attribute {name} has {len(found)} values, expected 3')
-        return found
+        """Reads an attribute with three integers."""
+        values = self.get(name, 'INTS')
+        if len(values) != 3:
+            raise ScnError(f'attribute {name} has {len(values)} values, expected 3')
+        return values
 
     def inputs(self, count: int) -> tuple:
-        """The tensors read."""
+        """Returns the names of the tensors read, checked for their number."""
         if len(self.node.input) != count:
             raise ScnError(f'{len(self.node.input)} inputs, expected {count}')
         return tuple(self.node.input)
 
     def common(self, count: int) -> dict[str, Any]:
-        """Fields that all operators have."""
-        found = self.inputs(count)
-        return dict(name=self.node.name, inputs=found, output=self.node.output[0])
+        """Reads the fields that all operators have."""
+        tensors = self.inputs(count)
+        return dict(name=self.node.name, inputs=tensors, output=self.node.output[0])
 
     def precisions(self) -> dict[str, Any]:
-        """The parser takes everything that is not 'int8' for FP16."""
+        """Reads the precisions; as in the parser, everything that is not 'int8' is FP16."""
         names = ('precision', 'output_precision')
         return {n: 'int8' if self.get(n, 'STRING', '') == 'int8' else 'fp16' for n in names}
 
     def half(self, name: str) -> Tensor:
-        """An initializer, which must be raw FP16."""
-        found = self.weights.get(name)
-        if found is None:
+        """Reads an initializer, which must be raw FP16."""
+        initializer = self.weights.get(name)
+        if initializer is None:
             raise ScnError(f'initializer {name!r} is missing: the file is truncated?')
-        if found.data_type != TensorProto.FLOAT16:
-            has = TensorProto.DataType.Name(found.data_type)
+        if initializer.data_type != TensorProto.FLOAT16:
+            has = TensorProto.DataType.Name(initializer.data_type)
             raise ScnError(f'initializer {name!r} is {has}, libspconv reads FLOAT16')
-        shape = tuple(found.dims)
-        if len(found.raw_data) != 2 * math.prod(shape):
+        shape = tuple(initializer.dims)
+        if len(initializer.raw_data) != 2 * math.prod(shape):
             raise ScnError(
-                f'initializer {name!r} has {len(found.raw_data)} bytes for a shape of {shape}'
+                f'initializer {name!r} has {len(initializer.raw_data)} bytes for a shape of {shape}'
             )
-        values = np.frombuffer(found.raw_data, '<f2').reshape(shape)
+        values = np.frombuffer(initializer.raw_data, '<f2').reshape(shape)
         return torch.from_numpy(values.astype(np.float16))
 
 
@@ -209,11 +209,11 @@ def _conv(node: _Node) -> Op:
 
 
 def _add(node: _Node) -> Op:
-    found = (
+    ranges = (
         node.get('input0_dynamic_range', 'FLOAT', None),
         node.get('input1_dynamic_range', 'FLOAT', None),
     )
-    return Add(**node.common(2), ranges=found, layer=node.node.doc_string, **node.precisions())
+    return Add(**node.common(2), ranges=ranges, layer=node.node.doc_string, **node.precisions())
 
 
 def _scatter(node: _Node) -> Op:

@@ -1,4 +1,4 @@
-"""Runs a program in torch: what libspconv is told to compute, without libspconv or a GPU."""
+"""Execution of a program in torch, without libspconv or a GPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ScnNetwork(nn.Module):
         program: The network.
         fp16_tensors: Round what is kept in FP16 between layers, as libspconv keeps it. The sums
             themselves are not those of its kernels.
-        dtype: What is computed in.
+        dtype: Floating type of the computation.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ScnNetwork(nn.Module):
 
     @torch.no_grad()
     def forward(self, features: Tensor, coors: Tensor) -> Tensor:
-        """The map of one frame.
+        """Computes the map of one frame.
 
         Args:
             features: Voxels (N, channels), float; N may be 0.

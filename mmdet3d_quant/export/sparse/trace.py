@@ -31,7 +31,7 @@ def trace(
     quantized: bool = True,
     output_bound: int = 200_000,
 ) -> Program:
-    """The program that computes what an encoder computes on one frame.
+    """Converts an encoder to a program that computes the same on one frame.
 
     Batch norm is folded into a copy of the encoder, and ReLUs after convolutions become part
     of them, as libspconv wants it.
@@ -76,7 +76,7 @@ def trace(
 
 
 def order_of(encoder: nn.Module) -> str:
-    """``'xyz'`` or ``'zyx'``: the axes of an encoder's grid and coordinates.
+    """Looks up the axes of an encoder's grid and coordinates, ``'xyz'`` or ``'zyx'``.
 
     Raises:
         ExportError: If it is none of the encoders that can be exported.

@@ -27,7 +27,7 @@ _BLOCKS = ('SparseBasicBlock', 'QuantSparseBasicBlock')
 
 
 def walk(builder: ProgramBuilder, name: str, module: nn.Module, x: str) -> str:
-    """Adds what a module does to tensor ``x``; returns what it makes."""
+    """Adds the operators of a module for tensor ``x``; returns the name of its output."""
     for types, handle in _HANDLERS:
         if isinstance(module, types):
             return handle(builder, name, module, x)
@@ -39,7 +39,7 @@ def walk(builder: ProgramBuilder, name: str, module: nn.Module, x: str) -> str:
 
 
 def owner(module: nn.Module) -> str:
-    """Name of the class that says what a module computes."""
+    """Finds the name of the class that defines a module's computation."""
     return next(t.__name__ for t in type(module).__mro__ if 'forward' in vars(t))
 
 
@@ -93,15 +93,15 @@ def _refuse_odd(name: str, conv: nn.Module) -> None:
         'an inverse convolution': conv.inverse,
         'a fused activation': 'None' not in str(getattr(conv, 'act_type', 'None')),
     }
-    found = [what for what, is_so in problems.items() if is_so]
-    if found:
-        raise ExportError(f'{name} has what cannot be exported to libspconv: {", ".join(found)}')
+    reasons = [what for what, is_so in problems.items() if is_so]
+    if reasons:
+        raise ExportError(f'{name} has what cannot be exported to libspconv: {", ".join(reasons)}')
 
 
 def _ranges(
     builder: ProgramBuilder, name: str, conv: nn.Module
 ) -> tuple[float | None, tuple[float, ...] | None]:
-    """Ranges of input and weight of a quantized layer, of the weight alone of a float one."""
+    """Reads the ranges of input and weight of a quantized layer, of the weight of a float one."""
     of_input = getattr(conv, '_input_quantizer', None)
     of_weight = getattr(conv, '_weight_quantizer', None)
     if not builder.quantized or of_input is None or of_weight is None:

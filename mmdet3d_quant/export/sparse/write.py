@@ -1,4 +1,4 @@
-"""From a program to the ONNX file that libspconv reads.
+"""Writing of a program as the ONNX file that libspconv reads.
 
 Names, types and layouts follow NVIDIA's exporter (`CUDA-BEVFusion/qat/lean/exptool.py`) and the
 parser of its engine. The operators are in no standard, so `onnx.checker` refuses these files.
@@ -55,7 +55,7 @@ def write_program(program: Program, path: str | Path) -> onnx.ModelProto:
 
 
 def as_onnx(program: Program) -> onnx.ModelProto:
-    """The model: its input (1, C), its output, one node per operator, weights in FP16.
+    """Makes the model: its input (1, C), its output, one node per operator, weights in FP16.
 
     The number of voxels is said to be 1, as in NVIDIA's files; libspconv takes any number.
     """

@@ -121,12 +121,12 @@ def _behind_passing(graph: Graph, tensor: str) -> NodeProto | None:
 
 def _reached(graph: Graph, forward: bool) -> set[int]:
     """Nodes that an INT8 convolution leads to, or that lead to one."""
-    found: set[int] = set()
+    reached: set[int] = set()
     for node in graph.nodes if forward else reversed(graph.nodes):
         if forward:
             near = [graph.producer[t] for t in node.input if t in graph.producer]
         else:
             near = [n for t in node.output for n, _ in graph.readers[t]]
-        if any(id(n) in found or (n.op_type in LAYERS and is_int8(graph, n)) for n in near):
-            found.add(id(node))
-    return found
+        if any(id(n) in reached or (n.op_type in LAYERS and is_int8(graph, n)) for n in near):
+            reached.add(id(node))
+    return reached

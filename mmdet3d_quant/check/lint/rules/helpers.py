@@ -1,4 +1,4 @@
-"""What rules of several groups ask a graph."""
+"""Queries of a graph that rules of several groups share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rule is, the list of all rules, and how a graph is checked against them."""
+"""Registry of the rules, and the check of a graph against them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the TransFusion head should have said."""
+"""Training targets of the TransFusion head."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_targets(
 
     Args:
         truth: Per sample ``bboxes_3d`` and ``labels_3d``.
-        outputs: What the head's forward returns, left unchanged; B samples, P proposals of
+        outputs: Result of the head's forward, left unchanged; B samples, P proposals of
             ``num_proposals`` per decoder layer.
         assigner: One of :mod:`mmdet3d_quant.bevfusion.assigner`.
         coder: The box coder.
@@ -85,14 +85,14 @@ def make_targets(
             layer = slice(start, start + num_proposals)
             boxes = decoded[i]['bboxes'][layer]
             if isinstance(assigner, HeuristicAssigner3D):
-                found = assigner.assign(
+                assignment = assigner.assign(
                     boxes, gt_bboxes, None, gt_labels, outputs['query_labels'][i]
                 )
             else:
                 scores = logits[i : i + 1, :, layer]
-                found = assigner.assign(boxes, gt_bboxes, gt_labels, scores, train_cfg)
-            assigned.append(found.gt_inds)
-            ious.append(found.max_overlaps)
+                assignment = assigner.assign(boxes, gt_bboxes, gt_labels, scores, train_cfg)
+            assigned.append(assignment.gt_inds)
+            ious.append(assignment.max_overlaps)
         index = torch.cat(assigned)
         positive = index > 0
         if positive.any():
@@ -121,13 +121,13 @@ def make_targets(
 def heatmap_targets(
     boxes: BaseInstance3DBoxes, labels: Tensor, num_classes: int, train_cfg: dict[str, Any]
 ) -> Tensor:
-    """One Gaussian per object, 1 at its cell; its radius after CornerNet (gaussian_overlap).
+    """Draws one Gaussian per object, 1 at its cell; its radius after CornerNet (gaussian_overlap).
 
     Args:
-        boxes: Objects; those without extent leave no trace, of those with centres just off the
-            map the part of the Gaussian on it remains.
+        boxes: Objects. One without extent draws nothing; one with its centre just off the map draws
+            the part of its Gaussian that lies on the map.
         labels: Their classes, int64 (n,).
-        num_classes: Classes.
+        num_classes: Number of classes.
         train_cfg: ``grid_size`` (voxels), ``point_cloud_range`` (metres), ``voxel_size``
             (metres), ``out_size_factor``, ``gaussian_overlap``, ``min_radius`` (cells).
 
