@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,24 @@ class WeightRanges:
             quantizer._amax.copy_(layer.weight_amax() * self.ratios[name])
             if self._covering[name]:
                 cover(layer.weight, quantizer._amax)
+
+    def of(self, state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
+        """Computes the ranges of the weights in a state dict.
+
+        Args:
+            state: State dict of the model, or of a copy with other weights.
+            prefix: What the names of the model's layers begin with there.
+
+        Returns:
+            Range by its key in the state dict, on the device of the weight.
+        """
+        ranges = {}
+        for name, layer in self._layers.items():
+            path = f'{prefix}{name}.' if name else prefix
+            if f'{path}weight' in state:
+                limit = layer.largest(state[f'{path}weight'])
+                ranges[f'{path}_weight_quantizer._amax'] = limit * self.ratios[name].to(limit)
+        return ranges
 
 
 class LearnedRanges:
