@@ -65,7 +65,7 @@ def calibrate(
         ValueError: If the method is unknown, ``num_batches`` < 1, nothing is quantized, or there
             is no batch to hold out.
         NonFiniteError: If a weight or tensor has NaN or infinity; names the first.
-        QuantError: If the model was built in ``torch.inference_mode()``; to calibrate in it is fine.
+        QuantError: If the model was built in ``torch.inference_mode()``, which is left meanwhile.
         CalibrationError: If there are no batches, or a quantizer was never reached or saw zeros
             only.
     """
