@@ -275,7 +275,7 @@ def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer, runner:
     """Checks that the optimizer trains all learned ranges; warns if weight decay shrinks them."""
     groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
     for name, quantizer in quantizers(model).items():
-        if not quantizer.learned:
+        if not quantizer.learned or not quantizer._amax.requires_grad:
             continue
         group = groups.get(id(quantizer._amax))
         if group is None:
