@@ -168,8 +168,10 @@ class QATHook(Hook):
             runner.logger.warning(f'QATHook: in iteration {runner.iter + 1} {clipped}')
 
     def after_train(self, runner: Runner) -> None:
-        """Ends the last stage of the schedule: the model is left quantized."""
-        self._set_stage(_bare(runner), {})
+        """Ends the last stage of the schedule: what it left float is quantized."""
+        for quantizer in self._float:
+            quantizer.mode = 'quant'
+        self._float = []
 
     def _last(self, runner: Runner, batch_idx: int) -> bool:
         """Tells whether an epoch ends with this step."""
@@ -185,6 +187,7 @@ class QATHook(Hook):
             self._set_stage(model, stage)
 
     def _set_stage(self, model: nn.Module, stage: dict[str, str]) -> None:
+        """Applies a stage, and notes what it leaves float."""
         self._stage = stage
         by_name = quantizers(model)
         set_mode(model, 'quant')
