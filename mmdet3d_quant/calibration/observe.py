@@ -184,6 +184,8 @@ class _Seen:
 
     def of(self, x: Tensor) -> Histogram:
         """Histogram of a tensor, from the cache if the same tensor was counted before."""
+        if x.is_inference():  # it has no version
+            return Histogram.of(x)
         ref, version, histogram = self._known.get(id(x), (None, -1, None))
         if histogram is None or ref is None or ref() is not x or version != x._version:
             histogram = Histogram.of(x)
