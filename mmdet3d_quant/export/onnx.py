@@ -93,10 +93,6 @@ def export_onnx(
         UncalibratedError: If a quantizer has no range.
         ValueError: If members of a tie group have unequal ranges, a quantizer has a
             format without an ONNX type (fewer than 8 bits), or an argument is none of the above.
-        ExportError: If the graph fails ``onnx.checker``, keeps a batch norm that could not be
-            folded, cannot take another batch size, or is too large for a file.
-        ValueError: If members of a tie group have unequal ranges, a quantizer has a
-            format without an ONNX type (fewer than 8 bits), or an argument is none of the above.
         ExportError: If the graph fails ``onnx.checker``, cannot take another batch size, or is
             too large for a file.
         OSError: If the file cannot be written.
