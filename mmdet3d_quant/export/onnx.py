@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,7 @@ def export_onnx(
     weights: str = 'float',
     fp16: bool = False,
     layernorm: str = 'standard',
+    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
 
@@ -85,6 +86,7 @@ def export_onnx(
         fp16: Store weights, and compute, in FP16; for graphs without Q/DQ.
         layernorm: ``'standard'``: ONNX's ops (LayerNormalization from opset 17 on);
             ``'custom'``: ``nv::CustomLayerNormalization``, the plugin of CUDA-BEVFusion.
+        metadata: More entries of the file's ``metadata_props``.
 
     Returns:
         The exported model.
@@ -118,7 +120,7 @@ def export_onnx(
         drop_identities(model.graph)
         if not dynamic_batch:
             fold_shapes(model)
-        props = {TARGET_KEY: target}
+        props = {**(metadata or {}), TARGET_KEY: target}
         if any(n.op_type == 'BatchNormalization' for n in model.graph.node):
             props[KEPT_KEY] = json.dumps(kept)
         onnx.helper.set_model_props(model, props)
