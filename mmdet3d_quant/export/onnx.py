@@ -17,6 +17,7 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.formats import FORMATS
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
+from mmdet3d_quant.export.deconvolution import to_depth_to_space
 from mmdet3d_quant.export.passes import (
     OPSETS,
     drop_identities,
@@ -118,6 +119,9 @@ def export_onnx(
             layernorm,
         )
         drop_identities(model.graph)
+        if target_of(target).tiles:
+            to_depth_to_space(model.graph)
+            drop_unused(model.graph)
         if not dynamic_batch:
             fold_shapes(model)
         props = {**(metadata or {}), TARGET_KEY: target}

@@ -22,6 +22,8 @@ class Target:
         libspconv: Whether the set has the sparse LiDAR encoder, as libspconv reads it.
         script: Whether the set has ``build_engines.sh``.
         boxes: How the outputs of the head code boxes.
+        tiles: Whether a transposed convolution with a kernel as large as its stride becomes a 1x1
+            convolution and DepthToSpace, which runs in INT8 where the other may not.
     """
 
     name: str
@@ -29,13 +31,14 @@ class Target:
     libspconv: bool = False
     script: bool = False
     boxes: BoxCoding = MMDET3D
+    tiles: bool = False
 
 
 #: By name; the first is the default.
 TARGETS = {
     t.name: t
     for t in (
-        Target('tensorrt', libspconv=True, script=True, boxes=CUDA_BEVFUSION),
+        Target('tensorrt', libspconv=True, script=True, boxes=CUDA_BEVFUSION, tiles=True),
         Target('openvino', unsigned=True),
     )
 }

@@ -57,7 +57,7 @@ class Net(nn.Module):
                 upsample_cfg=dict(mode='bilinear', align_corners=False),
             )
         )
-        self.up = QuantConvTranspose2d(16, 24, 2, stride=2)
+        self.up = QuantConvTranspose2d(16, 24, 3, stride=2)
 
     def forward(self, x):
         return self.up(self.img_neck(self.img_backbone(x))[0])
