@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterable, Mapping, Union
+from typing import Any, Iterable, Iterator, Mapping, Union
 
 from mmdet3d_quant.core.spec import WEIGHT_METHODS, Method, select
 
@@ -37,21 +37,21 @@ class Plan:
         """Parses a plan.
 
         Args:
-            method: A method; several texts, ``'mse'`` or ``'pattern=mse'``; a mapping from
-                pattern to method, with ``''`` for the default; or a plan, taken as it is.
+            method: A method; several texts, ``'mse'`` or ``'pattern=mse'``, or one with commas
+                between; a mapping from pattern to method, with ``''`` for the default; or a plan,
+                taken as it is. ``'weights=mse'``, as a plan prints it, is the one of weights.
             weights: See :class:`Plan`.
 
         Raises:
-            ValueError: If a method is unknown.
+            ValueError: If a method is unknown, or is none of these.
         """
         if isinstance(method, Plan):
             return method
-        if isinstance(method, (str, Method)):
-            method = [method] if isinstance(method, str) else {'': str(method)}
-        pairs = method.items() if isinstance(method, Mapping) else map(_split, method)
         default, overrides = cls.default, []
-        for pattern, text in pairs:
-            if pattern:
+        for pattern, text in _pairs(method):
+            if pattern == 'weights':
+                weights = text.strip() if isinstance(text, str) else text
+            elif pattern:
                 overrides.append((pattern, Method.parse(text)))
             else:
                 default = Method.parse(text)
@@ -86,7 +86,20 @@ class Plan:
         return ', '.join(parts)
 
 
-def _split(text: str) -> tuple[str, str]:
-    """Splits ``'pattern=method'``; the pattern is empty without an equals sign."""
-    pattern, equals, method = text.rpartition('=')
-    return (pattern, method) if equals else ('', text)
+def _pairs(method: Any) -> Iterator[tuple[str, Any]]:
+    """Splits what :meth:`Plan.parse` takes into patterns, empty for the default, and methods."""
+    if isinstance(method, Mapping):
+        for pattern, text in method.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f'calibration method {text!r}: its pattern {pattern!r} is no text')
+            yield pattern.strip(), text
+        return
+    if isinstance(method, (str, Method)) or not isinstance(method, Iterable):
+        method = [method]
+    for text in method:
+        if not isinstance(text, str):
+            yield '', text
+            continue
+        for part in text.split(','):
+            pattern, _, name = part.rpartition('=')
+            yield pattern.strip(), name

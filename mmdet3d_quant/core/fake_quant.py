@@ -71,6 +71,8 @@ def fake_quantize(
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
+    if not x.dim():
+        return fake_quantize(x.reshape(1), amax, spec, rectify, value, inside).reshape(())
     if spec.axis is not None:
         amax = amax.reshape([-1 if i == spec.axis else 1 for i in range(x.dim())])
     else:

@@ -38,9 +38,11 @@ class QuantSpec:
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_bits not in FORMATS:
+        if self.num_bits not in list(FORMATS):  # a list, so that nothing needs a hash
             known = ', '.join(map(str, FORMATS))
-            raise ValueError(f'num_bits must be one of {known}, got {self.num_bits}')
+            raise ValueError(f'num_bits must be one of {known}, got {self.num_bits!r}')
+        if self.axis is not None and not (isinstance(self.axis, int) and self.axis >= 0):
+            raise ValueError(f'axis must be None or a number from 0 up, got {self.axis!r}')
 
     @property
     def format(self) -> Format:
@@ -61,33 +63,52 @@ class Method:
     name: str
     percentile: float = 99.99
 
+    def __post_init__(self) -> None:
+        if self.name not in list(METHODS):
+            raise _unknown(self.name)
+        if not (isinstance(self.percentile, (int, float)) and 0 < self.percentile <= 100):
+            raise _no_percentile(self.percentile)
+
     @classmethod
     def parse(cls, text: str | Method) -> Method:
         """Reads ``'max'``, ``'mse'``, ``'entropy'``, ``'percentile'`` or ``'percentile:99.9'``.
+
+        Spaces around the name and the number do not count.
 
         Raises:
             ValueError: If the name is unknown or the percentile is not in (0, 100].
         """
         if isinstance(text, Method):
             return text
-        name, _, value = text.partition(':')
-        if name not in METHODS or (value and name != 'percentile'):
-            raise ValueError(
-                f'unknown calibration method {text!r}: expected one of {", ".join(METHODS)}, '
-                "or 'percentile:99.9' to choose the percentile"
-            )
-        if not value:
+        if not isinstance(text, str):
+            raise _unknown(text)
+        name, colon, value = (part.strip() for part in text.partition(':'))
+        if name not in METHODS or (colon and name != 'percentile'):
+            raise _unknown(text)
+        if not colon:
             return cls(name)
         try:
             percentile = float(value)
         except ValueError:
-            percentile = -1.0
-        if not 0 < percentile <= 100:
-            raise ValueError(f'percentile must be a number in (0, 100], got {value!r}')
+            raise _no_percentile(value) from None
         return cls(name, percentile)
 
     def __str__(self) -> str:
-        return f'{self.name}:{self.percentile:g}' if self.name == 'percentile' else self.name
+        if self.name != 'percentile':
+            return self.name
+        text = f'{self.percentile:g}'
+        return f'{self.name}:{text if float(text) == self.percentile else repr(self.percentile)}'
+
+
+def _unknown(text: object) -> ValueError:
+    return ValueError(
+        f'unknown calibration method {text!r}: expected one of {", ".join(METHODS)}, '
+        "or 'percentile:99.9' to choose the percentile"
+    )
+
+
+def _no_percentile(value: object) -> ValueError:
+    return ValueError(f'percentile must be a number in (0, 100], got {value!r}')
 
 
 def check_mode(mode: str) -> str:
@@ -124,12 +145,14 @@ def as_reasons(skip: str | Iterable[str] | Mapping[str, str]) -> dict[str, str]:
         skip: A pattern, several, or a mapping from pattern to the reason to keep it float.
 
     Raises:
-        TypeError: If a pattern or reason is not a string.
+        ValueError: If it is something else, or a pattern or reason is not a string.
     """
     if isinstance(skip, str):
         skip = [skip]
-    reasons = dict(skip) if isinstance(skip, Mapping) else {p: f'skip={p!r}' for p in skip}
-    for pattern, reason in reasons.items():
+    if not isinstance(skip, Iterable):
+        raise ValueError(f'skip expects a pattern, several, or {{pattern: reason}}, got {skip!r}')
+    pairs = skip.items() if isinstance(skip, Mapping) else [(p, f'skip={p!r}') for p in skip]
+    for pattern, reason in pairs:
         if not isinstance(pattern, str) or not isinstance(reason, str):
-            raise TypeError(f'skip expects strings, got {pattern!r}: {reason!r}')
-    return reasons
+            raise ValueError(f'skip expects strings, got {pattern!r}: {reason!r}')
+    return dict(pairs)

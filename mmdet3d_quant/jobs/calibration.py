@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,9 +182,15 @@ def read_plan(cfg: Config, methods: Sequence[str] = (), weights: str | None = No
         ConfigError: If the config's ``calibration`` has an unknown entry.
         ValueError: If a method is unknown.
     """
-    own = dict(cfg.get('calibration') or {})
+    own = cfg.get('calibration') or {}
+    overrides = own.get('overrides') or {} if isinstance(own, Mapping) else None
+    if not isinstance(overrides, Mapping):
+        raise fc.ConfigError(
+            f'{cfg.filename}: `calibration` and its `overrides` must be dicts, got {own!r}'
+        )
+    own = {key: value for key, value in own.items() if key != 'overrides'}
     texts = [own.pop('method', 'mse')]
-    texts += [f'{pattern}={method}' for pattern, method in own.pop('overrides', {}).items()]
+    texts += [f'{pattern}={method}' for pattern, method in overrides.items()]
     default = own.pop('weights', 'max')
     if own:
         raise fc.ConfigError(

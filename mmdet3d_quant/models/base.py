@@ -53,7 +53,7 @@ def quant_upsample_cfg(cfg: dict) -> dict:
     Raises:
         ValueError: If the type has no quantized counterpart.
     """
-    if cfg.get('type') in ('nearest', 'bilinear'):
+    if isinstance(cfg, Mapping) and cfg.get('type') in ('nearest', 'bilinear'):
         return dict(cfg)
     return _swapped(cfg, UPSAMPLES, 'upsample_cfg')
 
@@ -68,16 +68,26 @@ def quant_sparse_conv_cfg(cfg: dict | None) -> dict:
 
 
 def _swapped(cfg: Mapping | None, types: Mapping, what: str) -> dict:
+    if cfg is not None and not isinstance(cfg, Mapping):
+        raise ValueError(f"{what} expects a dict such as dict(type='...'), got {cfg!r}")
     new = dict(cfg or {})
     kind = new.get('type')
-    if kind not in types and kind is not None:  # a class or its path, as in Python configs
-        cls = MODELS.get(kind) if isinstance(kind, str) else kind
+    if kind not in list(types) and kind is not None:  # a class or its path, as in Python configs
+        cls = _found(kind) if isinstance(kind, str) else kind
         kind = next((t for t in types if isinstance(t, str) and _is(MODELS.get(t), cls)), kind)
-    if kind not in types:
+    if kind not in list(types):
         known = ', '.join(repr(t) for t in types if not isinstance(t, type))
         raise ValueError(f'{what} type {kind!r} cannot be quantized; expected one of {known}')
     new['type'] = types[kind]
     return new
+
+
+def _found(name: str) -> Any:
+    """The registered type of a name, None where there is none, nor a name that mmengine reads."""
+    try:
+        return MODELS.get(name)
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _is(registered: Any, cls: Any) -> bool:

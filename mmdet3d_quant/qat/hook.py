@@ -23,6 +23,7 @@ from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.qat.averaging import averaging, fit_checkpoint, fit_model
 from mmdet3d_quant.qat.clipping import Clipping
 from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges
+from mmdet3d_quant.qat.schedule import read_schedule, read_time
 
 #: Key of the hook's state in a checkpoint.
 KEY = 'qat'
@@ -61,7 +62,7 @@ class QATHook(Hook):
             the prefix ``float/``.
 
     Raises:
-        ValueError: If the schedule is malformed.
+        ValueError: If ``freeze_bn`` or the schedule is malformed.
     """
 
     priority = 'NORMAL'
@@ -72,15 +73,8 @@ class QATHook(Hook):
         schedule: Mapping[int, Mapping[str, str]] | None = None,
         validate_float: bool = False,
     ) -> None:
-        self.freeze_bn = freeze_bn
-        self.schedule = {int(time): dict(modes) for time, modes in (schedule or {}).items()}
-        for modes in self.schedule.values():
-            for pattern, mode in modes.items():
-                if mode not in ('float', 'quant'):
-                    raise ValueError(
-                        f"QATHook: schedule gives {pattern!r} the mode {mode!r}; expected 'float' "
-                        "or 'quant' (ranges come from tools/calibrate.py, training observes none)"
-                    )
+        self.freeze_bn = None if freeze_bn is None else read_time(freeze_bn, 'freeze_bn')
+        self.schedule = read_schedule(schedule)
         self.validate_float = validate_float
         self._stage: dict[str, str] | None = None
         self._float: list[Quantizer] = []  # by the stage

@@ -28,6 +28,16 @@ from mmdet3d_quant.runs.weights import load_weights as load_weights
 CALIBRATION_LOADERS = ('calib_dataloader', 'val_dataloader', 'test_dataloader')
 #: Tables of more bytes are not read through at every start: v1.0-trainval takes a minute.
 _SMALL = 300e6
+#: What constructors raise, some in passing, for arguments that they cannot use.
+_REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class ConfigError(QuantError, ValueError):
@@ -89,7 +99,9 @@ def build_model(cfg: Config) -> nn.Module:
     use_one_door()  # some modules load weights when they are built
     try:
         model = MODELS.build(copy.deepcopy(cfg.model))  # some detectors change theirs
-    except (KeyError, TypeError, ValueError, AssertionError) as err:
+    except QuantError:
+        raise
+    except _REFUSALS as err:
         raise ConfigError(f'the model of {cfg.filename} cannot be built: {err}') from err
     model.eval()  # not chained: some models return None
     return model
