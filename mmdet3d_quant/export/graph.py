@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import onnx
-from onnx import NodeProto, TensorProto, helper
+from onnx import AttributeProto, NodeProto, TensorProto, helper
 
 #: Both spellings of the domain of ONNX's own operators.
 ONNX_DOMAINS = ('', 'ai.onnx')
+#: Attributes that hold graphs.
+_BODIES = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 
 
 def opset(model: onnx.ModelProto) -> int:
@@ -49,6 +51,19 @@ def _value(node: NodeProto) -> TensorProto | None:
         return None
     shape = [len(value)] if given.name.endswith('s') else []
     return helper.make_tensor(node.output[0], kind, shape, value if shape else [value])
+
+
+def names_read(node: NodeProto) -> set[str]:
+    """Collects the tensors that a node reads, those that only its branches or loops read, too.
+
+    Tensors that are made inside of these are among them; their names are not used outside.
+    """
+    found = set(node.input)
+    for given in node.attribute:
+        for body in (given.g, *given.graphs) if given.type in _BODIES else ():
+            found.update(output.name for output in body.output)
+            found.update(*map(names_read, body.node))
+    return found
 
 
 def axis_of(node: NodeProto) -> int:

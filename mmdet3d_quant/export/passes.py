@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from mmdet3d_quant.core.formats import STORED
-from mmdet3d_quant.export.graph import axis_of, opset, stored_tensors
+from mmdet3d_quant.export.graph import axis_of, names_read, opset, stored_tensors
 
 #: Opsets that can be written: the first with per-channel Q/DQ, the last with plain INT8 Q/DQ.
 OPSETS = range(13, 22)
@@ -21,13 +22,16 @@ OPSETS = range(13, 22)
 def drop_identities(graph: onnx.GraphProto) -> None:
     """Removes Identity nodes of constants; their readers read the constants.
 
-    torch stores equal parameters once and copies them with Identity nodes.
+    torch stores equal parameters once and copies them with Identity nodes. Those that make an
+    output of the graph, or are read inside a branch, stay.
     """
     constants = {i.name for i in graph.initializer}
+    bound = {o.name for o in graph.output}
+    bound.update(*(names_read(n) - set(n.input) for n in graph.node))
     source = {
         n.output[0]: n.input[0]
         for n in graph.node
-        if n.op_type == 'Identity' and n.input[0] in constants
+        if n.op_type == 'Identity' and n.input[0] in constants and n.output[0] not in bound
     }
     kept = [n for n in graph.node if n.output[0] not in source]
     for node in kept:
@@ -42,7 +46,7 @@ def drop_unused(graph: onnx.GraphProto) -> None:
     kept, count = list(graph.node), -1
     while count != len(kept):
         count = len(kept)
-        read = {i for node in kept for i in node.input} | {o.name for o in graph.output}
+        read = {o.name for o in graph.output}.union(*map(names_read, kept))
         kept = [n for n in kept if n.op_type not in kinds or read.intersection(n.output)]
     stored = [i for i in graph.initializer if i.name in read]
     del graph.node[:], graph.initializer[:]
@@ -143,17 +147,18 @@ def store_int8_weights(graph: onnx.GraphProto) -> None:
     """Stores quantized weights as INT8 with a DequantizeLinear, a quarter of the size.
 
     Each QuantizeLinear of a constant is computed as ONNX defines it: division in float32, rounding
-    half to even, saturation. Weights that several layers read are stored once per scale.
+    half to even, saturation. Weights that several layers read are stored once per scale. Those
+    with a zero point other than 0, or of a format that is not stored, stay as they are.
     """
     constants = stored_tensors(graph)
     kept, stored = [], {}
     for node in graph.node:
-        if node.op_type != 'QuantizeLinear' or node.input[0] not in constants:
+        if node.op_type != 'QuantizeLinear' or not _is_stored(node, constants):
             kept.append(node)
             continue
         weight, scale = (numpy_helper.to_array(constants[i]) for i in node.input[:2])
         if scale.ndim:
-            axis = axis_of(node)
+            axis = axis_of(node) % weight.ndim
             scale = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
         kind, name = constants[node.input[2]].data_type, node.output[0]
         value = torch.from_numpy(_FORMATS[kind].rounded(weight / scale)).to(_FORMATS[kind].dtype)
@@ -163,6 +168,14 @@ def store_int8_weights(graph: onnx.GraphProto) -> None:
     graph.node.extend(kept)
     graph.initializer.extend(stored.values())
     drop_unused(graph)
+
+
+def _is_stored(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    """True if all that a QuantizeLinear reads is constant, its zero point 0 of a known format."""
+    if len(node.input) < 3 or not all(i in constants for i in node.input):
+        return False
+    zero = constants[node.input[2]]
+    return zero.data_type in _FORMATS and not numpy_helper.to_array(zero).any()
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -185,7 +198,8 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
         waiting = [last]
         while waiting:
             index = waiting[-1]
-            before = {maker[i] for i in graph.node[index].input if i in maker} - done - {index}
+            before = {maker[i] for i in names_read(graph.node[index]) if i in maker}
+            before -= done | {index}
             if before:
                 waiting.extend(sorted(before, reverse=True))
                 continue
