@@ -22,6 +22,7 @@ from tests.engines.graphs import random_graph
 from tests.export.graphs import shape_graph
 from tests.properties import deeper, holds
 
+PAIR = ('QuantizeLinear', 'DequantizeLinear')
 SEEDS = st.integers(0, 2**31 - 1)
 
 
@@ -232,6 +233,21 @@ def test_the_linter_says_something_of_every_graph(seed, maker, broken):
         assert str(err)
         return
     assert all(str(f.detail) for f in findings)
+
+
+@holds(15, seed=SEEDS)
+def test_the_linter_takes_axes_counted_from_the_end(seed):
+    model = float_weights(random_graph(seed)[0], seed)
+    ranks = {i.name: len(i.dims) for i in model.graph.initializer}
+    ranks.update((n.output[0], ranks[n.input[0]]) for n in model.graph.node if n.input[0] in ranks)
+    found = []
+    for from_end in ([], ['QuantizeLinear'], ['QuantizeLinear', 'DequantizeLinear']):
+        for node in (n for n in model.graph.node if n.op_type in PAIR and n.input[0] in ranks):
+            for given in (a for a in node.attribute if a.name == 'axis'):
+                rank = ranks[node.input[0]]
+                given.i = given.i % rank - (rank if node.op_type in from_end else 0)
+        found.append([(f.rule.id, f.node) for f in lint(Graph(model))])
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.slow

@@ -153,7 +153,13 @@ class Graph:
         q = self.producer.get(dq.input[0])
         q = q if q is not None and q.op_type == 'QuantizeLinear' else None
         scale, zero = self.grid(dq)
-        return Pair(dq, q, (q or dq).input[0], scale, zero, axis_of(dq))
+        source = (q or dq).input[0]
+        return Pair(dq, q, source, scale, zero, self.axis(dq, source))
+
+    def axis(self, node: NodeProto, source: str) -> int:
+        """Axis of a Q or DQ of a stored tensor, counted from the front if it is there."""
+        axis, stored = axis_of(node), self._stored.get(source)
+        return axis + len(stored.dims) if axis < 0 and stored is not None else axis
 
     def grid(self, node: NodeProto) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Scale and zero point of a Q or DQ, flat; None where they are no constants."""

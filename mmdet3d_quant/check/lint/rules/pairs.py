@@ -5,7 +5,6 @@ from __future__ import annotations
 from mmdet3d_quant.check.lint.graph import Graph
 from mmdet3d_quant.check.lint.rules.helpers import all_pairs, same_values
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
-from mmdet3d_quant.export.graph import axis_of
 
 
 @rule(
@@ -21,7 +20,7 @@ def _disagree(graph: Graph) -> Found:
         scale, zero = graph.grid(pair.q)
         same = same_values(scale, pair.scale) and same_values(zero, pair.zero)
         per_channel = scale is not None and scale.size > 1
-        if not same or (per_channel and axis_of(pair.q) != pair.axis):
+        if not same or (per_channel and graph.axis(pair.q, pair.source) != pair.axis):
             yield pair.dq, f'and {graph.name(pair.q)}'
 
 
