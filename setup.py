@@ -54,10 +54,15 @@ setup(
         'rich>=12',
         'jinja2>=3',
         'matplotlib',
+        'numba',
+        'nuscenes-devkit',
+        'pillow',
+        'pyquaternion',
+        'scipy',
     ],
     extras_require={
         'export': ['onnx>=1.14', 'onnxruntime>=1.16', 'openvino>=2024.0', 'psutil'],
         'safetensors': ['safetensors'],
-        'dev': ['pytest>=8', 'ruff', 'mypy', 'safetensors'],
+        'dev': ['pytest>=8', 'hypothesis', 'ruff', 'mypy', 'safetensors'],
     },
 )

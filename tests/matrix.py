@@ -83,7 +83,7 @@ def requirements() -> dict[str, list[str]]:
 
 
 #: What the package and its tests need beside torch and mmcv.
-NEEDS = (*requirements()[''], *requirements()['export'], 'spconv', 'pytest>=8')
+NEEDS = (*requirements()[''], *requirements()['export'], 'spconv', 'pytest>=8', 'hypothesis')
 
 
 def interpreter(version: str) -> str:

@@ -17,6 +17,9 @@ from mmdet3d_quant.calibration.observe import Forward, Statistics
 from mmdet3d_quant.calibration.plan import Plan, PlanLike
 from mmdet3d_quant.calibration.result import Calibration, Correction
 
+#: By default the last batches, one in so many, are held out for ``'auto'`` and ``after``.
+HELD_OUT = 8
+
 
 def calibrate(
     model: nn.Module,
@@ -53,9 +56,9 @@ def calibrate(
         num_batches: Stop after so many of this process; all by default.
         weights: Per output channel ``'max'``, the largest absolute weight, or ``'mse'``, the
             range with the least squared error.
-        held_out: Batches for ``'auto'`` and ``after``; by default the last of ``batches``, which
-            is then not among those that ranges are searched in. Of several processes each has
-            its own.
+        held_out: Batches for ``'auto'`` and ``after``; by default the last of ``batches``, one in
+            :data:`HELD_OUT` and at least one, which are then not among those that ranges are
+            searched in. Of several processes each has its own.
         after: Steps after the ranges, in order.
 
     Returns:
@@ -136,8 +139,13 @@ class _Given(Statistics):
 
 
 def _all_but_last(items: Iterable[Any], last: list[Any]) -> Iterator[Any]:
-    """All items but the last, which is put into a list."""
-    for item in items:
-        if last:
-            yield last.pop()
+    """Yields all items but the last, as many as :func:`num_held_out` tells, left in a list."""
+    for number, item in enumerate(items, 1):
         last.append(item)
+        while len(last) > num_held_out(number):
+            yield last.pop(0)
+
+
+def num_held_out(num_batches: int) -> int:
+    """Counts the batches that are held out of so many by default."""
+    return max(1, num_batches // HELD_OUT)

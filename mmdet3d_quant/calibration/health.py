@@ -139,8 +139,3 @@ def weak_weights(model: nn.Module) -> list[str]:
             if bad:
                 messages.append(f'{name}: {bad} of {tensor.numel()} values are NaN or infinite')
     return messages
-
-
-def dead(health: Sequence[tuple[str, Health]]) -> list[str]:
-    """Names of tensors that were zero throughout."""
-    return [name for name, h in health if 'dead' in h.flags]

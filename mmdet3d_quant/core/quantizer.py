@@ -93,7 +93,11 @@ class Quantizer(Switches):
                 f'{self.label}: expected {self._amax.numel()} range(s), got {new.numel()}'
             )
         if not bool((torch.isfinite(new) & (new >= 0)).all()):
-            raise ValueError(f'{self.label}: a range must be finite and >= 0, got {new.flatten()}')
+            wrong = new.flatten()[~(torch.isfinite(new) & (new >= 0)).flatten()]
+            raise ValueError(
+                f'{self.label}: a range must be finite and >= 0, got {wrong[0].item():g}'
+                + (f' and {len(wrong) - 1} more' if len(wrong) > 1 else '')
+            )
         with torch.no_grad():
             self._amax.copy_(new.reshape(self._amax.shape))
         self._calibrated = True

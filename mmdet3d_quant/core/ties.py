@@ -42,6 +42,7 @@ class Link:
 
 
 #: `img_backbone` feeds `img_neck`, `pts_backbone` feeds `pts_neck`, `backbone` feeds `neck`.
+#: The parts of `export/cuts.py` are called so, too.
 LINKS: list[Link] = [Link(r'(.*\.)?(\w+_)?backbone', r'\g<1>\g<2>neck')]
 
 

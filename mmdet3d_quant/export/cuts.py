@@ -35,6 +35,9 @@ class Cut:
     boxes: BoxCoding | None = None
 
 
+# Children of a cut are called as in the detector: `core.ties.LINKS` finds backbone and neck by name.
+
+
 class CameraBackbone(nn.Module):
     """Images to context features and depth weights, per camera.
 

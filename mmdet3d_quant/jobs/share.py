@@ -6,16 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Dict, List
 
+from mmdet3d_quant.calibration.calibrate_model import num_held_out
 from mmdet3d_quant.runs.from_config import numbered_batches
 
 #: Indices into the data set by number of the batch.
 Batches = Dict[int, List[int]]
-#: Of the batches, one in so many is held out for the method auto.
-HELD_OUT = 8
 
 
 def hold_out(batches: Batches) -> tuple[Batches, Batches]:
-    """Holds the last batches out, one in :data:`HELD_OUT` and at least one.
+    """Holds the last batches out, as many as :func:`num_held_out` tells.
 
     Returns:
         Those that stay, and those held out.
@@ -23,7 +22,7 @@ def hold_out(batches: Batches) -> tuple[Batches, Batches]:
     Raises:
         ValueError: If none would stay.
     """
-    end = len(batches) - max(1, len(batches) // HELD_OUT)
+    end = len(batches) - num_held_out(len(batches))
     if end <= 0:
         raise ValueError('the method auto needs at least 2 batches: it holds some out')
     items = list(batches.items())

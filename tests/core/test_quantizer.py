@@ -312,3 +312,11 @@ def test_a_range_of_another_shape_is_no_range(wrong):
             target.load_state_dict(state)
         load_leniently(target, source.state_dict())
         assert target._weight_quantizer.calibrated
+
+
+def test_a_range_that_is_none_is_told_in_one_line():
+    quantizer = Quantizer(QuantSpec(axis=0), channels=900, ndim=4, label='conv')
+    wrong = torch.ones(900)
+    wrong[3:] = -2.5
+    with pytest.raises(ValueError, match=r'^conv: .* got -2.5 and 896 more$'):
+        quantizer.amax = wrong

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet3d_quant import calibrate, set_mode
+from mmdet3d_quant import calibrate, quantizers, set_mode, ties
 from mmdet3d_quant.check.detector import engine_detector
 from mmdet3d_quant.check.verify import run_torch, sqnr
 from mmdet3d_quant.core.compat import removesuffix
 from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import ExportError, capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export.cuts import bevfusion_cuts
 from mmdet3d_quant.models.view_transform import QuantLSSTransform
 from mmdet3d_quant.runs import from_config as fc
 from tests.export.detectors import exported, files_with_swin, small_detector
@@ -180,3 +181,21 @@ def test_a_batch_of_two_is_refused(small):
 def test_nothing_to_export_is_an_error(tmp_path):
     with pytest.raises(ExportError, match='no part that can be exported'):
         export_suite(nn.Linear(2, 2), {}, tmp_path, {})
+
+
+def test_the_parts_have_the_ties_of_the_whole(small):
+    """A part is another module, whose children have the names that ties go by."""
+    model = fc.build_model(small[0])
+    calibrate(model, [small[1]])
+    whole = quantizers(model)
+    parts = {cut.name: cut.module for cut in bevfusion_cuts(model, capture_inputs(model, small[1]))}
+    tied = [{id(whole[name]) for name in group} for group in ties(model)]
+    count = 0
+    for name, part in parts.items():
+        own = quantizers(part)
+        found = [{id(own[n]) for n in group} for group in ties(part)]
+        inside = [group & {id(q) for q in own.values()} for group in tied]
+        expected = [group for group in inside if len(group) > 1]
+        assert sorted(map(sorted, found)) == sorted(map(sorted, expected)), name
+        count += len(found)
+    assert count > 10

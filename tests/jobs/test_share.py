@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mmdet3d_quant.jobs.share import HELD_OUT, Share, hold_out
+from mmdet3d_quant import calibrate
+from mmdet3d_quant.calibration.calibrate_model import HELD_OUT
+from mmdet3d_quant.jobs.share import Share, hold_out
+from mmdet3d_quant.layers import QuantConv2d
 
 
 @pytest.mark.parametrize('count, held', [(2, 1), (HELD_OUT, 1), (2 * HELD_OUT, 2)])
@@ -12,6 +15,18 @@ def test_the_last_batches_are_held_out(count, held):
     batches = {n: [n] for n in range(count)}
     stay, out = hold_out(batches)
     assert {**stay, **out} == batches and list(out) == list(range(count))[-held:]
+
+
+@pytest.mark.parametrize('count', [2, HELD_OUT - 1, HELD_OUT, 2 * HELD_OUT, 3 * HELD_OUT + 5])
+def test_python_and_the_tool_hold_the_same_batches_out(count):
+    data, seen = {n: torch.full((1, 1, 2, 2), n + 1.0) for n in range(count)}, []
+    calibrate(
+        QuantConv2d(1, 1, 1),
+        iter(data.values()),
+        'max',
+        after=[lambda model, choices, batches: seen.extend(float(x.max()) for _, x in batches)],
+    )
+    assert seen == [n + 1.0 for n in hold_out(data)[1]]
 
 
 def test_one_batch_is_too_few_to_hold_out():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -82,6 +83,17 @@ def test_what_is_odd_is_counted_and_explained(made):
     assert facts['flags']['unsteady'] >= 2 and facts['flags']['clipped'] == 1
     assert all(ADVICE[flag].split(':')[0][:30] in text for flag in facts['flags'])
     assert 'a&lt;b&gt;.py' in text and 'a<b>' not in text
+
+
+@pytest.mark.parametrize('count', [1, 3, 40])
+def test_a_space_follows_a_full_stop(count, tmp_path):
+    """Where ranges settled, where they did not, and where nothing tells."""
+    data = [x * 2**i for i, x in enumerate(batches())] if count == 3 else batches() * count
+    write_ranges(tmp_path / 'page.html', calibrate(Branched(), data[:count], 'max'), ABOUT)
+    text = re.sub('<(style|script).*?</\\1>', '', (tmp_path / 'page.html').read_text(), flags=re.S)
+    text = re.sub('<[^>]*>', '', text)
+    assert 'dB. The ranges' in text or count == 1
+    assert re.findall(r'\w+[.,;:](?:[A-Z]|[a-z]{3,} )\w*', text) == []
 
 
 def test_numbers_without_meaning_become_null(tmp_path):

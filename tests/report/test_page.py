@@ -122,6 +122,10 @@ def test_every_number_is_in_its_place(facts):
     assert verdict('INT8', facts['differences']['INT8']) in page.text
 
 
+def test_a_space_follows_a_full_stop(facts):
+    assert re.findall(r'[a-z0-9%)]+[.,;](?:[A-Z]|[a-z]{3,} )\w*', Page(render(facts)).text) == []
+
+
 def test_columns_are_headed_by_their_model(facts):
     page = Page(render(facts))
     assert page.tables['scores'][0] == ['', 'float', 'INT8', 'INT8minus float']
