@@ -18,6 +18,7 @@ from mmdet3d_quant.core.compat import removeprefix
 from mmdet3d_quant.export.sparse import Program, ScnError, read_program
 from mmdet3d_quant.export.sparse.program import Add, SparseConv, conflicts
 from mmdet3d_quant.export.sparse.run import ScnNetwork
+from mmdet3d_quant.files.outputs import check_writable, whole
 
 EXAMPLE = """
 examples:
@@ -70,6 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     console = open_console()
+    if args.save:
+        check_writable(args.save)
     program = read_program(args.file)
     if args.json:
         console.print_json(json.dumps([vars_of(op) for op in layers(program)]))
@@ -85,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     dense = ScnNetwork(program, fp16_tensors=True)(feats, coors)
     describe(dense, console)
     if args.save:
-        np.save(args.save, dense.numpy())
+        with whole(args.save) as part, open(part, 'wb') as file:
+            np.save(file, dense.numpy())
     return 0 if bool(torch.isfinite(dense).all()) else 1
 
 

@@ -76,11 +76,14 @@ def main(argv: list[str] | None = None) -> int:
     fc.load_weights(model, args.checkpoint, calibrated=quantized)
     inputs = example_inputs(cfg, model, args, console)
     told = as_exported(model, args.folder)
-    cuts = [
-        c for c in bevfusion_cuts(told, inputs, target) if not args.files or c.name in args.files
-    ]
-    if not cuts:
-        raise ExportError(f'no file of the detector is among {", ".join(args.files or [])}')
+    cuts = bevfusion_cuts(told, inputs, target)
+    unknown = sorted(set(args.files or ()) - {c.name for c in cuts})
+    if unknown or not cuts:
+        known = ', '.join(c.name for c in cuts) or 'none'
+        raise ExportError(
+            f'no file of the detector is among {", ".join(unknown)}; its files: {known}'
+        )
+    cuts = [c for c in cuts if not args.files or c.name in args.files]
     missing = [c.name for c in cuts if not (args.folder / f'{c.name}.onnx').is_file()]
     if missing:
         raise ExportError(f'{args.folder} has no {missing[0]}.onnx; export again')

@@ -46,9 +46,11 @@ def make_engine(name: str, path: str | Path, num_threads: int = 2) -> Engine:
         Engine with the file loaded.
 
     Raises:
-        EngineError: If the name is unknown, the engine is not installed, or the file cannot be
-            read.
+        EngineError: If the name is unknown, there is no thread, the engine is not installed, or
+            the file cannot be read.
     """
     if name not in ENGINES:
         raise EngineError(f'there is no engine {name!r}; there are {", ".join(ENGINES)}')
+    if num_threads < 1:
+        raise EngineError(f'an engine needs at least 1 thread, got {num_threads}')
     return ENGINES[name](path, num_threads)

@@ -35,7 +35,7 @@ class Cut:
     boxes: BoxCoding | None = None
 
 
-# Children of a cut are called as in the detector: `core.ties.LINKS` finds backbone and neck by name.
+# Children of a cut are called as in the detector: `core.ties.LINKS` finds them by name.
 
 
 class CameraBackbone(nn.Module):
@@ -238,6 +238,8 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
     Returns:
         Tensors by input name, of one sample, as :func:`random_input` draws them.
     """
+    if num_cams < 1:
+        raise ValueError(f'num_cams must be at least 1, got {num_cams}')
     rng = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
 

@@ -52,6 +52,7 @@ def read_schedule(schedule: Any) -> dict[int, dict[str, str]]:
 def _items(value: Any, what: str) -> Any:
     """The items of a dict; of None, none."""
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"QATHook: {what} must be a dict such as {{0: {{'*': 'float'}}}}, "
-                         f'got {value!r}')
+        raise ValueError(
+            f"QATHook: {what} must be a dict such as {{0: {{'*': 'float'}}}}, got {value!r}"
+        )
     return (value or {}).items()

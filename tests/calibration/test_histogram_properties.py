@@ -26,8 +26,10 @@ def values(seed, size, scale, kind, dtype):
         'grid': lambda: rng.integers(-9, 10, size) / 8.0,
         'zeros': lambda: np.zeros(size),
         'octaves': lambda: 2.0 ** rng.integers(-150, 2, size) * rng.choice([-1, 1], size),
-        'edges': lambda: np.nextafter(2.0 ** rng.integers(-20, 3, size).astype(np.float32),
-                                      rng.choice([0, 9], size).astype(np.float32)),
+        'edges': lambda: np.nextafter(
+            2.0 ** rng.integers(-20, 3, size).astype(np.float32),
+            rng.choice([0, 9], size).astype(np.float32),
+        ),
     }[kind]()
     top = float(torch.finfo(dtype).max) if dtype != torch.float64 else 3e38
     x = torch.tensor((x * 2.0**scale).clip(-top, top)).to(dtype)
@@ -92,11 +94,17 @@ def test_counts_views_and_what_is_beyond_are_those_of_the_sorted_values(tensors,
 def test_neither_order_nor_splits_change_anything(tensors, seed, cut):
     whole = gathered(tensors)
     order = np.random.default_rng(seed).permutation(len(tensors))
-    left, right = gathered([tensors[i] for i in order[:cut]]), gathered([tensors[i] for i in order[cut:]])
+    left, right = (
+        gathered([tensors[i] for i in order[:cut]]),
+        gathered([tensors[i] for i in order[cut:]]),
+    )
     before = right.state_dict()
     left.merge(right)
     assert same(left, whole)
-    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(right.state_dict()[k])) for k, v in before.items())
+    assert all(
+        torch.equal(torch.as_tensor(v), torch.as_tensor(right.state_dict()[k]))
+        for k, v in before.items()
+    )
     read = Histogram()
     read.load_state_dict(whole.state_dict())
     assert same(read, whole)

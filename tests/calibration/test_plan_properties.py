@@ -13,7 +13,9 @@ SPACES = st.sampled_from(['', '', ' ', '  ', '\t', '\n'])
 NUMBERS = st.one_of(
     st.floats(0, 100).map(repr),
     st.floats(99, 100).map(repr),
-    st.sampled_from(['', '0', '-1', '100', '100.1', 'nan', 'inf', '99,9', '99.9%', '1e2', 'x', ':']),
+    st.sampled_from(
+        ['', '0', '-1', '100', '100.1', 'nan', 'inf', '99,9', '99.9%', '1e2', 'x', ':']
+    ),
 )
 WORDS = st.one_of(st.sampled_from([*METHODS, 'MSE', 'min', 'percentiles', '']), st.text(max_size=5))
 ANYTHING = st.one_of(
@@ -57,15 +59,22 @@ def test_a_method_is_what_its_text_says_or_is_refused(name, colon, number, space
         assert expected[1] is None or found.percentile == expected[1]
 
 
-@holds(100, default=METHOD, pairs=st.lists(st.tuples(PATTERNS, METHOD)), w=st.sampled_from(['max', 'mse']))
+@holds(
+    100,
+    default=METHOD,
+    pairs=st.lists(st.tuples(PATTERNS, METHOD)),
+    w=st.sampled_from(['max', 'mse']),
+)
 def test_a_plan_is_read_as_it_prints(default, pairs, w):
     plan = Plan(default, tuple((p, m) for p, m in pairs if p), w)
     text = str(plan)
     read = Plan.parse(text)
     assert str(read) == text
     assert [p for p, _ in read.overrides] == [p for p, _ in plan.overrides]
-    for found, wanted in zip([read.default, *dict(read.overrides).values()],
-                             [plan.default, *dict(plan.overrides).values()]):
+    for found, wanted in zip(
+        [read.default, *dict(read.overrides).values()],
+        [plan.default, *dict(plan.overrides).values()],
+    ):
         assert found.name == wanted.name
         assert found.name != 'percentile' or found.percentile == wanted.percentile
     assert read.weights == w and Plan.parse(default).default == default

@@ -70,7 +70,9 @@ def test_it_and_its_gradient_are_the_librarys(case):
     # The library makes ranges of up to 2**-24 a step of 1 / MIN_AMAX, other types in their own.
     if x.dtype != torch.float32 or not x.numel() or float(amax.min()) <= MIN_AMAX:
         return
-    wide = amax.reshape([-1 if i == spec.axis else 1 for i in range(x.dim())]) if x.dim() else amax[0]
+    wide = (
+        amax.reshape([-1 if i == spec.axis else 1 for i in range(x.dim())]) if x.dim() else amax[0]
+    )
     theirs, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = fake_tensor_quant(theirs, wide, spec.num_bits, False, False)
     found = fake_quantize(ours, amax, spec)
@@ -94,7 +96,9 @@ def test_what_is_rounded_stays_and_lies_on_the_grid(case):
         _, step = by_numpy(x, amax, spec)
         numbers = y.double().numpy() / step
         assert np.abs(numbers - np.rint(numbers)).max(initial=0) <= 1e-4
-        assert set(np.rint(numbers).flatten()) <= set(range(FORMATS[spec.num_bits].qmin, FORMATS[spec.num_bits].qmax + 1))
+        assert set(np.rint(numbers).flatten()) <= set(
+            range(FORMATS[spec.num_bits].qmin, FORMATS[spec.num_bits].qmax + 1)
+        )
 
 
 @pytest.mark.slow

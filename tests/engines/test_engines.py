@@ -275,3 +275,9 @@ def test_inputs_that_do_not_fit_are_named(work):
 def test_an_unknown_engine_is_an_error(work):
     with pytest.raises(EngineError, match="no engine 'tvm'; there are openvino, onnxruntime"):
         make_engine('tvm', work[0])
+
+
+@pytest.mark.parametrize('name', ['onnxruntime', 'openvino'])
+def test_an_engine_needs_a_thread(name, tmp_path):
+    with pytest.raises(EngineError, match='at least 1 thread, got 0'):
+        make_engine(name, tmp_path / 'none.onnx', 0)

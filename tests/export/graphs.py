@@ -72,7 +72,11 @@ class Maker:
 
     def scale(self):
         self.floats.append(
-            self.node('Mul', self.pick(self.floats), self.constant(np.float32([0.5, 3][: self.pick((1, 1))])))
+            self.node(
+                'Mul',
+                self.pick(self.floats),
+                self.constant(np.float32([0.5, 3][: self.pick((1, 1))])),
+            )
         )
 
     def number_as_float(self):
@@ -83,7 +87,9 @@ class Maker:
         made = [self.pick(self.floats), self.pick(self.floats)]
         bodies = [
             helper.make_graph(
-                [helper.make_node('Neg', [source], ['out'])], body, [],
+                [helper.make_node('Neg', [source], ['out'])],
+                body,
+                [],
                 [helper.make_tensor_value_info('out', FLOAT, None)],
             )
             for source, body in zip(made, ('then', 'other'))
@@ -94,8 +100,20 @@ class Maker:
         self.ends.append(name)
 
 
-STEPS = ('size',) * 3 + ('arithmetic',) * 4 + (
-    'choose', 'cast', 'same', 'same', 'stored', 'flatten', 'scale', 'number_as_float', 'branch',
+STEPS = (
+    ('size',) * 3
+    + ('arithmetic',) * 4
+    + (
+        'choose',
+        'cast',
+        'same',
+        'same',
+        'stored',
+        'flatten',
+        'scale',
+        'number_as_float',
+        'branch',
+    )
 )
 
 

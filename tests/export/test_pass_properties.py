@@ -90,8 +90,13 @@ class Net(nn.Module):
 def torch_graph(seed):
     data, x = io.BytesIO(), torch.randn(1, 4, 5, 6)
     torch.onnx.export(
-        Net(seed).eval(), (x,), data, input_names=['x'], opset_version=17,
-        do_constant_folding=False, **TRACED,
+        Net(seed).eval(),
+        (x,),
+        data,
+        input_names=['x'],
+        opset_version=17,
+        do_constant_folding=False,
+        **TRACED,
     )
     return onnx.load_from_string(data.getvalue()), {'x': x.numpy()}
 
@@ -140,7 +145,12 @@ PASSES = {
 MAKERS = [random_graph, lambda seed: shaped(*shape_graph(seed)), torch_graph]
 
 
-@holds(60, seed=SEEDS, maker=st.sampled_from(MAKERS), names=st.lists(st.sampled_from(list(PASSES)), min_size=1, max_size=4))
+@holds(
+    60,
+    seed=SEEDS,
+    maker=st.sampled_from(MAKERS),
+    names=st.lists(st.sampled_from(list(PASSES)), min_size=1, max_size=4),
+)
 def test_passes_keep_what_a_graph_computes(seed, maker, names):
     model, inputs = maker(seed)
     before = run(model, inputs)
@@ -149,7 +159,9 @@ def test_passes_keep_what_a_graph_computes(seed, maker, names):
         onnx.checker.check_model(model, full_check=True)
     for old, new in strict_zip(before, run(model, inputs)):
         assert old.dtype == new.dtype
-        np.testing.assert_allclose(new, old, rtol=1e-6, atol=1e-6 * max(1, np.abs(old).max(initial=0)))
+        np.testing.assert_allclose(
+            new, old, rtol=1e-6, atol=1e-6 * max(1, np.abs(old).max(initial=0))
+        )
 
 
 @holds(25, seed=SEEDS)
@@ -202,12 +214,15 @@ def test_unsigned_quantizers_round_to_255_steps_of_the_same_range(seed, by_scale
     onnx.checker.check_model(model, full_check=True)
     # all of one range, or none
     expected = {
-        q for q in sources
-        if all(sources[o] in safe for o in sources if ranges[o] == ranges[q])
+        q for q in sources if all(sources[o] in safe for o in sources if ranges[o] == ranges[q])
     }
     assert set(unsigned_names(model)) == expected
     readers = {i: n for n in model.graph.node for i in n.input[:1]}
-    ends = {q: readers[name].output[0] for name, q in ((n.output[0], names.get(n.name)) for n in model.graph.node) if q in expected}
+    ends = {
+        q: readers[name].output[0]
+        for name, q in ((n.output[0], names.get(n.name)) for n in model.graph.node)
+        if q in expected
+    }
     looked = with_ends(model, sorted({*ends.values(), *(sources[q] for q in ends)} - set(inputs)))
     found = dict(strict_zip([o.name for o in looked.graph.output], run(looked, inputs)), **inputs)
     for q, end in ends.items():

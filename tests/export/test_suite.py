@@ -199,3 +199,8 @@ def test_the_parts_have_the_ties_of_the_whole(small):
         assert sorted(map(sorted, found)) == sorted(map(sorted, expected)), name
         count += len(found)
     assert count > 10
+
+
+def test_generated_inputs_need_a_camera(small):
+    with pytest.raises(ValueError, match='num_cams must be at least 1, got 0'):
+        generate_inputs(fc.build_model(small[0]), num_cams=0)

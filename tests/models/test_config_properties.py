@@ -3,9 +3,9 @@
 from fnmatch import fnmatchcase
 
 import pytest
-import torch
 from hypothesis import strategies as st
 from mmdet3d.registry import MODELS
+from mmengine.config import Config
 from torch import nn
 
 from mmdet3d_quant import models, quantizers
@@ -13,10 +13,11 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.models.base import quant_conv_cfg, quant_sparse_conv_cfg, quant_upsample_cfg
 from mmdet3d_quant.qat.hook import QATHook
 from mmdet3d_quant.runs.from_config import ConfigError, build_model
-from mmengine.config import Config
 from tests.properties import deeper, holds
 
-SMALL = dict(depth=18, base_channels=4, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
+SMALL = dict(
+    depth=18, base_channels=4, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,)
+)
 #: Ways to name the type, and how far each must be known.
 TYPES = [
     models.QuantResNet,
@@ -26,16 +27,24 @@ TYPES = [
     'mmdet3d_quant.models.resnet.QuantResNet',
 ]
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 3), st.floats(), st.binary(max_size=2),
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 3),
+    st.floats(),
+    st.binary(max_size=2),
     st.text(max_size=3),
 )
 NESTED = st.one_of(ANYTHING, st.lists(ANYTHING, max_size=2), st.dictionaries(ANYTHING, ANYTHING))
 #: Names of layers, and pieces of them put together.
 PIECES = st.lists(
-    st.sampled_from(['conv1', 'layer1', '0', '1', 'conv', '*', '?', '_input_quantizer', '[01]', '']),
+    st.sampled_from(
+        ['conv1', 'layer1', '0', '1', 'conv', '*', '?', '_input_quantizer', '[01]', '']
+    ),
     max_size=4,
 ).map('.'.join)
-PATTERNS = st.one_of(PIECES, st.sampled_from(['conv1', 'layer1.0', '*', ' conv1', 'CONV1', 'layer2']))
+PATTERNS = st.one_of(
+    PIECES, st.sampled_from(['conv1', 'layer1.0', '*', ' conv1', 'CONV1', 'layer2'])
+)
 
 
 def build(**options):
@@ -72,8 +81,17 @@ def test_a_skip_of_anything_builds_or_is_a_value_error(skip):
         assert 'skip' in str(err)
 
 
-@holds(50, kind=st.one_of(st.sampled_from(TYPES), st.text(max_size=4), ANYTHING,
-                          st.sampled_from(['QuantResnet', 'mmdet.QuantResNet', 'mmdet3d_quant.QuantResNet', '.', 'a.b'])))
+@holds(
+    50,
+    kind=st.one_of(
+        st.sampled_from(TYPES),
+        st.text(max_size=4),
+        ANYTHING,
+        st.sampled_from(
+            ['QuantResnet', 'mmdet.QuantResNet', 'mmdet3d_quant.QuantResNet', '.', 'a.b']
+        ),
+    ),
+)
 def test_a_type_is_the_class_it_names_or_a_config_error(kind):
     cfg = Config(dict(model=dict(type=kind, **SMALL)))
     if any(kind is t or kind == t for t in TYPES):
@@ -83,8 +101,25 @@ def test_a_type_is_the_class_it_names_or_a_config_error(kind):
             build_model(cfg)
 
 
-@holds(60, key=st.sampled_from([*SMALL, 'norm_cfg', 'conv_cfg', 'plugins', 'init_cfg', 'skip',
-                                'learn_amax', 'style', 'dcn', 'stage_with_dcn', 'no_such_key']), value=NESTED)
+@holds(
+    60,
+    key=st.sampled_from(
+        [
+            *SMALL,
+            'norm_cfg',
+            'conv_cfg',
+            'plugins',
+            'init_cfg',
+            'skip',
+            'learn_amax',
+            'style',
+            'dcn',
+            'stage_with_dcn',
+            'no_such_key',
+        ]
+    ),
+    value=NESTED,
+)
 def test_an_argument_of_anything_builds_or_is_a_config_error(key, value):
     try:
         model = build_model(Config(dict(model=dict(type='QuantResNet', **{**SMALL, key: value}))))
@@ -96,8 +131,21 @@ def test_an_argument_of_anything_builds_or_is_a_config_error(key, value):
 
 CONVS = st.one_of(
     st.sampled_from(
-        ['Conv2d', 'Conv', 'QuantConv2d', 'torch.nn.Conv2d', nn.Conv2d, 'Conv1d', 'deconv', 'DCN',
-         'nearest', 'torch.nn.ConvTranspose2d', nn.ConvTranspose2d, 'SubMConv3d', 'mmdet3d.Conv2d']
+        [
+            'Conv2d',
+            'Conv',
+            'QuantConv2d',
+            'torch.nn.Conv2d',
+            nn.Conv2d,
+            'Conv1d',
+            'deconv',
+            'DCN',
+            'nearest',
+            'torch.nn.ConvTranspose2d',
+            nn.ConvTranspose2d,
+            'SubMConv3d',
+            'mmdet3d.Conv2d',
+        ]
     ),
     NESTED,
 )
@@ -130,8 +178,15 @@ def is_time(value):
     return type(value) is int and value >= 0 or value in ('0', '2') and type(value) is str
 
 
-@holds(200, freeze=st.one_of(st.none(), TIMES), schedule=st.one_of(
-    st.dictionaries(TIMES, STAGES, max_size=2), st.dictionaries(TIMES, NESTED, max_size=2), NESTED))
+@holds(
+    200,
+    freeze=st.one_of(st.none(), TIMES),
+    schedule=st.one_of(
+        st.dictionaries(TIMES, STAGES, max_size=2),
+        st.dictionaries(TIMES, NESTED, max_size=2),
+        NESTED,
+    ),
+)
 def test_a_schedule_is_kept_or_refused_before_training(freeze, schedule):
     good = freeze is None or is_time(freeze) or (isinstance(freeze, str) and freeze.isdecimal())
     try:

@@ -153,6 +153,6 @@ def test_parity_finds_nothing_and_then_what_was_broken(work, tmp_path, capsys):
 
 
 def test_parity_of_no_file_is_an_error(work):
-    args = [work / 'int8.py', work / 'int8.pth', work / 'int8', '--files', 'nothing']
+    args = [work / 'int8.py', work / 'int8.pth', work / 'int8', '--files', 'fuser', 'nothing']
     with pytest.raises(ExportError, match='no file of the detector is among nothing'):
         parity.main([str(a) for a in args])

@@ -72,6 +72,14 @@ def test_points_give_the_map_of_the_encoder(points, tmp_path):
         torch.testing.assert_close(found, wanted, atol=5e-3, rtol=5e-3)
 
 
+def test_where_the_map_goes_is_checked_before_anything_runs(file, tmp_path, capsys):
+    with pytest.raises(OSError, match='is a folder'):
+        run(file, '--save', tmp_path)
+    assert capsys.readouterr().out == ''
+    assert run(file, '--save', tmp_path / 'map') == 0  # under the name that was given
+    assert [p.name for p in tmp_path.iterdir()] == ['map'] and np.load(tmp_path / 'map').ndim == 4
+
+
 def test_json_and_unequal_ranges(file, tmp_path, capsys):
     model = onnx.load(file)
     next(a for a in model.graph.node[3].attribute if a.name == 'input1_dynamic_range').f = 1.25
