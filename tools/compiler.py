@@ -49,15 +49,22 @@ def compile_exported(
     Raises:
         EngineError: If the compiler refuses a file, after all are compiled; the files stay.
     """
-    if wanted == [] or manifest['target'] != DEFAULT:
+    if wanted == []:
+        return
+    if manifest['target'] != DEFAULT:
+        if wanted:
+            console.print(f'Not compiled: the files are for {manifest["target"]}')
         return
     if wanted is None and not is_installed():
         console.print(f"Not compiled: NVIDIA's compiler is not installed ({INSTALL})")
         return
     verdicts = {}
     for name, entry in manifest['files'].items():
-        if not is_built(entry) or 'CustomLayerNormalization' in entry['nodes']:
-            continue  # for libspconv, or with a plugin that the compiler does not have
+        if not is_built(entry):
+            continue  # libspconv reads it
+        if 'CustomLayerNormalization' in entry['nodes']:
+            console.print(f"{name}: not compiled, since its layer norm is TensorRT's plugin")
+            continue
         console.print(f'Compiling {name}')
         verdicts[name] = compile_onnx(Path(folder) / name, wanted or DEFAULT_SMS)
     if not verdicts:

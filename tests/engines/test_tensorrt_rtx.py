@@ -137,6 +137,25 @@ def test_weights_in_another_file(tmp_path):
     assert 'Failed to import initializer: c0' in verdict(tmp_path / 'outside.onnx').error
 
 
+@compiles
+def test_a_convolution_in_a_function_of_the_file_is_counted(tmp_path):
+    pytest.importorskip('onnx.inliner')
+    g = QDQ()
+    x, w = g.qdq('x'), g.qdq(g.weight(CHANNELS, CHANNELS, 3, 3), [0.01] * CHANNELS, axis=0)
+    model = onnx.load(g.save(tmp_path / 'm.onnx', g.node('Conv', x, w, name='conv', pads=[1] * 4)))
+    (conv,) = (node for node in model.graph.node if node.op_type == 'Conv')
+    opsets = [onnx.helper.make_opsetid('', 17)]
+    inner = onnx.helper.make_node('Conv', ['a', 'b'], ['c'], pads=[1] * 4)
+    block = onnx.helper.make_function('mine', 'Block', ['a', 'b'], ['c'], [inner], opsets)
+    model.functions.append(block)
+    model.opset_import.append(onnx.helper.make_opsetid('mine', 1))
+    conv.domain, conv.op_type = 'mine', 'Block'
+    del conv.attribute[:]
+    onnx.save(model, tmp_path / 'm.onnx')
+    found = verdict(tmp_path / 'm.onnx')
+    assert [(p.op, p.runs_in) for p in found.products] == [('Conv', 'Int8')]
+
+
 def test_one_version_wherever_it_is_named():
     wanted = sorted(word for word in compiler_module.INSTALL.split() if '==' in word)
     lines = (ROOT / 'requirements/compiler.txt').read_text().splitlines()

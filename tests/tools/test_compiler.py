@@ -96,7 +96,11 @@ def test_a_refusal_is_an_error_and_the_files_stay(tell, folder):
 def test_when_nothing_is_compiled(tell, folder, monkeypatch):
     before = (folder / 'manifest.json').read_text()
     assert tell(accepted, wanted=[]) == '' == tell(accepted, target='openvino')
-    assert tell(accepted, files={'head.bbox.onnx': FILES['head.bbox.onnx']}) == ''
+    assert tell(accepted, files={'lidar.onnx': FILES['lidar.backbone.xyz.onnx']}) == ''
+    plugin = tell(accepted, files={'head.bbox.onnx': FILES['head.bbox.onnx']})
+    assert plugin == "head.bbox.onnx: not compiled, since its layer norm is TensorRT's plugin\n"
+    explicit = tell(accepted, wanted=['SM86'], target='openvino')
+    assert explicit == 'Not compiled: the files are for openvino\n'
     monkeypatch.setattr(compiler, 'is_installed', lambda: False)
     console = Console(width=200, record=True)
     compiler.compile_exported(console, folder, json.loads(before), None)
