@@ -75,7 +75,7 @@ def examine(
     lost = _lost(histogram, step)
     channels = peaks.inputs if peaks else []
     lost_channels = _lost_channels(channels, step)
-    bits = tuple(bits_kept(float(p.max()), step) for p in channels if p.numel())
+    bits = tuple(min(bits_kept(float(p.max()), step), spec.num_bits) for p in channels if p.numel())
     odd = dict(
         constant=constant,
         unsteady=unsteady > MOST_UNSTEADY,
