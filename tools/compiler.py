@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmdet3d_quant.check.compiled import disagreements, groups, megabytes
-from mmdet3d_quant.check.lint import Layer
+from mmdet3d_quant.check.lint import Graph
 from mmdet3d_quant.engines import EngineError
 from mmdet3d_quant.engines.tensorrt_rtx import SMS, Compiled, compile_onnx, is_installed
 from mmdet3d_quant.engines.tensorrt_rtx.compiler import DEFAULT_SMS, INSTALL
@@ -106,9 +106,7 @@ def compiled_table(verdicts: dict[str, dict[str, Compiled]], version: str) -> Ta
     return table
 
 
-def tell_compiled(
-    console: Console, convolutions: list[Layer], verdicts: dict[str, Compiled]
-) -> None:
+def tell_compiled(console: Console, graph: Graph, verdicts: dict[str, Compiled]) -> None:
     """The compiler's verdicts on one file, for people."""
     for sms, verdict in groups(verdicts):
         title = f"NVIDIA's compiler, {sms}"
@@ -122,5 +120,5 @@ def tell_compiled(
         )
         for warning in verdict.warnings:
             console.print('  warning:', warning, markup=False, highlight=False)
-        for line in disagreements(convolutions, verdict):
+        for line in disagreements(graph, verdict):
             console.print(f'  {line}', markup=False, highlight=False)

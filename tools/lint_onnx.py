@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.compile:
             verdicts = compile_onnx(file)
             failed |= not all(verdict.accepted for verdict in verdicts.values())
-            tell_compiled(console, convolutions, verdicts)
+            tell_compiled(console, graph, verdicts)
             report[str(file)]['compiled'] = {sm: v.summary() for sm, v in verdicts.items()}
         if args.picture:
             with whole(args.picture) as part:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from mmdet3d_quant.check.lint.graph import LAYERS
-from mmdet3d_quant.check.lint.layers import Layer
-from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.check.lint import Graph
 from mmdet3d_quant.engines.tensorrt_rtx import Compiled
 
 
-def disagreements(layers: Sequence[Layer], compiled: Compiled) -> list[str]:
-    """Names the convolutions that run in another type than the linter says.
+def disagreements(graph: Graph, compiled: Compiled) -> list[str]:
+    """Names the layers that run in another type than the linter says.
 
     Args:
-        layers: Convolutions of the file, as the linter lists them.
+        graph: The file, as the linter sees it.
         compiled: Verdict on the same file.
 
     Returns:
@@ -25,14 +21,16 @@ def disagreements(layers: Sequence[Layer], compiled: Compiled) -> list[str]:
     """
     if not compiled.accepted:
         return []
-    found = [product for product in compiled.products if product.op in LAYERS]
-    return [
-        f'{there.name}: INT8 for the linter, {there.runs_in or "left out"} for the compiler'
-        if here.int8
-        else f'{there.name}: float for the linter, INT8 for the compiler'
-        for here, there in strict_zip(layers, found)
-        if here.int8 != (there.runs_in == 'Int8')
-    ]
+    runs_in = {product.output: product.runs_in for product in compiled.products}
+    told = []
+    for node in graph.layers():
+        if node.output[0] not in runs_in:
+            raise ValueError(f'{graph.name(node)} is no layer of the file that was compiled')
+        here, there = graph.is_int8(node), runs_in[node.output[0]]
+        if here != (there == 'Int8'):
+            types = f'{"INT8" if here else "float"} for the linter, {there or "left out"}'
+            told.append(f'{graph.name(node)}: {types} for the compiler')
+    return told
 
 
 def groups(verdicts: dict[str, Compiled]) -> list[tuple[str, Compiled]]:

@@ -81,7 +81,7 @@ def test_nothing_of_a_float_graph_is_in_int8(tmp_path):
     g = QDQ()
     path = g.save(tmp_path / 'm.onnx', g.conv('x', 'conv', quantized=False))
     found = verdict(path)
-    assert found.accepted and found.products == (Product('conv', 'Conv', 'Float'),)
+    assert found.accepted and found.products == (Product('conv', 'Conv', 'Float', 't0'),)
 
 
 @compiles
@@ -230,7 +230,7 @@ def on_cpu(monkeypatch):
 
     def compile_fake(path, sms, plan):
         plan.write_bytes(tensorrt_api.PREFIX + b':' + path.read_bytes())
-        products = (Product('a', 'Conv', 'Int8'), Product('b', 'MatMul', 'Int8'))
+        products = (Product('a', 'Conv', 'Int8', 'x'), Product('b', 'MatMul', 'Int8', 'y'))
         return {sm: Compiled(sm, True, products=products) for sm in sms}
 
     monkeypatch.setitem(sys.modules, 'tensorrt_rtx_bindings', tensorrt_api)

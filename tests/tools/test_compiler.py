@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from mmdet3d_quant.check.compiled import disagreements
-from mmdet3d_quant.check.lint import Layer
+from mmdet3d_quant.check.lint import read_graph
 from mmdet3d_quant.engines import EngineError
 from mmdet3d_quant.engines.tensorrt_rtx import Compiled, is_installed
 from mmdet3d_quant.engines.tensorrt_rtx.record import Kernel, Product
@@ -20,7 +20,11 @@ import compiler  # noqa: E402
 import export_onnx  # noqa: E402
 
 LINT = tool('lint_onnx')
-PRODUCTS = (Product('a', 'Conv', 'Int8'), Product('b', 'MatMul', 'Int8'), Product('c', 'Conv', ''))
+PRODUCTS = (
+    Product('a', 'Conv', 'Int8', 'x'),
+    Product('b', 'MatMul', 'Int8', 'y'),
+    Product('c', 'Conv', '', 'z'),
+)
 FILES = {
     'fuser.onnx': dict(nodes={}),
     'head.bbox.onnx': dict(nodes=dict(CustomLayerNormalization=1)),
@@ -71,11 +75,11 @@ def test_generations_with_equal_results_share_a_row(tell, folder):
     assert compiled['version'] == '1.7' and set(compiled['files']) == {r[0] for r in rows(told)}
     one = compiled['files']['fuser.onnx']['SM89']
     assert (one['int8'], one['of'], one['activation_bytes']) == (2, 3, 7_500_000)
-    assert one['not_in_int8'] == [dict(name='c', op='Conv', runs_in='')]
+    assert one['not_in_int8'] == [dict(name='c', op='Conv', runs_in='', output='z')]
 
 
 def test_generations_that_differ_have_rows_of_their_own(tell):
-    other = (Product('a', 'Conv', 'Float'), *PRODUCTS[1:])
+    other = (Product('a', 'Conv', 'Float', 'x'), *PRODUCTS[1:])
     told = tell(lambda sm: accepted(sm, products=other if sm == 'SM75' else PRODUCTS),
                 ['SM75', 'SM80', 'SM121'])  # fmt: skip
     assert [row[1:4] for row in rows(told)[:2]] == [
@@ -118,21 +122,24 @@ def test_options_of_the_export_tool():
         wanted('--compile', 'SM90')
 
 
-def test_where_linter_and_compiler_differ():
-    layers = [Layer('a', 1, True), Layer('c', 1, True)]
-    one = (Product('a', 'Conv', 'Int8'), Product('m', 'MatMul', 'Float'))
-    of_float = (*one, Product('c', 'ConvTranspose', 'Float'))
-    (line,) = disagreements(layers, accepted('SM86', products=of_float))
-    assert line == 'c: INT8 for the linter, Float for the compiler'
-    (line,) = disagreements(layers, accepted('SM86', products=PRODUCTS))
-    assert line == 'c: INT8 for the linter, left out for the compiler'
-    of_int8 = (*one, Product('c', 'Conv', 'Int8'))
-    assert disagreements(layers, accepted('SM86', products=of_int8)) == []
-    (line,) = disagreements([layers[0], Layer('c', 1, False)], accepted('SM86', products=of_int8))
-    assert line == 'c: float for the linter, INT8 for the compiler'
-    assert disagreements(layers, Compiled('SM86', False, 'no')) == []
-    with pytest.raises(ValueError):
-        disagreements(layers, accepted('SM86', products=one))
+def test_where_linter_and_compiler_differ(tmp_path):
+    g = QDQ()
+    y, z = g.conv('x', 'a'), g.conv('x', 'b', quantized=False)
+    product = g.node('MatMul', y, z, name='of two maps')  # for the linter no layer
+    graph = read_graph(g.save(tmp_path / 'm.onnx', product))
+
+    def told(a, b):
+        products = Product('a', 'Conv', a, y), Product('b', 'Conv', b, z)
+        other = Product('of two maps', 'MatMul', 'Int8', product)
+        return disagreements(graph, accepted('SM86', products=(other, *products)))
+
+    assert told('Int8', 'Float') == []
+    assert told('Float', 'Half') == ['a: INT8 for the linter, Float for the compiler']
+    assert told('', 'Float') == ['a: INT8 for the linter, left out for the compiler']
+    assert told('Int8', 'Int8') == ['b: float for the linter, Int8 for the compiler']
+    assert disagreements(graph, Compiled('SM86', False, 'no')) == []
+    with pytest.raises(ValueError, match='a is no layer of the file that was compiled'):
+        disagreements(graph, accepted('SM86'))
 
 
 @pytest.fixture

@@ -116,13 +116,11 @@ def test_the_lidar_file_runs_too(work, whole):
 @pytest.mark.slow
 @pytest.mark.skipif(not is_installed(), reason='TensorRT for RTX is not installed')
 def test_the_compiler_runs_every_convolution_of_the_files_in_int8(work):
-    """All but transposed ones, which it never does."""
     for name in ('camera.backbone.onnx', 'fuser.onnx'):
         for verdict in compile_onnx(work / 'int8' / name).values():
             nodes = onnx.load(work / 'int8' / name).graph.node
-            types = [p.runs_in for p in verdict.products if p.op == 'Conv']
-            assert types == ['Int8'] * sum(node.op_type == 'Conv' for node in nodes)
-            assert len(types) >= 10
+            count = sum(node.op_type.startswith('Conv') for node in nodes)
+            assert (verdict.int8, len(verdict.products)) == (count, count) and count > 10
 
 
 def test_files_of_another_checkpoint_are_refused(work, tmp_path):

@@ -61,11 +61,13 @@ class Product:
         op: Its operator.
         runs_in: ``Int8``, ``FP8``, ``Float``, ...; several, joined by ``+``, if its inputs differ;
             empty if no kernel of the engine multiplies for it, as for a product of constants.
+        output: The tensor that it makes.
     """
 
     name: str
     op: str
     runs_in: str
+    output: str
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def read_products(model: ModelProto, layers: tuple[Kernel, ...]) -> tuple[Produc
             for node in layer.made_of:
                 types.setdefault(node, set()).update(layer.inputs)
     return tuple(
-        Product(node.name, node.op_type, '+'.join(sorted(types.get(node.name, ()))))
+        Product(node.name, node.op_type, '+'.join(sorted(types.get(node.name, ()))), node.output[0])
         for node in model.graph.node
         if node.op_type in PRODUCTS
     )
