@@ -129,6 +129,8 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         dynamic_batch=args.dynamic_batch,
     )
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
+    if manifest['coverage']:
+        console.print(manifest['coverage']['text'])
     if args.no_verify:
         return []
     console.print('Verifying: ONNX Runtime and OpenVINO against torch')

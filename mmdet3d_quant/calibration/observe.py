@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
 from mmdet3d_quant.calibration.peaks import Peaks
+from mmdet3d_quant.core.coverage import counting
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import QuantLayer
@@ -117,6 +118,7 @@ def observe(
     batches: Iterable[tuple[int, Any]],
     statistics: Statistics,
     forward: Forward | None = None,
+    macs: dict[str, int] | None = None,
 ) -> Iterator[int]:
     """Runs batches through the float model and adds the quantizers' inputs to the statistics.
 
@@ -130,6 +132,8 @@ def observe(
         batches: Numbered batches, of whatever type ``forward`` takes.
         statistics: Statistics to add to.
         forward: See :func:`mmdet3d_quant.calibrate`.
+        macs: Receives the multiply-accumulates of each layer on the first batch, unless it has
+            some; see :class:`mmdet3d_quant.core.coverage.counting`.
 
     Yields:
         Number of each batch, once it is in the statistics.
@@ -153,7 +157,12 @@ def observe(
                 if folded is None:
                     folded = without_bn(model, partial(_run_with, forward or run, batch))
                 with folded:
-                    (forward or run)(model, batch)
+                    if macs is None or macs:
+                        (forward or run)(model, batch)
+                    else:
+                        with counting(model) as counted:
+                            (forward or run)(model, batch)
+                        macs.update(counted.macs)
         finally:
             for quantizer in observed.values():
                 quantizer._calibrator = None

@@ -63,8 +63,9 @@ def _without_classes(cfg: Config) -> Config:
         nonlocal has_classes
         if isinstance(value, dict):
             items = dict(value.items())
-            if callable(items.get('type')):
-                has_classes, items['type'] = True, dotted(items['type'])
+            for key in ('type', 'of'):  # of: the type that `Quantized` builds
+                if callable(items.get(key)):
+                    has_classes, items[key] = True, dotted(items[key])
             return {key: named(item) for key, item in items.items()}
         return type(value)(map(named, value)) if type(value) in (list, tuple) else value
 
