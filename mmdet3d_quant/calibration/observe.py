@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
 from mmdet3d_quant.calibration.peaks import Peaks
-from mmdet3d_quant.core.coverage import counting
-from mmdet3d_quant.core.modes import quantizers, set_mode
+from mmdet3d_quant.core.macs import counting
+from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.fold import without_bn
@@ -133,7 +132,7 @@ def observe(
         statistics: Statistics to add to.
         forward: See :func:`mmdet3d_quant.calibrate`.
         macs: Receives the multiply-accumulates of each layer on the first batch, unless it has
-            some; see :class:`mmdet3d_quant.core.coverage.counting`.
+            some; see :class:`mmdet3d_quant.core.macs.counting`.
 
     Yields:
         Number of each batch, once it is in the statistics.
@@ -222,18 +221,6 @@ class _Collector:
             self.seen.order.append(self.histogram)
         self.histogram.add(self.seen.of(x))
         self.peaks.add(x, self.axis)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and restores every module's training flag afterwards."""
-    before = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def run(model: nn.Module, batch: Any) -> Any:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any
 
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
+from mmdet3d_quant.core.compat import removeprefix
+from mmdet3d_quant.core.macs import weighted
 from mmdet3d_quant.core.skip import WHY, covering, skip_lines
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_DENSE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
-#: Base class of the sparse convolutions of spconv and of mmcv.
-_SPARSE = 'SparseConvolution'
 #: Parts of a detector that stay float without a word: there is no Quant type of them.
 HEADS = '*_head'
 
@@ -73,8 +69,8 @@ class Coverage:
         """Groups the float layers by the highest module that has no quantized one.
 
         Returns:
-            List of dicts: ``module``, ``layers`` (names), ``share`` of the counted
-            multiply-accumulates (or None) and ``reason``.
+            List of dicts: ``module`` (of a single layer its own name), ``layers`` (names),
+            ``share`` of the counted multiply-accumulates (or None) and ``reason``.
         """
         by_name = {layer.name: layer for layer in self.layers}
         names = [layer.name for layer in self.layers if layer.reason is not None]
@@ -85,7 +81,8 @@ class Coverage:
             macs = sum(layer.macs or 0 for layer in layers)
             counted = total and any(layer.macs is not None for layer in layers)
             share = macs / total if counted else None
-            groups.append(dict(module=module, layers=inside, share=share, reason=_reason(layers)))
+            at = inside[0] if len(inside) == 1 else module
+            groups.append(dict(module=at, layers=inside, share=share, reason=_reason(layers)))
         return groups
 
     def summary(self) -> str:
@@ -95,7 +92,7 @@ class Coverage:
             return f'{text}; multiply-accumulates were not counted'
         text += f', {100 * self.share:.1f} % of the multiply-accumulates'
         left = self.uncounted
-        return text + (f' (without {len(left)} layers that could not be counted)' if left else '')
+        return text + (f' (without {len(left)} layer(s) that could not be counted)' if left else '')
 
     def lines(self) -> list[str]:
         """Tells what stays float and why, a line a module."""
@@ -131,26 +128,17 @@ def _not_quantized(kinds: str) -> str:
     return f'its type is not quantized ({kinds})'
 
 
-def weighted(model: nn.Module) -> dict[str, nn.Module]:
-    """Finds the layers that :class:`Coverage` is about, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _DENSE) or any(c.__name__ == _SPARSE for c in type(module).__mro__)
-    }
-
-
 def coverage(model: nn.Module, macs: Mapping[str, int] | None = None) -> Coverage:
     """Finds which layers of a model are quantized.
 
     Args:
         model: Any module.
-        macs: Multiply-accumulates by layer, as :class:`counting` counts them.
+        macs: Multiply-accumulates by layer; see :class:`mmdet3d_quant.core.macs.counting`.
     """
     known = macs or {}
     layers = []
     for name, module in weighted(model).items():
-        kind = type(module).__name__
+        kind = removeprefix(type(module).__name__, 'Portable')  # spconv's, in `parents`
         reason, meant = _float_reason(module, kind)
         layers.append(Layer(name, kind, known.get(name), reason, meant))
     return Coverage(tuple(layers))
@@ -165,54 +153,6 @@ def _float_reason(module: Any, kind: str) -> tuple[str | None, bool]:
         return meant or _not_quantized(kind), meant is not None
     reasons = [q.float_reason for q in both if q.float_reason is not None]
     return (reasons[0], True) if reasons else (None, False)
-
-
-class counting(AbstractContextManager):  # noqa: N801 - reads as a function
-    """Counts the multiply-accumulates of every layer while the context is entered.
-
-    A transposed convolution counts every product, those of the border that padding cuts off too. A
-    sparse one counts the pairs of voxels that meet, on a CPU; on a GPU it is not counted. Bias and
-    all that is no layer (attention, batch norm, activations) is not counted.
-
-    Args:
-        model: Any module; no forward hooks are left on it.
-
-    Attributes:
-        macs: Multiply-accumulates by name of the layer, of those that were run.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.macs: dict[str, int] = {}
-        self._layers = weighted(model)
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> counting:
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(name)))
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Any:
-        def count(module: Any, inputs: tuple, output: Any) -> None:
-            macs = _macs(module, inputs, output)
-            if macs is not None:
-                self.macs[name] = self.macs.get(name, 0) + macs
-
-        return count
-
-
-def _macs(layer: Any, inputs: tuple, output: Any) -> int | None:
-    """Multiply-accumulates of one call of a layer, None if they are not known."""
-    if not isinstance(output, Tensor):  # sparse
-        pairs = layer.num_pairs(output) if hasattr(layer, 'num_pairs') else None
-        return None if pairs is None else pairs * layer.in_channels * layer.out_channels
-    per_value = math.prod(layer.weight.shape[1:])
-    if not isinstance(layer, _TRANSPOSED):
-        return output.numel() * per_value
-    return inputs[0].numel() * per_value if inputs else None
 
 
 def float_parts(model: nn.Module, found: Coverage) -> list[str]:
@@ -241,7 +181,7 @@ def float_parts(model: nn.Module, found: Coverage) -> list[str]:
 
 
 def _how_to_quantize(name: str, part: nn.Module) -> str:
-    own = type(part).__name__
+    own = removeprefix(type(part).__name__, 'Portable')
     if MODELS.get(f'mmdet3d.Quant{own}') is not None:
         return f"To quantize it: {name}=dict(type='Quant{own}'). "
     if 'conv_cfg' in signature(type(part).__init__).parameters:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Iterable, Iterator, Mapping
 
 from torch import nn
 
-from mmdet3d_quant.core.coverage import weighted
+from mmdet3d_quant.core.macs import weighted
 from mmdet3d_quant.core.quantizer import Quantizer, UncalibratedError
 from mmdet3d_quant.core.skip import how_to_skip
 from mmdet3d_quant.core.spec import as_reasons, check_mode, select
@@ -105,6 +105,18 @@ class set_mode(AbstractContextManager):  # noqa: N801 - reads as the function it
     def __exit__(self, *exc_info: object) -> None:
         for q, switches in self._before:
             q.switches = switches
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and restores every module's training flag afterwards."""
+    before = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def name_quantizers(model: nn.Module) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.core.coverage import counting, coverage
+from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.formats import INT8
-from mmdet3d_quant.core.modes import kept_float, quantizers, set_mode
+from mmdet3d_quant.core.macs import counting
+from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mode
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
 from mmdet3d_quant.export.manifest import MANIFEST, describe_graph, describe_scales
@@ -141,7 +142,7 @@ def export_suite(
 @torch.no_grad()
 def _count_macs(detector: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
     """Counts multiply-accumulates by layer; not of the LiDAR encoder, which has no inputs here."""
-    with set_mode(detector, 'float'), counting(detector) as counted:
+    with evaluating(detector), set_mode(detector, 'float'), counting(detector) as counted:
         for cut in cuts:
             cut.module(*cut.inputs.values())
     return counted.macs

@@ -8,7 +8,8 @@ from spconv.pytorch import SparseConvTensor
 from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode
-from mmdet3d_quant.core.coverage import counting, coverage, float_parts
+from mmdet3d_quant.core.coverage import coverage, float_parts
+from mmdet3d_quant.core.macs import counting
 from mmdet3d_quant.core.modes import keep_float
 from mmdet3d_quant.core.skip import covering
 from mmdet3d_quant.layers import QuantConv2d, QuantLinear, QuantSparseConv3d, QuantSubMConv3d
@@ -77,7 +78,7 @@ def test_what_cannot_be_counted_is_named():
     feats, coords = cloud(torch.float32)
     model = nn.Sequential(MMCVSubMConv3d(feats.shape[1], 6, 3), nn.Linear(2, 2))
     known = coverage(model, {'1': 8})
-    assert known.uncounted == ['0'] and '(without 1 layers' in known.summary()
+    assert known.uncounted == ['0'] and '(without 1 layer(s)' in known.summary()
     assert coverage(model).share is None
     assert 'were not counted' in coverage(model).summary()
 
