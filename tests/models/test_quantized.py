@@ -171,3 +171,27 @@ def test_errors_of_calibration_advise_what_there_is():
     with pytest.raises(mq.CalibrationError) as err:
         mq.calibrate(resnet, [torch.randn(1, 3, 32, 32)])
     assert 'keep them float: skip={' in str(err.value) and 'Quantized' not in str(err.value)
+
+
+def test_the_log_of_a_training_tells_what_stays_float(tmp_path, monkeypatch):
+    """With the multiply-accumulates that calibration counted."""
+    start, told = tmp_path / 'int8.pth', []
+    reasons = {f'b.{q}': SKIP['b'] for q in ('_input_quantizer', '_weight_quantizer')}
+    kept_in_python(start, kept_float=reasons, macs=dict(a=30, b=60, head=10))
+    run = runner(tmp_path, start, [QAT], model=dict(SETTINGS, learn_amax=False), epochs=1)
+    for level in ('info', 'warning'):
+        monkeypatch.setattr(run.logger, level, lambda text, *args: told.append(str(text)))
+    run.train()
+    (text,) = (text for text in told if 'multiply-accumulates' in text)
+    assert text.splitlines() == [
+        'QATHook: 2 of 3 layers quantized, 40.0 % of the multiply-accumulates',
+        f'float: b (1 layer, 60.0 %): {SKIP["b"]}',
+    ]
+
+
+def test_an_inherited_skip_can_be_emptied(tmp_path):
+    (tmp_path / 'base.py').write_text(f'model = {SETTINGS}')
+    text = "_base_ = ['./base.py']\nmodel = dict(skip=dict(_delete_=True))"
+    (tmp_path / 'all.py').write_text(text)
+    model = build_model(read_config(tmp_path / 'all.py'))
+    assert model.b._input_quantizer.float_reason is None
