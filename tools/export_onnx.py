@@ -15,9 +15,11 @@ from terminal import open_console, run_tool
 from torch import Tensor, nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.check.verify import Agreement, verify
+from mmdet3d_quant.check.verify import Agreement, require_agreement, verify
 from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.export import capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.deploy import MAX_BATCH
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
 from mmdet3d_quant.export.targets import DEFAULT, TARGETS
 from mmdet3d_quant.runs import from_config as fc
@@ -40,7 +42,7 @@ examples:
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/head --only head.bbox \
       --layernorm custom --fp16
 
-  # INT8 weights in the files (a quarter of the size), any batch size, a newer opset
+  # INT8 weights in the files (a quarter of the size), a batch size that varies, a newer opset
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/small --weights int8 \
       --dynamic-batch --opset 21 --inputs generated --num-cams 6 --no-verify
 """
@@ -89,7 +91,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '(libcustom_layernorm.so); default: %(default)s',
     )
     parser.add_argument(
-        '--dynamic-batch', action='store_true', help='let the batch size of the files vary'
+        '--dynamic-batch',
+        action='store_true',
+        help=f'let the batch size of the files vary; build_engines.sh builds for 1 to {MAX_BATCH}',
     )
     parser.add_argument(
         '--inputs',
@@ -99,7 +103,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         'auto takes data where they can be read',
     )
     parser.add_argument('--num-cams', type=int, default=6, help='cameras of generated inputs')
-    parser.add_argument('--no-verify', action='store_true', help='do not run the engines')
+    parser.add_argument(
+        '--no-verify', action='store_true', help='write the files without running them'
+    )
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config'
     )
@@ -113,7 +119,22 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=not args.float)
     inputs = example_inputs(cfg, model, args, console)
-    cuts, manifest = export_suite(
+    results: list[Agreement] = []
+
+    def check(cuts: list[Cut], manifest: dict[str, Any], folder: Path) -> None:
+        if args.no_verify:
+            return
+        console.print('Verifying: ONNX Runtime and OpenVINO against torch')
+        for cut in cuts:
+            path = folder / f'{cut.name}.onnx'
+            if 'CustomLayerNormalization' in manifest['files'][path.name]['nodes']:
+                console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
+                continue
+            results.extend(verify(cut, path, quantized=not args.float))
+        console.print(agreement_table(results))
+        require_agreement(results)
+
+    _, manifest = export_suite(
         model,
         inputs,
         args.out_dir,
@@ -124,22 +145,12 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         target=args.target,
         only=args.only,
         fp16=args.fp16,
+        check=check,
         weights=args.weights,
         layernorm=args.layernorm,
         dynamic_batch=args.dynamic_batch,
     )
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
-    if args.no_verify:
-        return []
-    console.print('Verifying: ONNX Runtime and OpenVINO against torch')
-    results = []
-    for cut in cuts:
-        path = Path(args.out_dir) / f'{cut.name}.onnx'
-        if 'CustomLayerNormalization' in manifest['files'][path.name]['nodes']:
-            console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
-            continue
-        results += verify(cut, path, quantized=not args.float)
-    console.print(agreement_table(results))
     return results
 
 

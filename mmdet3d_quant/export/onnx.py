@@ -7,18 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
+from mmdet3d_quant.export.graph import nonfinite_tensors
+from mmdet3d_quant.export.pairs import ExportError, count_pairs, store_names
 from mmdet3d_quant.export.passes import (
     OPSETS,
     drop_identities,
     drop_unused,
     fold_shapes,
-    is_quantized,
     store_int8_weights,
     to_half,
     to_opset,
@@ -31,10 +32,6 @@ from mmdet3d_quant.files.outputs import whole
 
 WEIGHTS = ('float', 'int8')
 LAYERNORMS = ('standard', 'custom')
-
-
-class ExportError(QuantError):
-    """The exported graph is not what an engine expects; nothing was written."""
 
 
 def export_onnx(
@@ -81,14 +78,15 @@ def export_onnx(
     Raises:
         UncalibratedError: If a quantizer has no range.
         ValueError: If members of a tie group have unequal ranges, a quantizer has other than 8
-            bits, or an argument is none of the above.
-        ExportError: If the graph fails ``onnx.checker``, keeps a batch norm that could not be
-            folded, cannot take another batch size, or is too large for a file.
+            bits, FP16 is asked for a quantized module, or an argument is none of the above.
+        ExportError: If the graph fails ``onnx.checker``, lacks the Q/DQ pair of a quantizer, keeps
+            a batch norm that could not be folded, holds NaN or infinity, cannot take another batch
+            size, or is too large for a file.
         OSError: If the file cannot be written.
     """
     unsigned = target_of(target).unsigned
     _check_arguments(inputs, input_names, opset_version, weights, layernorm)
-    _check_module(module, quantized)
+    _check_module(module, quantized, fp16)
     found = quantizers(module) if quantized else {}
     ranges = {n: float(q._amax) for n, q in found.items() if q.calibrated and q.spec.axis is None}
     with whole(path) as tmp:
@@ -107,6 +105,8 @@ def export_onnx(
         if not dynamic_batch:
             fold_shapes(model)
         onnx.helper.set_model_props(model, {TARGET_KEY: target})
+        if quantized:
+            store_names(model, names)
         if unsigned:
             to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges)
             drop_unused(model.graph)
@@ -114,11 +114,9 @@ def export_onnx(
             store_int8_weights(model.graph)
         model = to_opset(model, opset_version)
         if fp16:
-            if is_quantized(model):
-                raise ValueError("fp16 is for graphs without Q/DQ; here weights='int8' saves more")
             model = to_half(model)
         onnx.save(model, str(tmp))
-        _check(model, tmp)
+        _check(model, tmp, type(module).__name__, len(names))
         if dynamic_batch:
             _check_batch(tmp, dict(strict_zip(input_names, inputs)))
     return model
@@ -148,28 +146,48 @@ def _check_arguments(
         raise ValueError(f'{len(inputs)} inputs, but names {list(input_names)}')
 
 
-def _check_module(module: nn.Module, quantized: bool) -> None:
+def _check_module(module: nn.Module, quantized: bool, fp16: bool) -> None:
     size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
     if size >= LARGEST:
         raise ExportError(
             f'the weights of {type(module).__name__} take {size / 2**30:.1f} GiB; ONNX files end '
             'at 2 GiB: export it in parts (see mmdet3d_quant.export.Cut)'
         )
+    odd = [n for n, t in module.state_dict().items() if not _usable(n, t)]
+    if odd:
+        more = f', and {len(odd) - 1} more' if odd[1:] else ''
+        raise ExportError(
+            f'{odd[0]} of {type(module).__name__} holds NaN or infinity{more}: take a checkpoint '
+            'from before the training diverged'
+        )
     if not quantized:
         return
     require_calibrated(module)
+    active = [n for n, q in quantizers(module).items() if q.float_reason is None]
+    if fp16 and active:
+        raise ValueError(
+            f"fp16 is for graphs without Q/DQ, and {active[0]} is quantized: weights='int8' saves "
+            'more, or export with quantized=False'
+        )
     broken = unequal_ties(module)
     if broken:
         raise ValueError(
             'quantizers that must share one scale have unequal ranges: '
             f'{", ".join(broken[0])} ({len(broken)} group(s)); calibrate the whole model'
         )
-    narrow = [n for n, q in quantizers(module).items() if q.spec.num_bits != 8]
+    narrow = [n for n in active if quantizers(module)[n].spec.num_bits != 8]
     if narrow:
         raise ValueError(f'only 8 bits can be exported; {narrow[0]} has fewer')
 
 
-def _check(model: onnx.ModelProto, path: Path) -> None:
+def _usable(name: str, tensor: Tensor) -> bool:
+    """Tells whether a tensor is finite; a range that is not set is none."""
+    if not tensor.is_floating_point() or name.rpartition('.')[2] == '_amax':
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def _check(model: onnx.ModelProto, path: Path, name: str, pairs: int) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
@@ -177,6 +195,16 @@ def _check(model: onnx.ModelProto, path: Path) -> None:
     left = [n.name for n in model.graph.node if n.op_type == 'BatchNormalization']
     if left:
         raise ExportError(f'batch norm could not be folded: {", ".join(left)}')
+    if count_pairs(model) != pairs:
+        raise ExportError(
+            f'a pass over the graph of {name} left {count_pairs(model)} of {pairs} Q/DQ pairs; '
+            'export with another opset or target'
+        )
+    for node, tensor, share in nonfinite_tensors(model.graph):
+        raise ExportError(
+            f'{name}: {tensor}, which {node.name or node.op_type} reads, is NaN or infinite in '
+            f'{share}: a weight or a folded batch norm is too large for float32'
+        )
 
 
 def _check_batch(path: Path, inputs: dict[str, Tensor]) -> None:

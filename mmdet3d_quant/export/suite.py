@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
-from mmdet3d_quant.export.manifest import MANIFEST, describe_graph, describe_scales
+from mmdet3d_quant.export.manifest import (
+    MANIFEST,
+    describe_graph,
+    describe_pairs,
+    describe_scales,
+)
 from mmdet3d_quant.export.onnx import ExportError, export_onnx
 from mmdet3d_quant.export.targets import DEFAULT, target_of
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
@@ -34,6 +39,7 @@ def export_suite(
     target: str = DEFAULT,
     only: Collection[str] = (),
     fp16: bool = False,
+    check: Callable[[list[Cut], dict[str, Any], Path], None] = lambda cuts, manifest, folder: None,
     **options: Any,
 ) -> tuple[list[Cut], dict[str, Any]]:
     """Writes one ONNX file per cut and ``manifest.json``; all of them or none.
@@ -52,6 +58,8 @@ def export_suite(
         target: Engine that the files are for, as ``export_onnx`` takes it.
         only: Stems of the files to write, such as ``fuser`` or ``lidar.backbone``; none: all.
         fp16: Store the weights of float files in FP16.
+        check: Called with the cuts, the manifest and the folder where the files lie before they are
+            moved to ``out_dir``; if it raises, nothing is.
         **options: ``dynamic_batch``, ``weights`` and ``layernorm``, as ``export_onnx`` takes them.
 
     Returns:
@@ -103,6 +111,8 @@ def export_suite(
                 cut = replace(cut, module=with_unsigned(cut.module, names))
             exported.append(cut)
             files[path.name] = dict(describe_graph(model), sha256=sha256(path))
+            if quantized:
+                files[path.name].update(describe_pairs(model, cut.module))
         if encoder is not None and (not only or LIDAR in only):
             path, entry = _export_lidar(encoder, folder, quantized, tell)
             files[path.name] = dict(entry, sha256=sha256(path))
@@ -123,6 +133,7 @@ def export_suite(
         if wants.script:
             (folder / SCRIPT).write_text(build_script(manifest))
             (folder / SCRIPT).chmod(0o755)
+        check(exported, manifest, folder)
     return exported, manifest
 
 

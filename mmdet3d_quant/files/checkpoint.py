@@ -240,7 +240,7 @@ def _weights(data: Any, path: Any) -> dict[str, Tensor]:
     """The state dict of what a file holds.
 
     Raises:
-        CheckpointError: If there is none, or it holds anything but tensors.
+        CheckpointError: If there is none, or it holds anything but tensors, NaN or infinity.
     """
     state = None
     if isinstance(data, dict):
@@ -256,7 +256,20 @@ def _weights(data: Any, path: Any) -> dict[str, Tensor]:
             f'checkpoint {path}: {odd[0]!r} in the state_dict is no tensor: save '
             "{'state_dict': model.state_dict()} again"
         )
+    bad = [k for k, v in state.items() if not _usable(k, v)]
+    if bad:
+        raise CheckpointError(
+            f'checkpoint {path}: {bad[0]} holds NaN or infinity ({len(bad)} such entries): '
+            'take one from before the training diverged'
+        )
     return state
+
+
+def _usable(name: str, tensor: Tensor) -> bool:
+    """Tells whether an entry is finite; a range that is not calibrated is NaN and none yet."""
+    if name.rpartition('.')[2] == '_amax' or not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor).all())
 
 
 def load_plain(path: str | Path) -> Any:
