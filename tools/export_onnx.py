@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
                 continue
             results.extend(verify(cut, path, quantized=not args.float))
         console.print(agreement_table(results))
-        require_agreement(results)
+        require_agreement(results)  # else nothing is written
 
     _, manifest = export_suite(
         model,
@@ -180,12 +180,8 @@ def agreement_table(results: list[Agreement]) -> Table:
     table = Table(title='Signal-to-quantization-noise ratio, dB')
     for heading in ('file', 'output', 'INT8 convs in OpenVINO'):
         table.add_column(heading, no_wrap=True)
-    for heading in (
-        'torch fake-quant\nvs torch float',
-        'ONNX Runtime\nvs torch',
-        'OpenVINO\nvs torch',
-    ):
-        table.add_column(heading, justify='right')
+    for run in ('torch fake-quant\nvs torch float', 'ONNX Runtime\nvs torch', 'OpenVINO\nvs torch'):
+        table.add_column(run, justify='right')
     for r in results:
         values: list[Any] = [r.fake_quant, r.onnxruntime, r.openvino]
         table.add_row(

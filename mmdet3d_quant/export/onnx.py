@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
@@ -29,6 +28,7 @@ from mmdet3d_quant.export.tracing import TORCH_OPSET, trace
 from mmdet3d_quant.export.unsigned import to_unsigned
 from mmdet3d_quant.files.limits import LARGEST
 from mmdet3d_quant.files.outputs import whole
+from mmdet3d_quant.files.plain import nonfinite_entries
 
 WEIGHTS = ('float', 'int8')
 LAYERNORMS = ('standard', 'custom')
@@ -153,7 +153,7 @@ def _check_module(module: nn.Module, quantized: bool, fp16: bool) -> None:
             f'the weights of {type(module).__name__} take {size / 2**30:.1f} GiB; ONNX files end '
             'at 2 GiB: export it in parts (see mmdet3d_quant.export.Cut)'
         )
-    odd = [n for n, t in module.state_dict().items() if not _usable(n, t)]
+    odd = nonfinite_entries(module.state_dict())
     if odd:
         more = f', and {len(odd) - 1} more' if odd[1:] else ''
         raise ExportError(
@@ -178,13 +178,6 @@ def _check_module(module: nn.Module, quantized: bool, fp16: bool) -> None:
     narrow = [n for n in active if quantizers(module)[n].spec.num_bits != 8]
     if narrow:
         raise ValueError(f'only 8 bits can be exported; {narrow[0]} has fewer')
-
-
-def _usable(name: str, tensor: Tensor) -> bool:
-    """Tells whether a tensor is finite; a range that is not set is none."""
-    if not tensor.is_floating_point() or name.rpartition('.')[2] == '_amax':
-        return True
-    return bool(torch.isfinite(tensor).all())
 
 
 def _check(model: onnx.ModelProto, path: Path, name: str, pairs: int) -> None:

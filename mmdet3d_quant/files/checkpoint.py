@@ -26,6 +26,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
 from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.files.plain import nonfinite_entries
 from mmdet3d_quant.files.unpickler import data_pickle
 
 Source = Union[str, Path, BinaryIO]
@@ -256,20 +257,13 @@ def _weights(data: Any, path: Any) -> dict[str, Tensor]:
             f'checkpoint {path}: {odd[0]!r} in the state_dict is no tensor: save '
             "{'state_dict': model.state_dict()} again"
         )
-    bad = [k for k, v in state.items() if not _usable(k, v)]
+    bad = nonfinite_entries(state)
     if bad:
         raise CheckpointError(
             f'checkpoint {path}: {bad[0]} holds NaN or infinity ({len(bad)} such entries): '
             'take one from before the training diverged'
         )
     return state
-
-
-def _usable(name: str, tensor: Tensor) -> bool:
-    """Tells whether an entry is finite; a range that is not calibrated is NaN and none yet."""
-    if name.rpartition('.')[2] == '_amax' or not tensor.is_floating_point():
-        return True
-    return bool(torch.isfinite(tensor).all())
 
 
 def load_plain(path: str | Path) -> Any:
