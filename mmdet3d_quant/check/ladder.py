@@ -181,7 +181,7 @@ def _fault(
             return f'{made}: {value:.1f} dB in {name}, with equal inputs (least: {LAYER_DB:.0f} dB)'
     for name, value in outputs.items():
         paid = cost.get(name, math.inf)
-        least = least_of(paid)
+        least = least_of(paid, outputs)
         if not value >= least:
             where = 'no layer by itself, only the whole' if layers else 'somewhere in the graph'
             if missing:
