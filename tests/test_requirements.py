@@ -14,6 +14,7 @@ MODULES = {
     'pillow': 'PIL',
     'pytorch-quantization': 'pytorch_quantization',
     'nuscenes-devkit': 'nuscenes',
+    'tensorrt-rtx-cu12-bindings': 'tensorrt_rtx_bindings',
 }
 #: What is there already (it fits the CUDA version), is a choice of the user, or is part of another.
 NOT_DECLARED = {'torch', 'mmcv', 'spconv', 'tensorrt', 'nncf'}
@@ -44,7 +45,7 @@ def undeclared(path):
     """What a file imports that nothing declares for its room."""
     known = DECLARED[''] | NOT_DECLARED | set(PART_OF) | DECLARED['safetensors']
     if path.parent == ROOT / 'tools' or path.relative_to(PACKAGE).parts[0] in EXTRA:
-        known |= DECLARED['export']
+        known |= DECLARED['export'] | DECLARED['compiler']
     own = {'mmdet3d_quant', *TOOLS} | set(sys.stdlib_module_names)
     return sorted(set(imported(path)) - known - own)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import calibrate
 import export_onnx
 import torch
+from agreement import agreement_table
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
@@ -68,12 +69,15 @@ def main(argv: list[str] | None = None) -> None:
     console.rule('4/5 tools/export_onnx.py')
     folders = {'float': work_dir / 'onnx/float', 'int8': work_dir / 'onnx/int8'}
     export_onnx.main(
-        [str(config), int8, '--out-dir', str(folders['float']), '--float', '--no-verify']
+        [
+            *(str(config), int8, '--out-dir', str(folders['float'])),
+            *('--float', '--no-verify', '--no-compile'),
+        ]
     )
     agreement = export_onnx.main([str(config), int8, '--out-dir', str(folders['int8'])])
     console.rule('5/5 latency in OpenVINO, 2 threads')
     console.print(latency_table(config, folders, console))
-    console.print(export_onnx.agreement_table(agreement))
+    console.print(agreement_table(agreement))
     console.print(f'Everything is in {work_dir}')
 
 

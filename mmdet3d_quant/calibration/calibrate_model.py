@@ -13,6 +13,7 @@ from mmengine.dist import all_gather_object, get_dist_info, get_world_size
 from torch import nn
 
 from mmdet3d_quant.calibration.calibrator import Calibrator
+from mmdet3d_quant.calibration.eager import uncompiled
 from mmdet3d_quant.calibration.observe import Forward, Statistics
 from mmdet3d_quant.calibration.plan import Plan, PlanLike
 from mmdet3d_quant.calibration.result import Calibration, Correction
@@ -28,7 +29,7 @@ def calibrate(
     forward: Forward | None = None,
     num_batches: int | None = None,
     *,
-    weights: str = 'max',
+    weights: str | None = None,
     held_out: Iterable[Any] | None = None,
     after: Sequence[Correction] = (),
 ) -> Calibration:
@@ -43,7 +44,8 @@ def calibrate(
     of all batches together. Batches that are the same in all processes count once, with a warning.
 
     Args:
-        model: A model with quantized layers, float weights loaded.
+        model: A model with quantized layers, float weights loaded; parts that ``torch.compile``
+            made run as they were before it.
         batches: Batches, of whatever type ``forward`` takes.
         method: ``'max'``, ``'percentile'`` (99.99), ``'percentile:99.9'``, ``'entropy'``,
             ``'mse'`` or ``'auto'``: per quantizer, of those, the one with which the layer's
@@ -74,7 +76,29 @@ def calibrate(
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f'num_batches must be at least 1, got {num_batches}')
-    calibrator = Calibrator(model, Plan.parse(method, weights), forward)
+    plan = Plan.parse(method, weights)
+    with uncompiled(model) as plain:
+        result, same = _calibrate(plain, batches, plan, forward, num_batches, held_out, after)
+    if same:
+        warnings.warn(
+            'calibrate: all processes were given the same batches, which count once. To go faster '
+            'give each its share, as batches[rank::world_size] is',
+            stacklevel=2,
+        )
+    return result
+
+
+def _calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    plan: Plan,
+    forward: Forward | None,
+    num_batches: int | None,
+    held_out: Iterable[Any] | None,
+    after: Sequence[Correction],
+) -> tuple[Calibration, bool]:
+    """Calibrates; tells also whether all processes were given the same batches."""
+    calibrator = Calibrator(model, plan, forward)
     calibrator.statistics = given = _Given(calibrator.statistics.histograms)
     rank, world = get_dist_info()
     numbered = _numbered(islice(batches, num_batches), rank, world)
@@ -84,14 +108,7 @@ def calibrate(
     _observe(calibrator, numbered, world)
     if held_out is not None:
         kept = [(-1 - number, batch) for number, batch in _numbered(held_out, rank, world)]
-    result = calibrator.finish(kept, after)
-    if given.same:
-        warnings.warn(
-            'calibrate: all processes were given the same batches, which count once. To go faster '
-            'give each its share, as batches[rank::world_size] is',
-            stacklevel=2,
-        )
-    return result
+    return calibrator.finish(kept, after), given.same
 
 
 def _numbered(batches: Iterable[Any], rank: int, world: int) -> Iterator[tuple[int, Any]]:

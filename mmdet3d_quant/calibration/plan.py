@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Iterable, Iterator, Mapping, Union
 
 from mmdet3d_quant.core.spec import WEIGHT_METHODS, Method, select
@@ -33,29 +33,29 @@ class Plan:
             )
 
     @classmethod
-    def parse(cls, method: PlanLike, weights: str = 'max') -> Plan:
+    def parse(cls, method: PlanLike, weights: str | None = None) -> Plan:
         """Parses a plan.
 
         Args:
             method: A method; several texts, ``'mse'`` or ``'pattern=mse'``, or one with commas
                 between; a mapping from pattern to method, with ``''`` for the default; or a plan,
                 taken as it is. ``'weights=mse'``, as a plan prints it, is the one of weights.
-            weights: See :class:`Plan`.
+            weights: See :class:`Plan`; None leaves what a plan says, else ``'max'``.
 
         Raises:
             ValueError: If a method is unknown, or is none of these.
         """
         if isinstance(method, Plan):
-            return method
-        default, overrides = cls.default, []
+            return method if weights is None else replace(method, weights=weights)
+        default, overrides, told = cls.default, [], cls.weights
         for pattern, text in _pairs(method):
             if pattern == 'weights':
-                weights = text.strip() if isinstance(text, str) else text
+                told = text.strip() if isinstance(text, str) else text
             elif pattern:
                 overrides.append((pattern, Method.parse(text)))
             else:
                 default = Method.parse(text)
-        return cls(default, tuple(overrides), weights)
+        return cls(default, tuple(overrides), told if weights is None else weights)
 
     def methods(self, names: Iterable[str]) -> dict[str, Method]:
         """Looks up the method of each quantizer.

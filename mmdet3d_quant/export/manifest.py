@@ -15,7 +15,8 @@ from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.export.graph import opset
-from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.pairs import ExportError, count_pairs, stored_names
+from mmdet3d_quant.files.outputs import whole
 
 #: Name of the file in an exported folder.
 MANIFEST = 'manifest.json'
@@ -42,6 +43,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return dict(manifest, files=files)
 
 
+def add_to_manifest(folder: str | Path, **entries: Any) -> None:
+    """Adds entries to the manifest of a folder.
+
+    Args:
+        folder: As ``export_suite`` wrote it.
+        **entries: Plain values by key; those of the same keys are replaced.
+
+    Raises:
+        ExportError: If the manifest is missing or damaged.
+    """
+    manifest = dict(read_manifest(folder), **entries)
+    with whole(Path(folder) / MANIFEST) as part:
+        part.write_text(json.dumps(manifest, indent=2) + '\n')
+
+
 def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
     """Describes a graph: inputs and outputs with shapes and types, opset, node counts."""
 
@@ -64,6 +80,25 @@ def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
         opset=opset(model),
         nodes=kinds,
     )
+
+
+def describe_pairs(model: onnx.ModelProto, module: nn.Module) -> dict[str, Any]:
+    """Counts the quantizers of a module and those of them that its file rounds with.
+
+    Args:
+        model: The file.
+        module: What was exported.
+
+    Returns:
+        ``quantizers``, a dict: ``active``, how many the module has; ``in_file``, how many of them
+        have Q/DQ pairs; ``pairs``, how many pairs, of which a quantizer that is called twice has
+        two; ``unused``, the names of those without, on which no output depends.
+    """
+    active = [n for n, q in quantizers(module).items() if q.float_reason is None]
+    there = set((stored_names(model) or {}).values())
+    unused = [n for n in active if n not in there]
+    counts = dict(active=len(active), in_file=len(there), pairs=count_pairs(model))
+    return dict(quantizers=dict(counts, unused=unused))
 
 
 def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[dict[str, Any]]:

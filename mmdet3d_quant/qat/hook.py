@@ -16,7 +16,8 @@ from mmengine.runner import IterBasedTrainLoop, Runner, autocast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet3d_quant.core.modes import quantizers, require_calibrated, set_mode
+from mmdet3d_quant.core.coverage import coverage, float_parts
+from mmdet3d_quant.core.modes import kept_float, quantizers, require_calibrated, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.core.ties import unequal_ties
@@ -80,6 +81,7 @@ class QATHook(Hook):
         self._float: list[Quantizer] = []  # by the stage
         self._evaluating = False
         self._saved: dict[str, Any] = {}
+        self._meta: dict[str, Any] = {}
         self._weights: WeightRanges | None = None
         self._learned: LearnedRanges
         self._clipping: Clipping | None = None
@@ -99,7 +101,7 @@ class QATHook(Hook):
             for pattern in modes:
                 if not select(quantizers(model), pattern):
                     raise ValueError(f'QATHook: schedule pattern {pattern!r} matches no quantizer')
-        require_calibrated(model)
+        require_calibrated(model, self._meta.get('kept_float'))
         broken = unequal_ties(model)
         if broken:
             raise ValueError(
@@ -124,6 +126,10 @@ class QATHook(Hook):
             f'QATHook: {len(quantizers(model))} quantizers, ranges of {len(self._learned)} groups '
             'learned'
         )
+        found = coverage(model, self._meta.get('macs'))
+        runner.logger.info('\n'.join([f'QATHook: {found.summary()}', *found.lines()]))
+        for warning in float_parts(model, found):
+            runner.logger.warning(f'QATHook: {warning}')
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seeds random, numpy and torch for data that this process loads."""
@@ -136,7 +142,7 @@ class QATHook(Hook):
         """Sets the schedule's modes, freezes batch norm, and seeds torch."""
         model = bare_model(runner)
         self._end_evaluation(runner)  # one that an error cut off
-        now = runner.iter if _by_iter(runner) else runner.epoch
+        now = runner.iter if isinstance(runner.train_loop, IterBasedTrainLoop) else runner.epoch
         self._set_modes(model, now)
         if self.freeze_bn is not None and now >= self.freeze_bn:
             for module in model.modules():
@@ -169,7 +175,7 @@ class QATHook(Hook):
 
     def _last(self, runner: Runner, batch_idx: int) -> bool:
         """Tells whether an epoch ends with this step."""
-        if _by_iter(runner):  # its data may have no length
+        if isinstance(runner.train_loop, IterBasedTrainLoop):  # its data may have no length
             return self.is_last_train_iter(runner)
         return self.end_of_epoch(runner.train_dataloader, batch_idx)
 
@@ -243,23 +249,23 @@ class QATHook(Hook):
                 runner.message_hub.update_scalar(f'val/float/{name}', value)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Gives all weights in it their own ranges; stores the ratios, which resuming needs."""
+        """Gives all weights in it their own ranges; stores their ratios and what stays float."""
         if self._weights is not None:
             fit_checkpoint(checkpoint, self._weights, runner)
             checkpoint[KEY] = dict(weight_ratios=self._weights.ratios)
+        meta = checkpoint.setdefault('meta', {})
+        meta.update(self._meta, kept_float=kept_float(bare_model(runner)))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Reads the state that a former run stored."""
         self._saved = checkpoint.get(KEY) or {}
+        meta = checkpoint.get('meta') or {}
+        self._meta = {key: meta[key] for key in ('kept_float', 'macs') if key in meta}
 
 
 def bare_model(runner: Runner) -> nn.Module:
     """Unwraps the runner's model from DDP or another wrapper of mmengine."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
-def _by_iter(runner: Runner) -> bool:
-    return isinstance(runner.train_loop, IterBasedTrainLoop)
 
 
 def _seed(runner: Runner) -> int:
