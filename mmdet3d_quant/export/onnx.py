@@ -59,7 +59,8 @@ def export_onnx(
     """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
 
     The pattern is TensorRT's explicit quantization: signed INT8, zero point 0, activations per
-    tensor, weights per output channel over float weights. The module itself is not changed.
+    tensor, weights per output channel over float weights. Weight scales that are too small for
+    FP16 or for the bias are raised (``export/weight_scales.py``). The module itself is not changed.
 
     A BN that cannot be folded into one convolution stays as BatchNormalization, which computes in
     float; a quantized graph with such ones is exported with a warning that has names and reasons,

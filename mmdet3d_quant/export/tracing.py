@@ -23,6 +23,7 @@ from mmdet3d_quant.core.compat import set_submodule, strict_zip
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.export.pairs import require_pairs
+from mmdet3d_quant.export.weight_scales import raise_scales
 from mmdet3d_quant.layers.fold import fold_known
 
 #: Newest opset that torch writes itself.
@@ -69,6 +70,7 @@ def trace(
     module.eval()
     kept, _ = fold_known(module, lambda m: m(*inputs), quantized)
     if quantized:
+        raise_scales(module)
         set_mode(module, 'quant')
         _quantizers_to_qdq(module)
     else:

@@ -268,6 +268,12 @@ def stored(e, index, value):
     tensor.CopyFrom(numpy_helper.from_array(array, name))
 
 
+def long_bias(e, i=10, kind='Conv'):
+    conv = e.conv(i, kind)
+    steps = e.look.pair(conv.input[0]).scale * e.look.pair(conv.input[1]).scale
+    conv.input[2] = e.constant((steps * np.eye(1, steps.size) * 2.0**32)[0].astype(np.float32))
+
+
 DEFECTS = {
     'batch norm': ('Q01', batch_norm),
     'input float': (
@@ -312,6 +318,7 @@ DEFECTS = {
     'negative scale': ('Q23', lambda e: e.scale(e.activation(e.conv()), factor(-1))),
     'denormal scale': ('Q24', lambda e: e.scale(e.activation(e.conv()), one_entry(1e-40))),
     'tiny weight scale': ('Q24', lambda e: e.scale(e.weight(e.conv()), one_entry(1e-12))),
+    'scale 0 in FP16': ('Q24', lambda e: e.scale(e.weight(e.conv()), one_entry(2.0**-25))),
     'huge scale': ('Q25', lambda e: e.scale(e.activation(e.conv()), one_entry(1e9))),
     'dead range': ('Q26', lambda e: e.scale(e.activation(e.conv()), one_entry(2.0**-24 / 127))),
     'NaN weight': ('Q33', lambda e: stored(e, 1, np.nan)),
@@ -324,6 +331,8 @@ DEFECTS = {
     'Q and DQ disagree': ('Q31', lambda e: e.scale(e.activation(e.conv())[1:], factor(2))),
     'no DQ': ('Q32', no_dq),
     'integers as output': ('Q32', output_q),
+    'bias beyond INT32': ('Q34', long_bias),
+    'deconv bias beyond INT32': ('Q34', lambda e: long_bias(e, 0, 'ConvTranspose')),
 }
 
 

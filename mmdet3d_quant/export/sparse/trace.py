@@ -13,6 +13,7 @@ from mmdet3d_quant.export.sparse.check import check
 from mmdet3d_quant.export.sparse.precision import with_precisions
 from mmdet3d_quant.export.sparse.program import Axes, Program
 from mmdet3d_quant.export.sparse.walk import owner, walk
+from mmdet3d_quant.export.weight_scales import raise_scales
 from mmdet3d_quant.layers.fold import fold_bn
 
 #: Class whose `forward` an encoder has -> order of its axes. Another forward is another network.
@@ -63,6 +64,7 @@ def trace(
         require_calibrated(encoder)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     fold_bn(encoder)
+    raise_scales(encoder)
     builder = ProgramBuilder(tuple(encoder.sparse_shape), order != native, quantized, output_bound)
     x = walk(builder, 'conv_input', encoder.conv_input, '0')
     for name, stage in encoder.encoder_layers.named_children():

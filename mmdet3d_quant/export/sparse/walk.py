@@ -15,6 +15,7 @@ from mmdet3d_quant.core.formats import INT8, MIN_AMAX
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.builder import ProgramBuilder
 from mmdet3d_quant.export.sparse.program import Add, Relu, SparseConv, conv_grid
+from mmdet3d_quant.export.weight_scales import raised
 from mmdet3d_quant.layers.sparse import HAS_SPCONV2, OUTPUTS_LAST, SPARSE_CONVS
 
 _CHAINS: tuple[type, ...] = (nn.Sequential, MMCVSequential)
@@ -109,7 +110,7 @@ def _ranges(
     if (of_input.float_reason is None) != (of_weight.float_reason is None):
         raise ExportError(f'{name} quantizes only one of input and weight: libspconv cannot')
     if of_input.float_reason is not None:
-        return None, _floats(conv.weight_amax())
+        return None, _floats(raised(conv, conv.weight_amax()))
     for quantizer in (of_input, of_weight):
         if quantizer.spec.format != INT8:
             raise ExportError(f'{name} has {quantizer.spec.format.name}; libspconv has int8')

@@ -11,6 +11,7 @@ from mmdet3d_quant.check.lint.graph import Graph
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
 from mmdet3d_quant.core.formats import INT8, MIN_AMAX
 from mmdet3d_quant.export.graph import nonfinite_tensors
+from mmdet3d_quant.export.weight_scales import LEAST_HALF
 
 #: The scale of a tensor that was all zeros while calibrating.
 DEAD = MIN_AMAX / INT8.qmax
@@ -86,13 +87,14 @@ def _not_positive(graph: Graph) -> Found:
 
 @rule(
     'Q24',
-    'scale is next to 0',
-    'its reciprocal overflows, or the scale does when it is stored in FP16',
-    f'keep ranges at {MIN_AMAX:.2g} or more',
+    'scale is 0 in FP16',
+    'TensorRT refuses it where the graph is typed FP16, and smaller ones have no reciprocal',
+    'a weight channel next to zero: export it with a scale of 2**-24 or more, its integers are '
+    'zero at any; else scale the tensor up, or keep its layer float',
 )
 def _tiny(graph: Graph) -> Found:
     for node, scale in _scales(graph):
-        small = scale[(scale > 0) & (scale < 0.99 * DEAD)]
+        small = scale[(scale > 0) & (scale <= LEAST_HALF / 2)]
         if len(small):
             yield node, f'scale {small[0]:.3g}'
 
@@ -147,3 +149,25 @@ def _not_constant(graph: Graph) -> Found:
     for node, scale, _ in _grids(graph):
         if scale is None:
             yield node, f'scale {node.input[1]} is computed'
+
+
+@rule(
+    'Q34',
+    'bias does not fit into INT32',
+    'engines that add it in steps of input times weight scale, as ONNX Runtime does by default, '
+    'clip it',
+    'raise the weight scale of the channel to |bias| / (input scale * 2**30) or more',
+)
+def _bias(graph: Graph) -> Found:
+    for node in graph.layers():
+        bias = graph.constant(node.input[2]) if len(node.input) > 2 else None
+        of_input, of_weight = graph.pair(node.input[0]), graph.weight_pair(node)
+        if bias is None or of_input is None or of_weight is None:
+            continue
+        one, many = of_input.scale, of_weight.scale
+        if one is None or many is None or one.size > 1 or bias.size % many.size:
+            continue
+        step = one.astype(np.float64) * many
+        overflows = np.abs(bias.reshape(-1, many.size)) > np.iinfo(np.int32).max * step
+        if (step > 0).all() and overflows.any():
+            yield node, f'{overflows.sum()} of {bias.size} channels'
