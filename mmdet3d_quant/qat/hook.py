@@ -15,7 +15,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner, autocast
 from torch import nn
 
-from mmdet3d_quant.core.modes import quantizers, require_calibrated, set_mode
+from mmdet3d_quant.core.coverage import coverage, float_parts
+from mmdet3d_quant.core.modes import kept_float, quantizers, require_calibrated, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.core.ties import unequal_ties
@@ -86,6 +87,7 @@ class QATHook(Hook):
         self._float: list[Quantizer] = []  # by the stage
         self._evaluating = False
         self._saved: dict[str, Any] = {}
+        self._meta: dict[str, Any] = {}
         self._weights: WeightRanges | None = None
         self._learned: LearnedRanges | None = None
         self._clipping: Clipping | None = None
@@ -100,7 +102,9 @@ class QATHook(Hook):
                 there is another QATHook.
         """
         model = bare_model(runner)
-        self._let_go()
+        for former in (self._learned, self._clipping):  # of a training that was cut off
+            if former is not None:
+                former.stop()
         if sum(isinstance(hook, QATHook) for hook in runner.hooks) > 1:
             raise ValueError('QATHook: the config has several QATHooks; leave one')
         if not quantizers(model):
@@ -109,7 +113,7 @@ class QATHook(Hook):
             for pattern in modes:
                 if not select(quantizers(model), pattern):
                     raise ValueError(f'QATHook: schedule pattern {pattern!r} matches no quantizer')
-        require_calibrated(model)
+        require_calibrated(model, self._meta.get('kept_float'))
         broken = unequal_ties(model)
         if broken:
             raise ValueError(
@@ -132,13 +136,10 @@ class QATHook(Hook):
             f'QATHook: {len(quantizers(model))} quantizers, ranges of {len(self._learned)} groups '
             'learned'
         )
-
-    def _let_go(self) -> None:
-        """Detaches from the optimizer and the quantizers, if a training was cut off before."""
-        if self._learned is not None:
-            self._learned.detach()
-        if self._clipping is not None:
-            self._clipping.stop()
+        found = coverage(model, self._meta.get('macs'))
+        runner.logger.info('\n'.join([f'QATHook: {found.summary()}', *found.lines()]))
+        for warning in float_parts(model, found):
+            runner.logger.warning(f'QATHook: {warning}')
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seeds random, numpy and torch for data that this process loads."""
@@ -258,7 +259,7 @@ class QATHook(Hook):
                 runner.message_hub.update_scalar(f'val/float/{name}', value)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Gives all weights in it their own ranges; stores the ratios, which resuming needs.
+        """Gives all weights in it their own ranges; stores their ratios and what stays float.
 
         Raises:
             RuntimeError: If ranges were lost in training.
@@ -267,6 +268,8 @@ class QATHook(Hook):
             fit_checkpoint(checkpoint, self._weights, runner)
             require_ranges(checkpoint['state_dict'], self._learned)
             checkpoint[KEY] = dict(weight_ratios=self._weights.ratios)
+        meta = checkpoint.setdefault('meta', {})
+        meta.update(self._meta, kept_float=kept_float(bare_model(runner)))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Reads the state that a former run stored.
@@ -277,6 +280,8 @@ class QATHook(Hook):
         if runner._resume:
             check_resumed(checkpoint, runner)
         self._saved = checkpoint.get(KEY) or {}
+        meta = checkpoint.get('meta') or {}
+        self._meta = {key: meta[key] for key in ('kept_float', 'macs') if key in meta}
 
 
 def bare_model(runner: Runner) -> nn.Module:

@@ -120,7 +120,7 @@ class LearnedRanges:
             optimizer.register_step_post_hook(self._apply),
         ]
 
-    def detach(self) -> None:
+    def stop(self) -> None:
         """Removes the step hooks."""
         for handle in self._handles:
             handle.remove()
