@@ -46,6 +46,7 @@ class DistillHook(Hook):
         self.modules = dict(modules)
         self.teacher: nn.Module
         self._seen: dict[str, Any] = {}
+        self._handles: list[Any] = []
 
     def before_train(self, runner: Runner) -> None:
         """Builds the teacher and registers forward hooks on both models.
@@ -65,11 +66,15 @@ class DistillHook(Hook):
         fc.load_weights(self.teacher, self.checkpoint, calibrated=False)
         self.teacher.to(next(model.parameters()).device).eval().requires_grad_(False)
         set_mode(self.teacher, 'float')
-        for role, of in (('student', model), ('teacher', self.teacher)):
-            modules = dict(of.named_modules())
-            for name in self.modules:
-                modules[name].register_forward_hook(self._listener(f'{role} {name}'))
-        model.register_forward_hook(self._add_losses, with_kwargs=True)
+        for handle in self._handles:  # of a training that was cut off
+            handle.remove()
+        self._seen.clear()
+        self._handles = [
+            dict(of.named_modules())[name].register_forward_hook(self._listener(f'{role} {name}'))
+            for role, of in (('student', model), ('teacher', self.teacher))
+            for name in self.modules
+        ]
+        self._handles.append(model.register_forward_hook(self._add_losses, with_kwargs=True))
 
     def _listener(self, key: str) -> Any:
         def listen(module: nn.Module, inputs: Any, output: Any) -> None:

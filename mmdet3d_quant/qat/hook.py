@@ -14,7 +14,6 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner, autocast
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant.core.coverage import coverage, float_parts
 from mmdet3d_quant.core.modes import kept_float, quantizers, require_calibrated, set_mode
@@ -23,7 +22,8 @@ from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.qat.averaging import averaging, fit_checkpoint, fit_model
 from mmdet3d_quant.qat.clipping import Clipping
-from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges
+from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges, require_ranges
+from mmdet3d_quant.qat.optimized import check_resumed, optimizer_of_ranges
 from mmdet3d_quant.qat.schedule import read_schedule, read_time
 
 #: Key of the hook's state in a checkpoint.
@@ -83,7 +83,7 @@ class QATHook(Hook):
         self._saved: dict[str, Any] = {}
         self._meta: dict[str, Any] = {}
         self._weights: WeightRanges | None = None
-        self._learned: LearnedRanges
+        self._learned: LearnedRanges | None = None
         self._clipping: Clipping | None = None
 
     def before_train(self, runner: Runner) -> None:
@@ -92,9 +92,15 @@ class QATHook(Hook):
         Raises:
             UncalibratedError: If a quantizer has no range.
             ValueError: If the model has no quantizers, ranges of a tie group differ, a pattern
-                of the schedule matches nothing, or the optimizer leaves out learned ranges.
+                of the schedule matches nothing, the optimizer leaves out learned ranges, or
+                there is another QATHook.
         """
         model = bare_model(runner)
+        for former in (self._learned, self._clipping):  # of a training that was cut off
+            if former is not None:
+                former.stop()
+        if sum(isinstance(hook, QATHook) for hook in runner.hooks) > 1:
+            raise ValueError('QATHook: the config has several QATHooks; leave one')
         if not quantizers(model):
             raise ValueError('QATHook: the model has no quantizers; use Quant* types in the config')
         for modes in self.schedule.values():
@@ -113,10 +119,8 @@ class QATHook(Hook):
         # Compiled code takes no hooks.
         self._clipping = None if runner.cfg.get('compile') else Clipping(model)
         self._learned = LearnedRanges(model)
-        optimizer = runner.optim_wrapper.optimizer
         if len(self._learned):
-            _check_optimized(model, optimizer, runner)
-            self._learned.attach(optimizer)
+            self._learned.attach(optimizer_of_ranges(model, runner))
         if getattr(runner.train_dataloader, 'persistent_workers', False):
             runner.logger.info(
                 'QATHook: workers of the train_dataloader live on between epochs '
@@ -146,7 +150,7 @@ class QATHook(Hook):
         self._set_modes(model, now)
         if self.freeze_bn is not None and now >= self.freeze_bn:
             for module in model.modules():
-                if isinstance(module, _BatchNorm):
+                if 'running_mean' in module._buffers:  # mmcv's SyncBatchNorm is none of torch's
                     module.eval()
         if self._clipping and (runner.iter % CLIPPING_EVERY == 0 or self._last(runner, batch_idx)):
             self._clipping.start()
@@ -160,7 +164,7 @@ class QATHook(Hook):
         Raises:
             RuntimeError: If learned ranges were trained without the optimizer's step hooks.
         """
-        assert self._weights is not None
+        assert self._weights is not None and self._learned is not None
         self._weights.follow()
         self._learned.check()
         clipped = self._clipping and self._clipping.message()
@@ -249,15 +253,26 @@ class QATHook(Hook):
                 runner.message_hub.update_scalar(f'val/float/{name}', value)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Gives all weights in it their own ranges; stores their ratios and what stays float."""
+        """Gives all weights in it their own ranges; stores their ratios and what stays float.
+
+        Raises:
+            RuntimeError: If ranges were lost in training.
+        """
         if self._weights is not None:
             fit_checkpoint(checkpoint, self._weights, runner)
+            require_ranges(checkpoint['state_dict'], self._learned)
             checkpoint[KEY] = dict(weight_ratios=self._weights.ratios)
         meta = checkpoint.setdefault('meta', {})
         meta.update(self._meta, kept_float=kept_float(bare_model(runner)))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Reads the state that a former run stored."""
+        """Reads the state that a former run stored.
+
+        Raises:
+            CheckpointError: If a run is resumed with other parameters.
+        """
+        if runner._resume:
+            check_resumed(checkpoint, runner)
         self._saved = checkpoint.get(KEY) or {}
         meta = checkpoint.get('meta') or {}
         self._meta = {key: meta[key] for key in ('kept_float', 'macs') if key in meta}
@@ -272,20 +287,3 @@ def _seed(runner: Runner) -> int:
     """Computes a seed that differs by run, step and process."""
     step = (runner.seed or 0) * 1_000_003 + runner.iter
     return (step * get_world_size() + get_rank()) % 2**63
-
-
-def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer, runner: Runner) -> None:
-    """Checks that the optimizer trains all learned ranges; warns if weight decay shrinks them."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
-    for name, quantizer in quantizers(model).items():
-        if not quantizer.learned or not quantizer._amax.requires_grad:
-            continue
-        group = groups.get(id(quantizer._amax))
-        if group is None:
-            raise ValueError(f'QATHook: the optimizer does not train {name}._amax')
-        if group.get('weight_decay'):
-            runner.logger.warning(
-                'QATHook: weight decay pulls the learned ranges towards 0; switch it off with '
-                "optim_wrapper.paramwise_cfg=dict(custom_keys={'_amax': dict(decay_mult=0)})"
-            )
-            return

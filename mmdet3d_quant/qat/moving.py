@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.formats import MIN_AMAX
 from mmdet3d_quant.core.joined import cover
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.ties import ties
@@ -101,18 +102,34 @@ class LearnedRanges:
                 )
         members = {name for group in tied for name in group}
         groups = [*tied, *((name,) for name in active if name not in members)]
-        self._groups = [[active[n]._amax for n in g] for g in groups if active[g[0]].learned]
+        groups = [group for group in groups if active[group[0]].learned]
+        self._names = [group[0] for group in groups]
+        self._groups = [[active[n]._amax for n in group] for group in groups]
         self._before: list[Tensor] = []
         self._start = [group[0].detach().clone() for group in self._groups]
         self._called = False
+        self._handles: list[Any] = []
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Registers step hooks on an optimizer that has all the ranges."""
-        optimizer.register_step_pre_hook(self._prepare)
-        optimizer.register_step_post_hook(self._apply)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._prepare),
+            optimizer.register_step_post_hook(self._apply),
+        ]
+
+    def stop(self) -> None:
+        """Removes the step hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def vanished(self) -> list[str]:
+        """Lists quantizers, one of each group, whose range training has moved to nothing."""
+        found = strict_zip(self._names, strict_zip(self._groups, self._start))
+        return [n for n, (g, start) in found if bool(g[0] < MIN_AMAX) and bool(start >= MIN_AMAX)]
 
     def check(self) -> None:
         """Checks, after a step, that the hooks were called.
@@ -149,6 +166,28 @@ class LearnedRanges:
             after = before * (_lead(group) - before).exp()
             for member in group:
                 member.copy_(after)
+
+
+def require_ranges(state: dict[str, Tensor], learned: LearnedRanges | None) -> None:
+    """Raises if a training that diverged has left ranges that are none.
+
+    Args:
+        state: State dict of the model, which is about to be saved.
+        learned: Its learned ranges.
+
+    Raises:
+        RuntimeError: Names quantizers whose range is NaN, infinite or nothing.
+    """
+    ranges = {k: v for k, v in state.items() if k.rpartition('.')[2] == '_amax'}
+    lost = [name[: -len('._amax')] for name, v in ranges.items() if not bool(v.isfinite().all())]
+    lost += learned.vanished() if learned is not None else []
+    if lost:
+        shown = ', '.join(lost[:5]) + (f' and {len(lost) - 5} more' if len(lost) > 5 else '')
+        raise RuntimeError(
+            f'training has diverged, and no checkpoint is saved: the ranges of {shown} are NaN, '
+            'infinite or 0. Go on from the last checkpoint or the start with a lower learning rate '
+            '(of the ranges: lr_mult of _amax) or with optim_wrapper.clip_grad'
+        )
 
 
 def _lead(group: list[Tensor]) -> Tensor:
