@@ -11,7 +11,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
-from mmdet3d_quant.files.outputs import whole, whole_folder
+from mmdet3d_quant.files.outputs import check_writable, whole, whole_folder
 
 
 def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path):
@@ -44,6 +44,28 @@ def test_an_unwritable_place_is_named(tmp_path):
             pass
     with pytest.raises(OSError, match='is a folder'), whole(tmp_path):
         pass
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
+    target, link = tmp_path / 'disk/out.txt', tmp_path / 'out.txt'
+    link.symlink_to(target)  # nothing is there yet
+    for text in ('old', 'new'):
+        with whole(link) as tmp:
+            tmp.write_text(text)
+        assert link.is_symlink() and target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_pipes_devices_and_loops_of_links_are_not_replaced(tmp_path):
+    pipe, loop = tmp_path / 'pipe', tmp_path / 'loop'
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    for path, reason in ((pipe, 'device or a pipe'), (loop, '')):
+        with pytest.raises(OSError, match=f'cannot write {path}: .*{reason}'), whole(path):
+            pass
+    assert pipe.is_fifo() and loop.is_symlink()
+    with pytest.raises(OSError, match='device or a pipe'):
+        check_writable('/dev/null')
 
 
 class Bomb:
