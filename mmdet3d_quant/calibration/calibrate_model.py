@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.calibrator import Calibrator
 from mmdet3d_quant.calibration.observe import Forward
@@ -41,7 +41,7 @@ def calibrate(
         forward: ``forward(model, batch)`` runs the model. By default a tensor is passed as
             ``model(batch)``, a sequence as ``model(*batch)``, a dict as
             ``model.test_step(batch)`` where the model has one (mmengine) and else as
-            ``model(**batch)``. It runs on the first batch once more, before that is observed.
+            ``model(**batch)``. It runs on a copy of the first batch, too.
         num_batches: Stop after so many; all by default.
         weights: Per output channel ``'max'``, the largest absolute weight, or ``'mse'``, the
             range with the least squared error.
@@ -53,14 +53,18 @@ def calibrate(
         :class:`Calibration`, the ranges and their statistics.
 
     Raises:
-        ValueError: If the method is unknown, ``num_batches`` < 1, nothing is quantized, or there
-            is no batch to hold out.
+        ValueError: If the method is unknown, ``num_batches`` < 1, ``batches`` is a single batch,
+            nothing is quantized, or there is no batch to hold out.
         NonFiniteError: If a weight or tensor has NaN or infinity; names the first.
         CalibrationError: If there are no batches, or a quantizer was never reached or saw zeros
             only.
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f'num_batches must be at least 1, got {num_batches}')
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise ValueError(
+            f'batches is a {type(batches).__name__}: give several batches, or one as [batch]'
+        )
     calibrator = Calibrator(model, Plan.parse(method, weights), forward)
     numbered: Iterable[tuple[int, Any]] = enumerate(islice(batches, num_batches))
     kept: list[tuple[int, Any]] = []
@@ -69,6 +73,8 @@ def calibrate(
     for count, _ in enumerate(calibrator.observe(numbered), 1):
         if calibrator.stability.due(count):
             calibrator.look()
+    if kept and not calibrator.statistics.batches:
+        raise ValueError('at least 2 batches are needed: the last is held out; or give `held_out`')
     if held_out is not None:
         kept = [(-1 - i, batch) for i, batch in enumerate(held_out)]
     return calibrator.finish(kept, after)

@@ -6,7 +6,7 @@ import copy
 import weakref
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from mmengine.dist import all_gather_object
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
 from mmdet3d_quant.calibration.peaks import Peaks
+from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import QuantLayer
@@ -122,8 +123,8 @@ def observe(
 
     A generator: every step is a batch; between steps the statistics are complete and the model is
     as before. During a batch BN is folded into the convolutions, as in what is exported: the same
-    tensors up to rounding, in less time than the observing takes. The first batch is run once more
-    before, to see which BN reads what.
+    tensors up to rounding, in less time than the observing takes. A copy of the first batch is
+    run before, to see which BN reads what.
 
     Args:
         model: The model; in eval mode and mode ``observe`` meanwhile, then as before.
@@ -151,7 +152,8 @@ def observe(
                 observed[name]._calibrator = collector
             with set_mode(model, 'observe'), evaluating(model), torch.no_grad():
                 if folded is None:
-                    folded = without_bn(model, partial(_run_with, forward or run, batch))
+                    # A forward may change its batch, or take something out of it.
+                    folded = without_bn(model, partial(_run_with, forward or run, deep_copy(batch)))
                 with folded:
                     (forward or run)(model, batch)
         finally:
@@ -184,6 +186,8 @@ class _Seen:
 
     def of(self, x: Tensor) -> Histogram:
         """Histogram of a tensor, from the cache if the same tensor was counted before."""
+        if x.is_inference():  # without a version, so that changes in place cannot be seen
+            return Histogram.of(x)
         ref, version, histogram = self._known.get(id(x), (None, -1, None))
         if histogram is None or ref is None or ref() is not x or version != x._version:
             histogram = Histogram.of(x)
@@ -231,9 +235,17 @@ def run(model: nn.Module, batch: Any) -> Any:
     """Runs a model on a batch: a tensor, a mapping, or a sequence of arguments.
 
     A mapping goes to ``test_step`` if the model has one, else it is passed as keyword arguments.
+
+    Raises:
+        TypeError: If the batch is of another type.
     """
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):
         return model.test_step(batch) if hasattr(model, 'test_step') else model(**batch)
+    if not isinstance(batch, Sequence) or isinstance(batch, str):
+        raise TypeError(
+            f'a batch is a {type(batch).__name__}: give a tensor, a dict or a sequence of '
+            'arguments, or say with `forward` how the model takes it'
+        )
     return model(*batch)

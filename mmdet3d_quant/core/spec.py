@@ -66,7 +66,7 @@ class Method:
         """Reads ``'max'``, ``'mse'``, ``'entropy'``, ``'percentile'`` or ``'percentile:99.9'``.
 
         Raises:
-            ValueError: If the name is unknown or the percentile is not in (0, 100].
+            ValueError: If the name is unknown or the percentile is not in [1, 100].
         """
         if isinstance(text, Method):
             return text
@@ -84,6 +84,11 @@ class Method:
             percentile = -1.0
         if not 0 < percentile <= 100:
             raise ValueError(f'percentile must be a number in (0, 100], got {value!r}')
+        if percentile < 1:
+            raise ValueError(
+                f'percentile is in percent: {percentile:g} would clip nearly all; 0.9999 of the '
+                'values is percentile:99.99'
+            )
         return cls(name, percentile)
 
     def __str__(self) -> str:
