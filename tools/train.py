@@ -10,17 +10,21 @@ import torch
 from launch import add_common, runner_config
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.registry import HOOKS, init_default_scope
 from mmengine.runner import Runner
 from terminal import run_tool
 
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.naming import type_name
 from mmdet3d_quant.files.checkpoint import CheckpointError, latest, read_checkpoint, read_training
+from mmdet3d_quant.qat import QATHook
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.conversion import maker_of
 from mmdet3d_quant.runs.from_config import ConfigError
 from mmdet3d_quant.runs.wrappers import accept_wrapped
 
+#: Name of the initialisation in the registry, and of its class.
+PRETRAINED = ('Pretrained', 'PretrainedInit')
 EXAMPLE = """
 examples:
   CONFIG=configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_synthetic.py
@@ -132,9 +136,8 @@ def check_start(cfg: Config) -> None:
         ConfigError: If a QAT run has no ``load_from``.
         UncalibratedError: If the model of a QAT run has a quantizer without a range.
     """
-    hooks = [hook.get('type') for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict)]
     start = cfg.get('load_from')
-    if 'QATHook' in map(type_name, hooks):
+    if is_qat(cfg):
         if not start:
             raise ConfigError('a config with QATHook needs load_from, a checkpoint of calibrate.py')
         fc.load_weights(fc.build_model(cfg), start, calibrated=True)
@@ -144,10 +147,19 @@ def check_start(cfg: Config) -> None:
             raise CheckpointError(f'load_from={start} is {maker}')
 
 
+def is_qat(cfg: Config) -> bool:
+    """Tells whether a hook of the config is a QATHook, by whatever name, or a subclass of it."""
+    init_default_scope(cfg.get('default_scope') or 'mmdet3d')
+    hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
+    kinds = [hook.get('type') for hook in hooks if isinstance(hook, dict)]
+    found = [HOOKS.get(kind) if isinstance(kind, str) else kind for kind in kinds]
+    return any(isinstance(kind, type) and issubclass(kind, QATHook) for kind in found)
+
+
 def pretrained(cfg: Any) -> Iterator[str]:
     """Checkpoints on this disk that parts of a model are initialised from."""
     if isinstance(cfg, dict):
-        if type_name(cfg.get('type')) == 'Pretrained' and '://' not in cfg.get('checkpoint', ''):
+        if type_name(cfg.get('type')) in PRETRAINED and '://' not in cfg.get('checkpoint', ''):
             yield cfg['checkpoint']
         cfg = list(cfg.values())
     for part in cfg if isinstance(cfg, (list, tuple)) else ():

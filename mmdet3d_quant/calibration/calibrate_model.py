@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
+import numpy as np
+from mmengine.dist import all_gather_object, get_dist_info, get_world_size
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.calibrator import Calibrator
-from mmdet3d_quant.calibration.observe import Forward
+from mmdet3d_quant.calibration.eager import uncompiled
+from mmdet3d_quant.calibration.observe import Forward, Statistics
 from mmdet3d_quant.calibration.plan import Plan, PlanLike
 from mmdet3d_quant.calibration.result import Calibration, Correction
 
@@ -31,8 +36,13 @@ def calibrate(
     are merged before their common range is computed. The model is left in mode ``quant``, its
     training flags as they were. When anything fails the model is as before.
 
+    Under torch.distributed all processes call this, each with its share of the batches, such as
+    ``batches[rank::world_size]``; shares may differ in length. All get the ranges and the count
+    of all batches together. Batches that are the same in all processes count once, with a warning.
+
     Args:
-        model: A model with quantized layers, float weights loaded.
+        model: A model with quantized layers, float weights loaded; parts that ``torch.compile``
+            made run as they were before it.
         batches: Batches, of whatever type ``forward`` takes.
         method: ``'max'``, ``'percentile'`` (99.99), ``'percentile:99.9'``, ``'entropy'``,
             ``'mse'`` or ``'auto'``: per quantizer, of those, the one with which the layer's
@@ -42,11 +52,12 @@ def calibrate(
             ``model(batch)``, a sequence as ``model(*batch)``, a dict as
             ``model.test_step(batch)`` where the model has one (mmengine) and else as
             ``model(**batch)``. It runs on a copy of the first batch, too.
-        num_batches: Stop after so many; all by default.
+        num_batches: Stop after so many of this process; all by default.
         weights: Per output channel ``'max'``, the largest absolute weight, or ``'mse'``, the
             range with the least squared error.
         held_out: Batches for ``'auto'`` and ``after``; by default the last of ``batches``, which
-            is then not among those that ranges are searched in.
+            is then not among those that ranges are searched in. Of several processes each has
+            its own.
         after: Steps after the ranges, in order.
 
     Returns:
@@ -56,6 +67,7 @@ def calibrate(
         ValueError: If the method is unknown, ``num_batches`` < 1, ``batches`` is a single batch,
             nothing is quantized, or there is no batch to hold out.
         NonFiniteError: If a weight or tensor has NaN or infinity; names the first.
+        QuantError: If the model was built in ``torch.inference_mode()``, which is left meanwhile.
         CalibrationError: If there are no batches, or a quantizer was never reached or saw zeros
             only.
     """
@@ -65,19 +77,85 @@ def calibrate(
         raise ValueError(
             f'batches is a {type(batches).__name__}: give several batches, or one as [batch]'
         )
-    calibrator = Calibrator(model, Plan.parse(method, weights), forward)
-    numbered: Iterable[tuple[int, Any]] = enumerate(islice(batches, num_batches))
+    plan = Plan.parse(method, weights)
+    with uncompiled(model) as plain:
+        result, same = _calibrate(plain, batches, plan, forward, num_batches, held_out, after)
+    if same:
+        warnings.warn(
+            'calibrate: all processes were given the same batches, which count once. To go faster '
+            'give each its share, as batches[rank::world_size] is',
+            stacklevel=2,
+        )
+    return result
+
+
+def _calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    plan: Plan,
+    forward: Forward | None,
+    num_batches: int | None,
+    held_out: Iterable[Any] | None,
+    after: Sequence[Correction],
+) -> tuple[Calibration, bool]:
+    """Calibrates; tells also whether all processes were given the same batches."""
+    calibrator = Calibrator(model, plan, forward)
+    calibrator.statistics = given = _Given(calibrator.statistics.histograms)
+    rank, world = get_dist_info()
+    numbered = _numbered(islice(batches, num_batches), rank, world)
     kept: list[tuple[int, Any]] = []
     if (calibrator.needs_held_out or after) and held_out is None:
         numbered = _all_but_last(numbered, kept)
-    for count, _ in enumerate(calibrator.observe(numbered), 1):
-        if calibrator.stability.due(count):
-            calibrator.look()
-    if kept and not calibrator.statistics.batches:
+    _observe(calibrator, numbered, world)
+    if kept and world == 1 and not given.batches:
         raise ValueError('at least 2 batches are needed: the last is held out; or give `held_out`')
     if held_out is not None:
-        kept = [(-1 - i, batch) for i, batch in enumerate(held_out)]
-    return calibrator.finish(kept, after)
+        kept = [(-1 - number, batch) for number, batch in _numbered(held_out, rank, world)]
+    return calibrator.finish(kept, after), given.same
+
+
+def _numbered(batches: Iterable[Any], rank: int, world: int) -> Iterator[tuple[int, Any]]:
+    """Numbers batches so that no two processes have the same number."""
+    return ((rank + world * i, batch) for i, batch in enumerate(batches))
+
+
+def _observe(calibrator: Calibrator, batches: Iterable[tuple[int, Any]], world: int) -> None:
+    """Observes all batches; looks at the same times in all processes, whoever has more."""
+    steps = calibrator.observe(batches)
+    for turn in count(1):
+        done = next(steps, None) is None
+        if world == 1 and done:
+            return
+        if calibrator.stability.due(turn):
+            if world > 1 and all(all_gather_object(done)):
+                return
+            calibrator.look()
+
+
+class _Given(Statistics):
+    """Statistics of batches that a caller gave to each process: its share, or all of them.
+
+    Attributes:
+        same: Whether the statistics of all processes were the same when they were last merged.
+    """
+
+    same = False
+
+    def gathered(self) -> Statistics:
+        """Merges the statistics of all processes; takes one's where all are the same."""
+        self.same = get_world_size() > 1 and len(set(all_gather_object(self._digest()))) == 1
+        if not self.same:
+            return super().gathered()
+        total = Statistics(self.histograms)
+        total.merge(self)
+        return total
+
+    def _digest(self) -> str:
+        found = hashlib.sha256()
+        for histogram in self.histograms.values():
+            for value in histogram.state_dict().values():
+                found.update(np.asarray(value).tobytes())
+        return found.hexdigest()
 
 
 def _all_but_last(items: Iterable[Any], last: list[Any]) -> Iterator[Any]:

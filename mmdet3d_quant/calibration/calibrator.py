@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.auto import least_output_error
@@ -30,6 +31,7 @@ from mmdet3d_quant.calibration.result import (
 )
 from mmdet3d_quant.calibration.stability import TOLERANCE, Stability
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
@@ -39,8 +41,9 @@ class Calibrator:
     """Calibration in steps, for whoever wants to stop, go on or look between them.
 
     Observing and choosing are apart: the same statistics serve any method. With several
-    processes each observes batches of its own; :meth:`look` and :meth:`finish` must then be
-    called by all, and give all the same.
+    processes each observes batches of its own, under numbers of their own; :meth:`look` and
+    :meth:`finish` must then be called by all, and give all the same. Inference mode is left
+    meanwhile: ranges are trained later.
 
     Args:
         model: A model with quantized layers, float weights loaded.
@@ -51,8 +54,10 @@ class Calibrator:
     Raises:
         ValueError: If nothing is quantized, or a pattern of the plan fits nothing.
         NonFiniteError: If a weight is NaN or infinite.
+        QuantError: If the model was built in ``torch.inference_mode()``.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -67,6 +72,12 @@ class Calibrator:
             raise ValueError(
                 f'{type(model).__name__} has no quantized layers: use Quant* types in its config'
             )
+        made = [n for n, q in quantizers(model).items() if _is_inference(q._amax)]
+        if made:
+            raise QuantError(
+                f'{made[0]}._amax and {len(made) - 1} more were made in torch.inference_mode(), '
+                'where no range can be set for training: build and move the model outside of it'
+            )
         bad = weak_weights(model)
         if bad:
             raise NonFiniteError(f'the model cannot be calibrated: {"; ".join(bad[:5])}')
@@ -80,6 +91,7 @@ class Calibrator:
         """Whether :meth:`finish` needs batches of its own: for ``auto``."""
         return any(method.name == 'auto' for method in self._methods.values())
 
+    @torch.inference_mode(False)
     def observe(self, batches: Iterable[tuple[int, Any]]) -> Iterator[int]:
         """Lets the quantizers see numbered batches; yields each number when it is in.
 
@@ -88,12 +100,14 @@ class Calibrator:
         """
         yield from observe(self.model, batches, self.statistics, self.forward)
 
+    @torch.inference_mode(False)
     def look(self) -> bool:
         """Compares the ranges with those of the last look; tells whether they have settled."""
         total = self.statistics.gathered()
         self.stability.look(len(total.batches), search(self._units(total)))
         return self.stability.settled_at is not None
 
+    @torch.inference_mode(False)
     def finish(
         self, held_out: Iterable[tuple[int, Any]] = (), after: Sequence[Correction] = ()
     ) -> Calibration:
@@ -204,6 +218,10 @@ class Calibrator:
             self.stability.settled_at,
             self.statistics,
         )
+
+
+def _is_inference(amax: Tensor | None) -> bool:
+    return amax is not None and amax.is_inference()
 
 
 @contextmanager

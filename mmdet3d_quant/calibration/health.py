@@ -41,7 +41,8 @@ class Health:
         lost: Share of the values other than zero that round to zero.
         lost_channels: Share of the channels with values other than zero whose values all do.
         bits: How many bits the largest value of each tensor of a batch takes, in the order in
-            which the quantizer reads them: the inputs of an add or a concat.
+            which the quantizer reads them: the inputs of an add or a concat, also of one that
+            was joined before it was quantized.
     """
 
     sqnr: float
@@ -72,9 +73,9 @@ def examine(
     constant = histogram.num_elements > 1 and float(histogram.lowest) == float(histogram.highest)
     step = _step(amax, spec)
     lost = _lost(histogram, step)
-    channels = [p.cpu() for p in peaks.channels] if peaks else []
+    channels = peaks.inputs if peaks else []
     lost_channels = _lost_channels(channels, step)
-    bits = tuple(bits_kept(float(p.max()), step) for p in channels if p.numel())
+    bits = tuple(min(bits_kept(float(p.max()), step), spec.num_bits) for p in channels if p.numel())
     odd = dict(
         constant=constant,
         unsteady=unsteady > MOST_UNSTEADY,

@@ -76,17 +76,17 @@ class Histogram:
         Where it contains NaN or infinity, so do ``lowest`` and ``highest``.
         """
         result = cls()
-        flat = _flat(x.detach()).float()
-        if flat.numel() == 0:
+        values = flat(x.detach()).float()
+        if values.numel() == 0:
             return result
-        result.lowest, result.highest = torch.aminmax(flat)
+        result.lowest, result.highest = torch.aminmax(values)
         result.least_peak = torch.maximum(-result.lowest, result.highest)
-        result.num_elements, result.num_tensors = flat.numel(), 1
-        if flat.device.type == 'cpu' and not result.finite:
+        result.num_elements, result.num_tensors = values.numel(), 1
+        if values.device.type == 'cpu' and not result.finite:
             return result
         # frexp: peak = m * 2**e with m in [0.5, 1), so peak < 2**e strictly.
         result.exponent = torch.frexp(result.least_peak).exponent.clamp(min=_LEAST)
-        result.bins = count(flat, result.exponent)
+        result.bins = count(values, result.exponent)
         return result
 
     def collect(self, x: Tensor) -> None:
@@ -210,7 +210,7 @@ _OCTAVE = np.repeat(np.r_[0, np.arange(OCTAVES)], PER_OCTAVE).astype(np.float64)
 TENSORS = ('bins', 'exponent', 'lowest', 'highest', 'least_peak')
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """Flattens a tensor in the order of its memory, without a copy where possible."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     return x.permute(order).reshape(-1)

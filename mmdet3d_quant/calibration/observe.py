@@ -13,6 +13,7 @@ from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
+from mmdet3d_quant.calibration.joins import Joins
 from mmdet3d_quant.calibration.peaks import Peaks
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import quantizers, set_mode
@@ -144,17 +145,18 @@ def observe(
     folded: without_bn | None = None
     for number, batch in batches:
         part = Statistics(observed)
-        seen = _Seen()
+        seen, joins = _Seen(), Joins()
         try:
             for name, histogram in part.histograms.items():
                 peaks = part.peaks[name] = Peaks()
-                collector = _Collector(histogram, seen, peaks, axes.get(observed[name], 1))
+                axis = axes.get(observed[name], 1)
+                collector = _Collector(histogram, seen, peaks, axis, joins)
                 observed[name]._calibrator = collector
             with set_mode(model, 'observe'), evaluating(model), torch.no_grad():
                 if folded is None:
                     # A forward may change its batch, or take something out of it.
                     folded = without_bn(model, partial(_run_with, forward or run, deep_copy(batch)))
-                with folded:
+                with folded, joins:
                     (forward or run)(model, batch)
         finally:
             for quantizer in observed.values():
@@ -186,7 +188,7 @@ class _Seen:
 
     def of(self, x: Tensor) -> Histogram:
         """Histogram of a tensor, from the cache if the same tensor was counted before."""
-        if x.is_inference():  # without a version, so that changes in place cannot be seen
+        if x.is_inference():  # it has no version
             return Histogram.of(x)
         ref, version, histogram = self._known.get(id(x), (None, -1, None))
         if histogram is None or ref is None or ref() is not x or version != x._version:
@@ -209,14 +211,17 @@ class _Seen:
 class _Collector:
     """Calibrator of one quantizer for one batch: adds its inputs to histogram and peaks."""
 
-    def __init__(self, histogram: Histogram, seen: _Seen, peaks: Peaks, axis: int) -> None:
-        self.histogram, self.seen, self.peaks, self.axis = histogram, seen, peaks, axis
+    def __init__(
+        self, histogram: Histogram, seen: _Seen, peaks: Peaks, axis: int, joins: Joins
+    ) -> None:
+        self.histogram, self.seen, self.peaks = histogram, seen, peaks
+        self.axis, self.joins = axis, joins
 
     def collect(self, x: Tensor) -> None:
         if self.histogram.num_tensors == 0:
             self.seen.order.append(self.histogram)
         self.histogram.add(self.seen.of(x))
-        self.peaks.add(x, self.axis)
+        self.peaks.add(x, self.axis, self.joins.parts(x) if self.axis == 1 else ())
 
 
 @contextmanager

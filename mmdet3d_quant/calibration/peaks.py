@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, List
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +19,26 @@ class Peaks:
     Attributes:
         channels: Per tensor of a batch float32 (channels,), the largest absolute value of each
             channel over all batches. A tensor without a channel axis has one channel.
+        parts: Per tensor how many of its channels each input of a concatenation brought; () of
+            a tensor that is none.
         by_batch: Largest absolute value by number of the batch.
     """
 
     def __init__(self) -> None:
         self.channels: List[Tensor] = []
+        self.parts: List[Tuple[int, ...]] = []
         self.by_batch: dict[int, Tensor] = {}
 
-    def add(self, x: Tensor, axis: int) -> None:
+    def add(self, x: Tensor, axis: int, parts: Tuple[int, ...] = ()) -> None:
         """Adds the next tensor of a batch.
 
         Args:
             x: Of any shape and floating type.
             axis: Its channel axis.
+            parts: Channels of each input, if it was concatenated.
         """
         self.channels.append(channel_peaks(x, axis))
+        self.parts.append(parts)
 
     def number(self, batch: int) -> None:
         """Declares all that was added to be of one batch."""
@@ -46,6 +51,7 @@ class Peaks:
         total = Peaks()
         longer, shorter = sorted((self.channels, other.channels), key=len, reverse=True)
         total.channels = [*map(_largest, longer, shorter), *longer[len(shorter) :]]
+        total.parts = max(self.parts, other.parts, key=len)
         total.by_batch = {**self.by_batch, **other.by_batch}
         return total
 
@@ -53,6 +59,7 @@ class Peaks:
         """Returns lists of CPU tensors and plain values."""
         return dict(
             channels=[p.cpu() for p in self.channels],
+            parts=list(self.parts),
             by_batch={n: float(p) for n, p in self.by_batch.items()},
         )
 
@@ -61,8 +68,17 @@ class Peaks:
         """Rebuilds peaks from a :meth:`state_dict`."""
         result = cls()
         result.channels = list(state['channels'])
+        result.parts = [tuple(sizes) for sizes in state['parts']]
         result.by_batch = {int(n): torch.tensor(float(p)) for n, p in state['by_batch'].items()}
         return result
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Channel peaks of every tensor; of a concatenated one, of each of its inputs."""
+        split: list[Tensor] = []
+        for peaks, sizes in zip(self.channels, self.parts):
+            split += peaks.split(list(sizes)) if sum(sizes) == len(peaks) else [peaks]
+        return [p.cpu() for p in split]
 
     @property
     def batch(self) -> int | None:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Engine, OpenVINO
-from mmdet3d_quant.export.boxes import CUDA_BEVFUSION, BoxCoding
+from mmdet3d_quant.export.boxes import BoxCoding
 from mmdet3d_quant.export.cuts import bevfusion_cuts
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnNetwork
-from mmdet3d_quant.export.targets import target_in, target_of
+from mmdet3d_quant.export.targets import coding_in
 from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
 from mmdet3d_quant.files.checkpoint import CheckpointError
 from mmdet3d_quant.files.outputs import sha256
@@ -73,8 +73,7 @@ def engine_detector(
         result.pts_neck = nn.Identity()
     if 'head.bbox' in parts:
         file = onnx.load(str(Path(folder) / 'head.bbox.onnx'), load_external_data=False)
-        coding = target_of(target_in(file)).boxes
-        result.bbox_head = _Head(result.bbox_head, parts['head.bbox'], coding)
+        result.bbox_head = _Head(result.bbox_head, parts['head.bbox'], coding_in(file))
     if scn:
         files = sorted(Path(folder).glob('lidar.backbone.*.onnx'))
         if len(files) != 1:
@@ -249,9 +248,7 @@ class _Lidar(nn.Module):
 class _Head(nn.Module):
     """``head.bbox``, and decoding in torch."""
 
-    def __init__(
-        self, head: nn.Module, part: EnginePart, coding: BoxCoding = CUDA_BEVFUSION
-    ) -> None:
+    def __init__(self, head: nn.Module, part: EnginePart, coding: BoxCoding) -> None:
         super().__init__()
         self.head = head
         self.part = part

@@ -22,12 +22,16 @@ class BoxCoding:
     says in which units.
 
     Attributes:
+        name: What files call it in their metadata.
+        text: What the numbers mean, for a reader who decodes them.
         outputs: Names of the outputs in the order of the file, last axis P each.
         velocity: Those of them that a head without velocity does not have.
         encode: From the head's predictions to the outputs; of tensors, and traced.
         decode: From the outputs back to the head's predictions; of tensors and of arrays.
     """
 
+    name: str
+    text: str
     outputs: tuple[str, ...]
     velocity: tuple[str, ...]
     encode: Callable[[Values], dict[str, Any]]
@@ -60,9 +64,41 @@ def _rename(values: Values, names: Mapping[str, str]) -> dict[str, Any]:
 
 #: The head's predictions by the names that CUDA-BEVFusion has for them.
 _RENAMED = dict(score='score', rot='rot', dim='dim', center='reg', height='height', vel='vel')
-CUDA_BEVFUSION = BoxCoding(
-    outputs=('score', 'rot', 'dim', 'reg', 'height', 'vel'),
+_NAMED_BACK = {new: old for old, new in _RENAMED.items()}
+
+
+def _turn(values: Values, names: Mapping[str, str]) -> dict[str, Any]:
+    """Renames, and changes between mmdet3d's coding and CUDA-BEVFusion's; its own inverse.
+
+    CUDA-BEVFusion's yaw is ``-yaw - pi / 2`` of mmdet3d's, whose sine and cosine are ``rot``.
+    """
+    turned = _rename(values, names)
+    if 'dim' in turned:
+        turned['dim'] = turned['dim'][:, [1, 0, 2]]
+    if 'rot' in turned:
+        turned['rot'] = -turned['rot'][:, [1, 0]]
+    return turned
+
+
+_OUTPUTS = ('score', 'rot', 'dim', 'reg', 'height', 'vel')
+MMDET3D = BoxCoding(
+    name='mmdet3d',
+    text='dim is the logarithm of length, width, height; rot is sine, cosine of the yaw, '
+    'counterclockwise from x to the length',
+    outputs=_OUTPUTS,
     velocity=('vel',),
     encode=partial(_rename, names=_RENAMED),
-    decode=partial(_rename, names={new: old for old, new in _RENAMED.items()}),
+    decode=partial(_rename, names=_NAMED_BACK),
 )
+CUDA_BEVFUSION = BoxCoding(
+    name='cuda-bevfusion',
+    text='dim is the logarithm of width, length, height; rot is sine, cosine of -yaw - pi / 2, '
+    'as mit-han-lab trained and CUDA-BEVFusion decodes',
+    outputs=_OUTPUTS,
+    velocity=('vel',),
+    encode=partial(_turn, names=_RENAMED),
+    decode=partial(_turn, names=_NAMED_BACK),
+)
+CODINGS = {coding.name: coding for coding in (MMDET3D, CUDA_BEVFUSION)}
+#: Key of a coding's name in a file's ``metadata_props``; files without it are of MMDET3D.
+BOXES_KEY = 'mmdet3d_quant.boxes'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import set_mode
-from mmdet3d_quant.export.boxes import CUDA_BEVFUSION, BoxCoding
+from mmdet3d_quant.export.boxes import MMDET3D, BoxCoding
 from mmdet3d_quant.export.inputs import random_input
 from mmdet3d_quant.export.targets import DEFAULT, target_of
 
@@ -25,12 +25,14 @@ class Cut:
         module: The part, as a module over named tensors.
         inputs: Example inputs, by name.
         output_names: Names of the outputs.
+        boxes: How the outputs code boxes; None if they are none.
     """
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
     output_names: tuple[str, ...]
+    boxes: BoxCoding | None = None
 
 
 class CameraBackbone(nn.Module):
@@ -106,7 +108,7 @@ class Head(nn.Module):
         output_names: Their names.
     """
 
-    def __init__(self, detector: nn.Module, coding: BoxCoding = CUDA_BEVFUSION):
+    def __init__(self, detector: nn.Module, coding: BoxCoding = MMDET3D):
         super().__init__()
         self.bbox_head = detector.bbox_head
         has_velocity = hasattr(self.bbox_head.prediction_heads[0], 'vel')
@@ -167,6 +169,7 @@ def bevfusion_cuts(
     if head is not None:
         module = Head(detector, target_of(target).boxes)
         add('head.bbox', module, ('middle',), module.output_names)
+        cuts[-1] = replace(cuts[-1], boxes=module.coding)
     return cuts
 
 

@@ -172,6 +172,12 @@ def build_script(manifest: Mapping[str, Any]) -> str:
     )
 
 
+def _boxes(files: Mapping[str, Any]) -> list[str]:
+    """Lines on how outputs code boxes."""
+    coded = ((name, entry['boxes']) for name, entry in files.items() if 'boxes' in entry)
+    return [f'\nBoxes of `{n}` are coded as `{b["coding"]}`: {b["text"]}.' for n, b in coded]
+
+
 def readme(manifest: Mapping[str, Any]) -> str:
     """Writes the README of an exported folder.
 
@@ -196,6 +202,7 @@ def readme(manifest: Mapping[str, Any]) -> str:
         'hashes.',
         '',
         *rows,
+        *_boxes(manifest['files']),
         '',
         '## Check',
         '',

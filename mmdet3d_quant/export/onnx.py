@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.formats import FORMATS
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
+from mmdet3d_quant.export.deconvolution import to_depth_to_space
 from mmdet3d_quant.export.passes import (
     OPSETS,
     drop_identities,
@@ -56,6 +57,7 @@ def export_onnx(
     weights: str = 'float',
     fp16: bool = False,
     layernorm: str = 'standard',
+    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
 
@@ -85,16 +87,13 @@ def export_onnx(
         fp16: Store weights, and compute, in FP16; for graphs without Q/DQ.
         layernorm: ``'standard'``: ONNX's ops (LayerNormalization from opset 17 on);
             ``'custom'``: ``nv::CustomLayerNormalization``, the plugin of CUDA-BEVFusion.
+        metadata: More entries of the file's ``metadata_props``.
 
     Returns:
         The exported model.
 
     Raises:
         UncalibratedError: If a quantizer has no range.
-        ValueError: If members of a tie group have unequal ranges, a quantizer has a
-            format without an ONNX type (fewer than 8 bits), or an argument is none of the above.
-        ExportError: If the graph fails ``onnx.checker``, keeps a batch norm that could not be
-            folded, cannot take another batch size, or is too large for a file.
         ValueError: If members of a tie group have unequal ranges, a quantizer has a
             format without an ONNX type (fewer than 8 bits), or an argument is none of the above.
         ExportError: If the graph fails ``onnx.checker``, cannot take another batch size, or is
@@ -120,9 +119,12 @@ def export_onnx(
             layernorm,
         )
         drop_identities(model.graph)
+        if target_of(target).tiles:
+            to_depth_to_space(model.graph)
+            drop_unused(model.graph)
         if not dynamic_batch:
             fold_shapes(model)
-        props = {TARGET_KEY: target}
+        props = {**(metadata or {}), TARGET_KEY: target}
         if any(n.op_type == 'BatchNormalization' for n in model.graph.node):
             props[KEPT_KEY] = json.dumps(kept)
         onnx.helper.set_model_props(model, props)

@@ -37,9 +37,13 @@ def drop_identities(graph: onnx.GraphProto) -> None:
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:
-    """Removes constants without readers."""
-    read = {i for node in graph.node for i in node.input} | {o.name for o in graph.output}
-    kept = [n for n in graph.node if n.op_type != 'Constant' or n.output[0] in read]
+    """Removes constants without readers, and what computes shapes that nothing reads."""
+    kinds = {'Constant', *_SHAPE_OPS}
+    kept, count = list(graph.node), -1
+    while count != len(kept):
+        count = len(kept)
+        read = {i for node in kept for i in node.input} | {o.name for o in graph.output}
+        kept = [n for n in kept if n.op_type not in kinds or read.intersection(n.output)]
     stored = [i for i in graph.initializer if i.name in read]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.export.boxes import BOXES_KEY
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
 from mmdet3d_quant.export.manifest import MANIFEST, describe_graph, describe_scales
@@ -99,6 +100,7 @@ def export_suite(
                 quantized,
                 target,
                 fp16=fp16 and not ranged,
+                metadata={BOXES_KEY: cut.boxes.name} if cut.boxes else None,
                 **options,
             )
             names = unsigned_names(model)
@@ -108,6 +110,8 @@ def export_suite(
                 cut = replace(cut, module=with_unsigned(cut.module, names))
             exported.append(cut)
             files[path.name] = dict(describe_graph(model), sha256=sha256(path))
+            if cut.boxes:
+                files[path.name]['boxes'] = dict(coding=cut.boxes.name, text=cut.boxes.text)
             left = kept_batch_norms(model)
             if left:
                 files[path.name]['batch_norm'] = left

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from mmdet3d_quant.export.boxes import CUDA_BEVFUSION, BoxCoding
+from mmdet3d_quant.export.boxes import BOXES_KEY, CODINGS, CUDA_BEVFUSION, MMDET3D, BoxCoding
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,25 @@ class Target:
         libspconv: Whether the set has the sparse LiDAR encoder, as libspconv reads it.
         script: Whether the set has ``build_engines.sh``.
         boxes: How the outputs of the head code boxes.
+        tiles: Whether a transposed convolution with a kernel as large as its stride becomes a 1x1
+            convolution and DepthToSpace, which runs in INT8 where the other may not.
     """
 
     name: str
     unsigned: bool = False
     libspconv: bool = False
     script: bool = False
-    boxes: BoxCoding = CUDA_BEVFUSION
+    boxes: BoxCoding = MMDET3D
+    tiles: bool = False
 
 
 #: By name; the first is the default.
 TARGETS = {
     t.name: t
-    for t in (Target('tensorrt', libspconv=True, script=True), Target('openvino', unsigned=True))
+    for t in (
+        Target('tensorrt', libspconv=True, script=True, boxes=CUDA_BEVFUSION, tiles=True),
+        Target('openvino', unsigned=True),
+    )
 }
 DEFAULT = next(iter(TARGETS))
 #: Key of the target's name in a file's ``metadata_props``.
@@ -58,5 +64,21 @@ def target_in(model: onnx.ModelProto) -> str:
 
 
 def coding_of(names: Collection[str]) -> BoxCoding | None:
-    """Finds a target's coding of boxes with outputs of these names; None if they are no boxes."""
+    """Finds a target's coding of boxes with outputs of these names; None if they are no boxes.
+
+    Codings of equal names have the same centres and scores.
+    """
     return next((t.boxes for t in TARGETS.values() if t.boxes.codes(names)), None)
+
+
+def coding_in(model: onnx.ModelProto) -> BoxCoding:
+    """Reads how a file codes boxes.
+
+    Raises:
+        ValueError: If it names a coding that there is not.
+    """
+    name = {p.key: p.value for p in model.metadata_props}.get(BOXES_KEY, MMDET3D.name)
+    known = {c.name: c for c in (*CODINGS.values(), *(t.boxes for t in TARGETS.values()))}
+    if name not in known:
+        raise ValueError(f'there is no coding of boxes {name!r}; there are {", ".join(known)}')
+    return known[name]

@@ -52,6 +52,7 @@ class Calibrated:
     page: Path
 
 
+@torch.inference_mode(False)
 def calibrate_checkpoint(
     config: str | Path,
     checkpoint: str | Path,

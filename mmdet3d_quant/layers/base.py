@@ -71,12 +71,12 @@ class QuantLayer(QuantMixin):
             raise ValueError(
                 f'unknown method {method!r} for weights: expected {" or ".join(WEIGHT_METHODS)}'
             )
-        weight = self.weight.detach().float()
-        dims = [d for d in range(weight.dim()) if d != self.weight_axis]
-        limit = largest(weight, dims)
+        limit = self.largest(self.weight)
         if method == 'max':
             return limit
         fmt = self._weight_quantizer.spec.format
+        weight = self.weight.detach().float()
+        dims = [d for d in range(weight.dim()) if d != self.weight_axis]
         best = torch.full_like(limit, float('inf'))
         chosen = limit.clone()
         for percent in range(100, _LEAST_PERCENT - 1, -1):
@@ -87,6 +87,15 @@ class QuantLayer(QuantMixin):
             chosen = torch.where(error < best, amax, chosen)
             best = torch.minimum(error, best)
         return chosen
+
+    def largest(self, weight: Tensor) -> Tensor:
+        """Computes the largest absolute value of each output channel of a weight of this shape.
+
+        Returns:
+            float32 of the shape of ``_weight_quantizer._amax``.
+        """
+        dims = [d for d in range(weight.dim()) if d != self.weight_axis]
+        return largest(weight.detach().float(), dims)
 
 
 def input_quantizer(module: nn.Module) -> list[Quantizer]:

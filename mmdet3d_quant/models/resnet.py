@@ -156,6 +156,7 @@ class QuantResNet(ResNet):
             raise ValueError('deformable convolutions cannot be quantized: leave dcn=None')
         super().__init__(**bound)
         finish(self, skip, learn_amax)
+        self._freeze_stages()  # new parameters, too: DDP looks before training begins
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Builds a stage of quantized blocks."""

@@ -17,12 +17,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant.core.modes import quantizers, require_calibrated, set_mode
+from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.core.ties import unequal_ties
+from mmdet3d_quant.qat.averaging import averaging, fit_checkpoint, fit_model
+from mmdet3d_quant.qat.clipping import Clipping
 from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges
 
 #: Key of the hook's state in a checkpoint.
 KEY = 'qat'
+#: Iterations from one look at what ranges clip to the next; there is one at the end of an epoch.
+CLIPPING_EVERY = 200
 
 
 @HOOKS.register_module()
@@ -32,7 +37,12 @@ class QATHook(Hook):
     Before the first step it checks that every quantizer has a range and that tied ones have
     equal ones. While training, ranges of weights follow the weights, learned ranges (models with
     ``learn_amax=True``) stay tied, and batch norm uses its running statistics, as the deployed
-    model does. Validation runs the quantized model.
+    model does.
+
+    Validation and test run the quantized model, whatever the stage of the schedule. With
+    mmengine's ``EMAHook``, before or after this hook, they run the averaged weights with ranges
+    of their own, and so do checkpoints have them. Where fixed ranges of activations clip more than
+    they should, a warning names them.
 
     Every step seeds torch from the run's seed, its rank and its number, so that a resumed run
     draws the dropout of an uninterrupted one.
@@ -44,6 +54,7 @@ class QATHook(Hook):
             bias go on being trained.
         schedule: Modes by time and name pattern, for example
             ``{0: {'img_*': 'float'}, 2: {'*': 'quant'}}``; what no pattern names is quantized.
+            They end with the training.
             With several processes, learned ranges and ``'float'``, DDP needs
             ``find_unused_parameters=True``.
         validate_float: Also validate the same weights without quantization; its metrics carry
@@ -72,9 +83,12 @@ class QATHook(Hook):
                     )
         self.validate_float = validate_float
         self._stage: dict[str, str] | None = None
+        self._float: list[Quantizer] = []  # by the stage
+        self._evaluating = False
         self._saved: dict[str, Any] = {}
-        self._weights: WeightRanges
+        self._weights: WeightRanges | None = None
         self._learned: LearnedRanges
+        self._clipping: Clipping | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Checks the model and attaches to the optimizer.
@@ -98,7 +112,10 @@ class QATHook(Hook):
                 f'QATHook: {" and ".join(broken[0][:2])} must share one range and have different '
                 'ones: calibrate the whole model with tools/calibrate.py'
             )
+        self._stage, self._evaluating = None, False
         self._weights = WeightRanges(model, self._saved.get('weight_ratios'))
+        # Compiled code takes no hooks.
+        self._clipping = None if runner.cfg.get('compile') else Clipping(model)
         self._learned = LearnedRanges(model)
         optimizer = runner.optim_wrapper.optimizer
         if len(self._learned):
@@ -124,13 +141,15 @@ class QATHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Sets the schedule's modes, freezes batch norm, and seeds torch."""
         model = bare_model(runner)
-        by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
-        now = runner.iter if by_iter else runner.epoch
+        self._end_evaluation(runner)  # one that an error cut off
+        now = runner.iter if _by_iter(runner) else runner.epoch
         self._set_modes(model, now)
         if self.freeze_bn is not None and now >= self.freeze_bn:
             for module in model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+        if self._clipping and (runner.iter % CLIPPING_EVERY == 0 or self._last(runner, batch_idx)):
+            self._clipping.start()
         torch.manual_seed(_seed(runner))
 
     def after_train_iter(
@@ -141,27 +160,86 @@ class QATHook(Hook):
         Raises:
             RuntimeError: If learned ranges were trained without the optimizer's step hooks.
         """
+        assert self._weights is not None
         self._weights.follow()
         self._learned.check()
+        clipped = self._clipping and self._clipping.message()
+        if clipped:
+            runner.logger.warning(f'QATHook: in iteration {runner.iter + 1} {clipped}')
+
+    def after_train(self, runner: Runner) -> None:
+        """Ends the last stage of the schedule: what it left float is quantized."""
+        for quantizer in self._float:
+            quantizer.mode = 'quant'
+        self._float = []
+
+    def _last(self, runner: Runner, batch_idx: int) -> bool:
+        """Tells whether an epoch ends with this step."""
+        if _by_iter(runner):  # its data may have no length
+            return self.is_last_train_iter(runner)
+        return self.end_of_epoch(runner.train_dataloader, batch_idx)
 
     def _set_modes(self, model: nn.Module, now: int) -> None:
         """Applies the last stage of the schedule that has begun, if it is a new one."""
         past = [time for time in self.schedule if time <= now]
         stage = self.schedule[max(past)] if past else {}
-        if stage == self._stage:
-            return
+        if stage != self._stage:
+            self._set_stage(model, stage)
+
+    def _set_stage(self, model: nn.Module, stage: dict[str, str]) -> None:
+        """Applies a stage, and notes what it leaves float."""
         self._stage = stage
         by_name = quantizers(model)
         set_mode(model, 'quant')
         for pattern, mode in stage.items():
             for name in select(by_name, pattern):
                 by_name[name].mode = mode
+        active = [q for q in by_name.values() if q.float_reason is None]
+        self._float = [q for q in active if q.mode == 'float']
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Validates without quantization if asked and if averaged weights are in by now."""
+        if self.validate_float and averaging(runner, before=self):
+            self._validate_float(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
-        """Repeats the validation without quantization if ``validate_float`` is set."""
-        if not self.validate_float:
-            return
+        """Validates without quantization if asked and not done before."""
+        if self.validate_float and not averaging(runner, before=self):
+            self._validate_float(runner)
+
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Begins an evaluation, once all hooks have made the weights what is evaluated."""
+        if not self._evaluating:
+            self._evaluating = True
+            for quantizer in self._float:
+                quantizer.mode = 'quant'
+            self._fit_ranges(runner)
+
+    def after_val(self, runner: Runner) -> None:
+        """Ends an evaluation, once all hooks have put the weights back."""
+        self._end_evaluation(runner)
+
+    before_test_iter = before_val_iter
+    before_val = before_test = after_test = after_val  # before: one that an error cut off
+
+    def _end_evaluation(self, runner: Runner) -> None:
+        if self._evaluating:
+            self._evaluating = False
+            for quantizer in self._float:
+                quantizer.mode = 'float'
+            self._fit_ranges(runner)
+
+    def _fit_ranges(self, runner: Runner) -> None:
+        """Gives the weights, which averaging may have swapped, their own ranges."""
+        if averaging(runner):
+            ratios = self._saved.get('weight_ratios')
+            if self._weights is None and ratios:  # an evaluation without training
+                self._weights = WeightRanges(bare_model(runner), ratios)
+            fit_model(bare_model(runner), self._weights)
+
+    def _validate_float(self, runner: Runner) -> None:
         loop = runner.val_loop
+        runner.model.eval()
         with set_mode(bare_model(runner), 'float'), torch.no_grad(), autocast(enabled=loop.fp16):
             for batch in loop.dataloader:
                 outputs = runner.model.val_step(batch)
@@ -171,8 +249,10 @@ class QATHook(Hook):
                 runner.message_hub.update_scalar(f'val/float/{name}', value)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Stores the ratios of weight ranges, which resuming needs."""
-        checkpoint[KEY] = dict(weight_ratios=self._weights.ratios)
+        """Gives all weights in it their own ranges; stores the ratios, which resuming needs."""
+        if self._weights is not None:
+            fit_checkpoint(checkpoint, self._weights, runner)
+            checkpoint[KEY] = dict(weight_ratios=self._weights.ratios)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Reads the state that a former run stored."""
@@ -182,6 +262,10 @@ class QATHook(Hook):
 def bare_model(runner: Runner) -> nn.Module:
     """Unwraps the runner's model from DDP or another wrapper of mmengine."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _by_iter(runner: Runner) -> bool:
+    return isinstance(runner.train_loop, IterBasedTrainLoop)
 
 
 def _seed(runner: Runner) -> int:
@@ -194,7 +278,7 @@ def _check_optimized(model: nn.Module, optimizer: torch.optim.Optimizer, runner:
     """Checks that the optimizer trains all learned ranges; warns if weight decay shrinks them."""
     groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
     for name, quantizer in quantizers(model).items():
-        if not quantizer.learned:
+        if not quantizer.learned or not quantizer._amax.requires_grad:
             continue
         group = groups.get(id(quantizer._amax))
         if group is None:

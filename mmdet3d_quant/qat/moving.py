@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,6 +54,24 @@ class WeightRanges:
             if self._covering[name]:
                 cover(layer.weight, quantizer._amax)
 
+    def of(self, state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
+        """Computes the ranges of the weights in a state dict.
+
+        Args:
+            state: State dict of the model, or of a copy with other weights.
+            prefix: What the names of the model's layers begin with there.
+
+        Returns:
+            Range by its key in the state dict, on the device of the weight.
+        """
+        ranges = {}
+        for name, layer in self._layers.items():
+            path = f'{prefix}{name}.' if name else prefix
+            if f'{path}weight' in state:
+                limit = layer.largest(state[f'{path}weight'])
+                ranges[f'{path}_weight_quantizer._amax'] = limit * self.ratios[name].to(limit)
+        return ranges
+
 
 class LearnedRanges:
     """Lets an optimizer train ranges, one per tie group, by their logarithm.
@@ -61,7 +80,7 @@ class LearnedRanges:
     of gradients: one learning rate serves all only if a step changes a range by a share of it. So
     the optimizer is given the gradient by ``ln(amax)``, and its step is applied to ``ln(amax)``
     (as in TQT, Jain et al., 2020). Ranges stay above zero. Members of a tie group get the sum of
-    their gradients and leave every step equal.
+    their gradients and leave every step equal. A member that is frozen moves with the others.
 
     Args:
         model: A calibrated model, some ranges of which are parameters.
@@ -104,7 +123,7 @@ class LearnedRanges:
         """
         if self._called:
             return
-        if any(not group[0].equal(s) for group, s in strict_zip(self._groups, self._start)):
+        if any(not _lead(g).equal(start) for g, start in strict_zip(self._groups, self._start)):
             raise RuntimeError(
                 "the optimizer's step hooks are not called, without which learned ranges go wrong: "
                 'torch.compile takes them off in torch 2.1. Leave out `compile` in the config, or '
@@ -115,18 +134,23 @@ class LearnedRanges:
     def _prepare(self, *_: Any) -> None:
         """Replaces gradients by those of ``ln(amax)``, summed over each group."""
         self._called = True
-        self._before = [group[0].detach().clone() for group in self._groups]
+        self._before = [_lead(group).detach().clone() for group in self._groups]
         for group, amax in strict_zip(self._groups, self._before):
             grads = [member.grad for member in group if member.grad is not None]
             if grads:
                 total = torch.stack(grads).sum(0) * amax
                 for member in group:
-                    member.grad = total.clone()
+                    member.grad = total.clone() if member.requires_grad else None
 
     @torch.no_grad()
     def _apply(self, *_: Any) -> None:
         """Applies the step to ``ln(amax)`` and copies the result to all members of a group."""
         for group, before in strict_zip(self._groups, self._before):
-            after = before * (group[0] - before).exp()
+            after = before * (_lead(group) - before).exp()
             for member in group:
                 member.copy_(after)
+
+
+def _lead(group: list[Tensor]) -> Tensor:
+    """The member of a tie group that the optimizer moves: the first that is not frozen."""
+    return next((member for member in group if member.requires_grad), group[0])

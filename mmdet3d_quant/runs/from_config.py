@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from mmdet3d.registry import MODELS
 from mmengine.config import Config
+from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch import nn
@@ -46,7 +47,9 @@ def read_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     except Exception as err:  # any error of the code in the config
         raise ConfigError(f'config {path} cannot be read: {type(err).__name__}: {err}') from err
     cfg = _without_classes(cfg)
-    cfg.merge_from_dict(overrides or {})
+    if overrides:
+        cfg.merge_from_dict(overrides)
+        cfg = _without_classes(cfg)
     if 'model' not in cfg:
         raise ConfigError(f'config {path} has no `model`')
     return cfg
@@ -62,13 +65,15 @@ def _without_classes(cfg: Config) -> Config:
     def named(value: Any) -> Any:
         nonlocal has_classes
         if isinstance(value, dict):
-            items = dict(value.items())
-            if callable(items.get('type')):
-                has_classes, items['type'] = True, dotted(items['type'])
+            items = dict(dict.items(value))  # past ConfigDict, which builds what is lazy
+            kind = items.get('type')
+            kind = kind.build() if isinstance(kind, (LazyAttr, LazyObject)) else kind
+            if callable(kind):
+                has_classes, items['type'] = True, dotted(kind)
             return {key: named(item) for key, item in items.items()}
         return type(value)(map(named, value)) if type(value) in (list, tuple) else value
 
-    plain = dict(cfg.items())  # not to_dict(), which hides what is lazy
+    plain = dict(dict.items(cfg._cfg_dict))
     own = {k: v for k, v in plain.items() if not callable(v) and not isinstance(v, ModuleType)}
     new = named(own)
     return Config(new, filename=cfg.filename) if has_classes or len(own) < len(plain) else cfg
@@ -111,10 +116,11 @@ def check_data(cfg: Config, entries: Sequence[str]) -> None:
             continue  # not on this disk
         training = entry.startswith('train')
         own = entry.replace('_dataloader', '_evaluator')
-        scored = cfg.get(own if own in cfg else 'val_evaluator') or {}
-        metric = scored.get('type') if isinstance(scored, dict) else None
+        scored = cfg.get(own if own in cfg else 'val_evaluator') or []
+        scored = scored if isinstance(scored, (list, tuple)) else [scored]
+        metrics = {type_name(metric.get('type')) for metric in scored if isinstance(metric, dict)}
         nuscenes = type_name(dataset.get('type')) == 'NuScenesDataset'
-        if nuscenes and type_name(metric) == 'NuScenesMetric' and not entry.startswith('calib'):
+        if nuscenes and 'NuScenesMetric' in metrics and not entry.startswith('calib'):
             version = (dataset.get('metainfo') or {}).get('version', 'v1.0-trainval')
             roles = folders.setdefault((root, version), dict(all=set(), train=set()))
             roles['all'].add(infos)

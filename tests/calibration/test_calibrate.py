@@ -1,5 +1,7 @@
 """Calibration: ranges from data, merged over ties, all or nothing."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -153,3 +155,23 @@ def test_a_step_that_fails_leaves_weights_ranges_and_modes_as_they_were():
         calibrate(model, [10 * x for x in batches()], 'mse', after=[fail])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(q.mode == 'quant' and q.calibrated for q in quantizers(model).values())
+
+
+@pytest.mark.parametrize('part', ['whole', 'inside', 'in place'])
+def test_a_compiled_model_is_calibrated_like_the_plain_one(part):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Sequential(QuantConv2d(3, 4, 1), nn.ReLU()), QuantConv2d(4, 2, 1))
+    batches = [torch.randn(1, 3, 8, 8) for _ in range(3)]
+    model = copy.deepcopy(plain).eval()
+    if part == 'whole':
+        model = torch.compile(model, backend='eager')
+    elif part == 'inside':
+        model[0] = torch.compile(model[0], backend='eager')
+    else:
+        if not hasattr(model, 'compile'):
+            pytest.skip('torch 2.2 has Module.compile')
+        model[0].compile(backend='eager')
+    for method in ('mse', 'auto'):
+        expected = calibrate(copy.deepcopy(plain).eval(), batches, method)
+        found = calibrate(model, batches, method)
+        assert [r.amax for r in found.ranges] == [r.amax for r in expected.ranges]

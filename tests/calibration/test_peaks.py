@@ -96,3 +96,28 @@ def test_channels_of_other_units_are_told(layer, axis):
     x = x if axis == -1 else x.T[None, :, :, None]
     (told,) = mq.calibrate(nn.Sequential(layer), [x], method='max').ranges
     assert told.health.flags == ('channels',) and told.health.lost_channels == 0.5
+
+
+@pytest.mark.parametrize('small', [0, 1])
+def test_a_small_branch_is_told_behind_the_concat_too(small):
+    """As a fuser has it: joined first, then quantized as one tensor by the convolution."""
+
+    class Fuser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = QuantConv2d(12, 4, 1)
+
+        def forward(self, x):
+            maps = [x[:, :4], x[:, 4:]]
+            maps[small] = maps[small] * self.share
+            return self.conv(torch.cat(maps, dim=1))
+
+    torch.manual_seed(0)
+    model, x = Fuser(), torch.randn(2, 12, 32, 32)
+    model.share = 0.01
+    (told,) = mq.calibrate(model, [x], method='max').ranges
+    assert told.health.flags == ('narrow',)
+    assert told.health.bits[small] < 3 and told.health.bits[1 - small] == 8
+    model.share = 0.3
+    (told,) = mq.calibrate(model, [x], method='max').ranges
+    assert told.health.flags == () and len(told.health.bits) == 2

@@ -40,33 +40,6 @@ def test_a_forward_may_take_things_out_of_its_batch():
     assert ranges(model)[0] == float(X.abs().max())
 
 
-def test_inference_mode_gives_the_same_ranges_and_training_goes_on():
-    model, expected = small(), small()
-    with torch.inference_mode():
-        calibrate(model, [X.clone()], 'max')
-    calibrate(expected, [X], 'max')
-    assert ranges(model) == ranges(expected)
-    model.train()(X).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_a_tensor_that_changes_between_two_readers_is_counted_twice_in_inference_mode():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = QuantConv2d(3, 2, 1), QuantConv2d(3, 2, 1)
-
-        def forward(self, x):
-            return self.a(x) + self.b(x.mul_(2))
-
-    model = Twice()
-    with torch.inference_mode():
-        calibrate(model, [X.clone()], 'max')
-    largest = float(X.abs().max())
-    assert float(model.a._input_quantizer.amax) == largest
-    assert float(model.b._input_quantizer.amax) == 2 * largest
-
-
 def test_minus_infinity_masks_and_other_infinities_are_damage():
     model = small()
     model.register_buffer('mask', torch.full((3, 3), -math.inf).triu(1))

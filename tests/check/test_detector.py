@@ -129,7 +129,7 @@ def test_a_trained_head_in_an_engine_finds_the_same_boxes(engine, tmp_path):
     export_onnx(cut.module, [maps[:1]], tmp_path / 'head.onnx', ['middle'], OUTPUTS)
     nodes = [n.op_type for n in onnx.load(tmp_path / 'head.onnx').graph.node]
     assert nodes.count('TopK') == 1 and nodes.count('LayerNormalization') == 3
-    head = _Head(model.bbox_head, EnginePart(engine(tmp_path / 'head.onnx')))
+    head = _Head(model.bbox_head, EnginePart(engine(tmp_path / 'head.onnx')), cut.module.coding)
     metas = [dict(box_type_3d=LiDARInstance3DBoxes)] * 2
     with torch.no_grad():
         expected = model.bbox_head.predict([maps], metas)

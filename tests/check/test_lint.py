@@ -23,7 +23,7 @@ from mmdet3d_quant.check.lint.picture import draw
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export import onnx as exporter
 from mmdet3d_quant.export.tracing import TRACED
-from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
+from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from tests.small import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -57,7 +57,7 @@ class Net(nn.Module):
                 upsample_cfg=dict(mode='bilinear', align_corners=False),
             )
         )
-        self.up = QuantConvTranspose2d(16, 24, 2, stride=2)
+        self.up = QuantConvTranspose2d(16, 24, 3, stride=2)
 
     def forward(self, x):
         return self.up(self.img_neck(self.img_backbone(x))[0])
@@ -411,7 +411,8 @@ def test_a_graph_of_stock_pytorch_quantization(folded, tmp_path, monkeypatch):
     net, x = stock_resnet(folded), torch.randn(1, 3, 64, 64)
     torch.onnx.export(net, x, path, opset_version=13, **TRACED)
     graph = read_graph(path)
-    assert coverage(layers(graph)) == 1 and len(layers(graph)) == 20
+    *convolutions, last = layers(graph)  # its linear layer stays float
+    assert coverage(convolutions) == 1 and len(convolutions) == 20 and not last.int8
     found = Counter(f.rule.id for f in lint(graph))
     assert found == Counter(Q11=8) + (Counter() if folded else Counter(Q01=20))
 
@@ -484,7 +485,7 @@ def test_the_tool_tells_people_and_programs(good, tmp_path, capsys):
     out, picture = tmp_path / 'lint.json', tmp_path / 'bad.png'
     assert TOOL.main([str(bad), '--json', str(out), '--picture', str(picture)]) == 1
     told = ' '.join(capsys.readouterr().out.split())
-    assert 'Q04 float convolution between INT8 layers' in told and '57 of 58' in told
+    assert 'Q04 float layer between INT8 layers' in told and '57 of 58' in told
     report = json.loads(out.read_text())[str(bad)]
     assert report['findings'][0]['id'] == 'Q04' and report['findings'][0]['mend']
     assert sum(not layer['int8'] for layer in report['layers']) == 1
@@ -531,3 +532,47 @@ def test_bad_files_and_arguments(good, tmp_path, monkeypatch):
     ):
         with pytest.raises(SystemExit):
             TOOL.main(args)
+
+
+class Linears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = QuantLinear(16, 32), QuantLinear(32, 8)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize('shape', [(6, 16), (2, 3, 16)])  # Gemm, and MatMul
+def test_linear_layers_are_layers(shape, tmp_path):
+    net, x = Linears().eval(), torch.randn(shape)
+    calibrate(net, [x])
+    model = export_onnx(net, [x], tmp_path / 'm.onnx', ['x'], ['y'])
+    graph = Graph(model)
+    assert lint(graph) == [] and reformats(graph)[1:] == []
+    assert [(k.macs, k.int8) for k in layers(graph)] == [(6 * 16 * 32, True), (6 * 32 * 8, True)]
+    kind = 'Gemm' if len(shape) == 2 else 'MatMul'
+
+    def planted(plant):
+        edit = Edit(model)
+        plant(edit, [n for n in edit.model.graph.node if n.op_type == kind][1])
+        graph = Graph(edit.model)
+        return {f.rule.id for f in lint(graph)}, [k.int8 for k in layers(graph)]
+
+    def float_input(edit, node):
+        node.input[0] = edit.look.pair(node.input[0]).source
+
+    def float_weight(edit, node):
+        reader = edit.look.producer[node.input[1]] if kind == 'MatMul' else node
+        reader.input[0 if kind == 'MatMul' else 1] = edit.look.weight_pair(node).source
+
+    def other_axis(edit, node):
+        pair = edit.look.weight_pair(node)
+        for n in (pair.q, pair.dq):
+            (axis,) = (a for a in n.attribute if a.name == 'axis')
+            axis.i = 1
+
+    assert planted(float_input) == ({'Q02'}, [True, False])
+    assert planted(float_weight) == ({'Q03'}, [True, False])
+    assert 'Q28' in planted(other_axis)[0]

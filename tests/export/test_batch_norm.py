@@ -20,7 +20,7 @@ from mmdet3d_quant.export import export_onnx, export_suite
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.onnx import kept_batch_norms
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
-from tests.layers.test_pairs import Net, bn, conv, crossed, odd, read_twice, spread
+from tests.layers.nets import Net, bn, conv, crossed, odd, read_twice, spread
 
 ENGINES = {'ONNX Runtime': ONNXRuntime, 'OpenVINO': OpenVINO}
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from mmdet3d.registry import DATASETS, METRICS
-from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.runner.checkpoint import load_checkpoint as mmengine_load
@@ -19,6 +18,7 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.files import checkpoint as door
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint, read_training
 from tests.qat.toy import Error, Points, Toy, calibrated
+from tests.qat.toy_config import config
 from tests.small import ROOT
 from tests.tools.tiny import TEST, TRAIN
 
@@ -49,36 +49,6 @@ def trained(tmp_path_factory):
     calibrated(folder / 'int8.pth')
     TRAIN.main([str(config(folder)), '--work-dir', str(folder / 'run')])
     return read_training(folder / 'run/epoch_1.pth'), folder
-
-
-def config(folder, epochs=1, **changes):
-    """A config of the toy for all tools."""
-    loader = dict(
-        batch_size=4,
-        num_workers=0,
-        dataset=dict(type='ToyPoints', count=4),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-    )
-    cfg = dict(
-        default_scope='mmdet3d',
-        model=dict(type='Toy'),
-        train_dataloader=loader,
-        val_dataloader=loader,
-        test_dataloader=loader,
-        calib_dataloader=loader,
-        val_evaluator=dict(type='ToyError'),
-        test_evaluator=dict(type='ToyError'),
-        val_cfg=dict(),
-        test_cfg=dict(),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs, val_interval=9),
-        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-2)),
-        load_from=str(folder / 'int8.pth'),
-        log_level='WARNING',
-    )
-    cfg.update(changes)
-    path = folder / 'toy.py'
-    Config(cfg).dump(path)
-    return path
 
 
 PLACES = ('top', 'state_dict', 'meta', 'optimizer', 'message_hub')

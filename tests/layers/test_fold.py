@@ -10,34 +10,16 @@ from mmdet3d.models.layers import make_sparse_convmodule
 from mmdet3d.registry import MODELS
 from spconv.pytorch import SparseConvTensor, SparseSequential, SubMConv3d
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant import calibrate, fold_bn, set_mode
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantMMCVSubMConv3d
 from mmdet3d_quant.layers.fold import without_bn
 from mmdet3d_quant.models import QuantSparseBasicBlock
+from tests.layers.nets import randomise, relative
 from tests.models.small import BLOCKS, KINDS, cloud, kwargs_of
 from tests.parents.small import BATCH, SHAPE
 from tests.parents.small import cloud as few_voxels
-
-
-def randomise(model, seed=0):
-    """Weights and statistics that make every term of the fold matter, negative gammas too."""
-    torch.manual_seed(seed)
-    for m in model.modules():
-        if isinstance(m, _BatchNorm):
-            nn.init.uniform_(m.weight, -1.5, 1.5)
-            nn.init.normal_(m.bias)
-            nn.init.normal_(m.running_mean)
-            nn.init.uniform_(m.running_var, 0.2, 3)
-    model.eval()
-    return model
-
-
-def relative(a, b):
-    return float((a - b).norm() / a.norm())
-
 
 MODULES = {
     'sequential': lambda: nn.Sequential(QuantConv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),

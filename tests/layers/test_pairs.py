@@ -9,55 +9,26 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant import calibrate, fold_bn, set_mode
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.quantizer import Quantizer
-from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from mmdet3d_quant.layers import QuantConvTranspose2d, QuantLinear
 from mmdet3d_quant.layers.fold import fold_known, without_bn
-from tests.layers.test_fold import randomise, relative
+from tests.layers.nets import (
+    Net,
+    bn,
+    conv,
+    crossed,
+    norms_of,
+    odd,
+    randomise,
+    read_twice,
+    relative,
+    spread,
+)
 
 X = torch.randn(2, 4, 9, 11, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Module):
-    """A module of named children and a function of it and its input."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.run = forward
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-    def with_input(self, shape):
-        """Itself, with an input of another shape as ``x``."""
-        torch.manual_seed(1)
-        self.register_buffer('x', torch.randn(shape))
-        return self
-
-
-def conv(cin=4, cout=4, **kwargs):
-    return QuantConv2d(cin, cout, 3, padding=1, **kwargs)
-
-
-def bn(channels=4, **kwargs):
-    return nn.BatchNorm2d(channels, **kwargs)
-
-
-def odd():
-    """Registered conv1, conv2, bn1, bn2: by order, the second norm's convolution is the first."""
-    parts = dict(conv1=conv(), conv2=conv(), bn1=bn(), bn2=bn())
-    return Net(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)).relu())), **parts)
-
-
-def crossed():
-    """conv1, bn2, conv2, bn1 as registered: each pair by order is a wrong one."""
-    parts = dict(conv1=conv(), bn2=bn(), conv2=conv(), bn1=bn())
-    return Net(lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x)).relu())), **parts)
 
 
 def lists():
@@ -92,11 +63,6 @@ def dropout():
 def returned(m, x):
     y = m.conv(x)
     return m.bn(y), y
-
-
-def read_twice(m, x):
-    y = m.conv(x)
-    return m.bn(y) + y.sigmoid()
 
 
 def between(m, x):
@@ -240,22 +206,6 @@ def test_folded_or_kept_and_equal(kind):
     else:
         assert len(norms_of(model)) == norms
         assert all(re.search(wanted, reason) for reason in reasons.values())
-
-
-def norms_of(model):
-    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
-
-
-def spread(model):
-    """As ``randomise``, for norms without weight or statistics, too."""
-    for m in norms_of(model):
-        if m.running_mean is not None:
-            nn.init.normal_(m.running_mean)
-            nn.init.uniform_(m.running_var, 0.2, 3)
-        if m.weight is not None:
-            nn.init.uniform_(m.weight, -1.5, 1.5)
-            nn.init.normal_(m.bias)
-    return model.eval()
 
 
 @pytest.mark.parametrize('make', [odd, crossed, lists])

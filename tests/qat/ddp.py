@@ -14,10 +14,15 @@ from tests.qat.toy import QAT, runner  # noqa: E402
 CPU = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 
 
-def main(work, start, launcher, batch):
+#: The first epoch in float, in which no range has a gradient.
+STAGES = {0: {'*': 'float'}, 1: {'*': 'quant'}}
+
+
+def main(work, start, launcher, batch, stages=''):
     torch.set_num_threads(1)
     join(launcher)
-    hooks = [QAT, dict(type='DistillHook', checkpoint=start, modules={'norm': 1.0})]
+    hook = dict(QAT, schedule=STAGES) if stages else QAT
+    hooks = [hook, dict(type='DistillHook', checkpoint=start, modules={'norm': 1.0})]
     wrapper = {} if launcher == 'none' else dict(launcher=launcher)
     run = runner(
         Path(work),
@@ -30,7 +35,7 @@ def main(work, start, launcher, batch):
             optimizer=dict(type='SGD', lr=0.05),
             paramwise_cfg=dict(custom_keys={'_amax': dict(lr_mult=1000.0)}),
         ),
-        wrapper=None if launcher == 'none' else CPU,
+        wrapper=None if launcher == 'none' else dict(CPU, find_unused_parameters=bool(stages)),
         **wrapper,
     )
     run.train()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from mmdet3d_quant.files.checkpoint import read_checkpoint
@@ -12,15 +13,16 @@ from tests.qat.toy import calibrated
 from tests.small import free_port
 
 
-def test_two_processes_train_like_one(tmp_path):
+@pytest.mark.parametrize('stages', ['', 'stages'])
+def test_two_processes_train_like_one(stages, tmp_path):
     start = str(calibrated(tmp_path / 'int8.pth'))
     alone, two = tmp_path / 'alone', tmp_path / 'two'
     threads = torch.get_num_threads()
-    ddp.main(str(alone), start, 'none', '8')
+    ddp.main(str(alone), start, 'none', '8', stages)
     torch.set_num_threads(threads)
     out = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2']
-        + ['--master-port', free_port(), ddp.__file__, str(two), start, 'pytorch', '4'],
+        + ['--master-port', free_port(), ddp.__file__, str(two), start, 'pytorch', '4', stages],
         capture_output=True,
         text=True,
         cwd=Path(ddp.__file__).parents[2],

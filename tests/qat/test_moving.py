@@ -9,6 +9,7 @@ import torch
 import mmdet3d_quant as mq
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.fake_quant import fake_quantize
+from mmdet3d_quant.models import QuantResNet
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 from tests.qat.toy import Points, Toy
 
@@ -133,6 +134,32 @@ def test_one_learned_range_per_group_takes_the_gradient_of_all_its_readers():
     assert torch.allclose(a.amax, wanted, rtol=1e-4)
     assert torch.equal(a.amax, b.amax) and not torch.equal(a.amax, before)
     assert model.head._input_quantizer.amax > 0  # untouched: it had no gradient
+
+
+def test_a_frozen_member_moves_with_its_group_at_the_rate_of_the_others():
+    """Optimizers keep frozen parameters, with other settings."""
+    model = calibrated_toy(learn_amax=True)
+    first, second = model.a._input_quantizer, model.b._input_quantizer
+    first._amax.requires_grad_(False)
+    learned = LearnedRanges(model)
+    groups = [dict(params=[first._amax], lr=1e-9), dict(params=[second._amax], lr=0.1)]
+    optimizer = torch.optim.Adam(groups, eps=1e-15)
+    learned.attach(optimizer)
+    before = first.amax.clone()
+    model(Points().images).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(first.amax, second.amax)
+    assert abs(math.log(first.amax / before)) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_frozen_stages_do_not_learn_ranges_from_the_start():
+    """DDP counts on the gradients of all parameters that want one when it is made."""
+    model = QuantResNet(depth=18, base_channels=4, frozen_stages=1, learn_amax=True)
+    wants = {n: p.requires_grad for n, p in model.named_parameters() if n.endswith('_amax')}
+    model.train()
+    assert wants == {n: p.requires_grad for n, p in model.named_parameters() if n in wants}
+    assert wants['layer2.0.conv1._input_quantizer._amax']
+    assert not wants['layer1.0.conv1._input_quantizer._amax']
 
 
 def test_a_step_of_adam_changes_every_range_by_the_same_share():

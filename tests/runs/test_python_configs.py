@@ -4,15 +4,21 @@ import sys
 
 import pytest
 import torch
+from mmdet3d.datasets import NuScenesDataset
+from mmdet3d.evaluation import NuScenesMetric
 from mmengine.config import Config
+from mmengine.registry import HOOKS
 from torch import nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.core.naming import type_name
+from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.files.checkpoint import read_checkpoint
 from mmdet3d_quant.layers import QuantConv2d
+from mmdet3d_quant.models import QuantResNet
 from mmdet3d_quant.models.base import quant_conv_cfg, quant_upsample_cfg
+from mmdet3d_quant.qat import QATHook
 from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT, save_float, small_config, small_float_config
 from tests.tools.tiny import TEST, TRAIN
@@ -150,3 +156,89 @@ def test_layers_may_be_classes():
     for kind in (nn.Conv3d, 'torch.nn.Conv3d', 'DCNv2'):
         with pytest.raises(ValueError, match='cannot be quantized'):
             quant_conv_cfg(dict(type=kind))
+
+
+@HOOKS.register_module()
+class OwnQATHook(QATHook):
+    """A hook of a user's."""
+
+
+#: One hook by all the names that a config may give it.
+NAMES = {
+    'name': 'QATHook',
+    'scoped': 'mmengine.QATHook',
+    'other scope': 'mmdet3d.QATHook',
+    'path': 'mmdet3d_quant.qat.hook.QATHook',
+    'short path': 'mmdet3d_quant.qat.QATHook',
+    'class': QATHook,
+    'subclass': OwnQATHook,
+    'name of a subclass': 'OwnQATHook',
+}
+
+
+@pytest.mark.parametrize('place', ['custom_hooks', 'default_hooks'])
+@pytest.mark.parametrize('kind', NAMES.values(), ids=NAMES)
+def test_a_qat_run_is_known_by_whatever_its_hook_is_called(kind, place):
+    hook = dict(type=kind)
+    cfg = Config({place: [hook] if place == 'custom_hooks' else dict(qat=hook)})
+    with pytest.raises(fc.ConfigError, match='needs load_from'):
+        TRAIN.check_start(cfg)
+    TRAIN.check_start(Config(dict(custom_hooks=[dict(type='EMAHook'), dict(type='NoSuchHook')])))
+
+
+OTHER = """
+from mmengine.model import PretrainedInit
+from torch import nn
+
+from mmdet3d_quant.layers import QuantConv2d
+from mmdet3d_quant.qat import QATHook
+
+model = dict(
+    type='QuantResNet',
+    conv_cfg=dict(type=QuantConv2d),
+    norms=[dict(cls=nn.BatchNorm2d), (dict(type=nn.ReLU),)],
+    init_cfg=dict(type=PretrainedInit, checkpoint='some.pth'),
+)
+custom_hooks = [dict(type=QATHook)]
+"""
+
+
+def test_classes_elsewhere_than_under_type_can_be_dumped_too(tmp_path):
+    (tmp_path / 'other.py').write_text(OTHER)
+    cfg = fc.read_config(tmp_path / 'other.py')
+    cfg.dump(tmp_path / 'dumped.py')  # as mmengine's Runner does at its start
+    again = fc.read_config(tmp_path / 'dumped.py')
+    for found in (cfg, again):
+        assert found.model.conv_cfg.type == 'mmdet3d_quant.layers.conv.QuantConv2d'
+        assert type_name(found.model.norms[1][0].type) == 'ReLU'
+        assert list(TRAIN.pretrained(found.model)) == ['some.pth']
+    assert cfg.model.norms[0].cls is nn.BatchNorm2d
+
+
+def test_overrides_from_python_may_have_classes(tmp_path):
+    (tmp_path / 'text.py').write_text("model = dict(type='QuantResNet', depth=18)\n")
+    overrides = {'model.conv_cfg': dict(type=QuantConv2d), 'custom_hooks': [dict(type=QATHook)]}
+    cfg = fc.read_config(tmp_path / 'text.py', overrides)
+    assert type_name(cfg.custom_hooks[0].type) == 'QATHook' and 'QuantConv2d' in cfg.pretty_text
+
+
+@pytest.mark.parametrize('metric', ['NuScenesMetric', 'mmdet3d.NuScenesMetric', NuScenesMetric])
+@pytest.mark.parametrize('dataset', ['mmdet3d.NuScenesDataset', NuScenesDataset])
+@pytest.mark.parametrize('several', [False, True])
+def test_data_that_are_scored_on_are_checked_by_whatever_name(metric, dataset, several, tmp_path):
+    evaluator = [dict(type='DumpResults'), dict(type=metric)] if several else dict(type=metric)
+    data = dict(type=dataset, data_root=str(tmp_path), ann_file='val.pkl')
+    (tmp_path / 'val.pkl').write_bytes(b'')
+    cfg = Config(dict(val_dataloader=dict(dataset=data), val_evaluator=evaluator))
+    with pytest.raises(DatasetError, match='v1.0-trainval'):
+        fc.check_data(cfg, ['val_dataloader'])
+
+
+SCOPED = ('mmengine.QuantConv2d', 'mmdet3d.Conv2d', 'mmdet3d_quant.layers.QuantConv2d')
+
+
+@pytest.mark.parametrize('kind', [*SCOPED, QuantConv2d, nn.Conv2d, 'torch.nn.Conv2d'])
+def test_layers_of_a_model_that_is_built_may_be_named_by_whatever_name(kind):
+    cfg = Config(dict(model=dict(type=QuantResNet, depth=18, conv_cfg=dict(type=kind))))
+    model = fc.build_model(cfg)
+    assert type(model.layer1[0].conv1) is QuantConv2d

@@ -15,9 +15,9 @@ from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.runs import weights, wrappers
 from mmdet3d_quant.runs.conversion import maker_of
 from mmdet3d_quant.runs.weights import load_weights
-from tests.files.test_strangers import config
 from tests.qat.toy import calibrated as calibrated_toy
-from tests.tools.test_train_tools import TEST, TRAIN
+from tests.qat.toy_config import config
+from tests.tools.tiny import TEST, TRAIN
 
 
 class Net(nn.Module):

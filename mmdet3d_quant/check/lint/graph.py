@@ -18,7 +18,9 @@ from mmdet3d_quant.export.targets import target_in, target_of
 from mmdet3d_quant.files.limits import LARGEST
 
 #: Convolutions, and the axis of their weight that indexes output channels.
-LAYERS = {'Conv': 0, 'ConvTranspose': 1}
+CONVOLUTIONS = {'Conv': 0, 'ConvTranspose': 1}
+#: Products of matrices; layers where one of the two is a weight.
+PRODUCTS = ('Gemm', 'MatMul')
 
 
 class LintError(ValueError):
@@ -86,6 +88,40 @@ class Graph:
         """Nodes of some types, in the order of the file."""
         return (n for n in self.nodes if n.op_type in types)
 
+    def layers(self) -> Iterator[NodeProto]:
+        """Nodes with a weight that an engine may run in INT8, in the order of the file."""
+        return (n for n in self.nodes if self.is_layer(n))
+
+    def is_layer(self, node: NodeProto) -> bool:
+        """Whether a node is a convolution, or a product with a stored matrix."""
+        if node.op_type in CONVOLUTIONS:
+            return True
+        return node.op_type in PRODUCTS and self.is_stored(self.weight(node))
+
+    def weight(self, layer: NodeProto) -> str:
+        """Name of a layer's weight tensor; of a matrix product before it is transposed."""
+        tensor = layer.input[1]
+        maker = self.producer.get(tensor)
+        if layer.op_type in PRODUCTS and maker is not None and maker.op_type == 'Transpose':
+            return maker.input[0]
+        return tensor
+
+    def output_axis(self, layer: NodeProto) -> int:
+        """Axis of a layer's weight that indexes output channels."""
+        if layer.op_type in CONVOLUTIONS:
+            return CONVOLUTIONS[layer.op_type]
+        turned = any(a.name == 'transB' and a.i for a in layer.attribute)
+        return 0 if turned != (self.weight(layer) != layer.input[1]) else 1
+
+    def is_stored(self, tensor: str) -> bool:
+        """Whether a tensor is stored in the file, as it is or quantized."""
+        pair = self.pair(tensor)
+        return self.is_constant(pair.source if pair else tensor)
+
+    def is_int8(self, node: NodeProto) -> bool:
+        """Whether both factors of a convolution or product are quantized."""
+        return self.pair(node.input[0]) is not None and self.weight_pair(node) is not None
+
     def is_constant(self, tensor: str) -> bool:
         """Whether a tensor is stored in the file."""
         return tensor in self._stored
@@ -126,8 +162,8 @@ class Graph:
         return tuple(None if v is None else v.reshape(-1) for v in (scale, zero))  # type: ignore
 
     def weight_pair(self, layer: NodeProto) -> Pair | None:
-        """Finds the Q/DQ pair of a layer's weight."""
-        return self.pair(layer.input[1])
+        """Finds the Q/DQ pair of a layer's weight, or of the second factor of a product."""
+        return self.pair(self.weight(layer))
 
     def holds_weight(self, pair: Pair) -> bool:
         """Whether a pair quantizes stored values, not an activation."""

@@ -1,4 +1,4 @@
-"""Convolutions that an engine runs in INT8, and their share of the arithmetic."""
+"""Layers with weights that an engine runs in INT8, and their share of the arithmetic."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
-from mmdet3d_quant.check.lint.graph import LAYERS, Graph
+from mmdet3d_quant.check.lint.graph import PRODUCTS, Graph
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution.
+    """A convolution, or a product with a stored matrix.
 
     Attributes:
         name: Of its node.
@@ -27,19 +27,12 @@ class Layer:
 
 
 def layers(graph: Graph) -> list[Layer]:
-    """Lists all convolutions in the order of the file."""
-    return [
-        Layer(
-            graph.name(node),
-            _macs(graph, node),
-            all(graph.pair(tensor) is not None for tensor in node.input[:2]),
-        )
-        for node in graph.of(*LAYERS)
-    ]
+    """Lists all layers with weights in the order of the file."""
+    return [Layer(graph.name(n), _macs(graph, n), graph.is_int8(n)) for n in graph.layers()]
 
 
 def coverage(convolutions: Iterable[Layer]) -> float:
-    """Computes the share of multiply-accumulates in INT8, 0 to 1; NaN without convolutions."""
+    """Computes the share of multiply-accumulates in INT8, 0 to 1; NaN without layers."""
     convolutions = list(convolutions)
     total = sum(layer.macs for layer in convolutions)
     return sum(layer.macs for layer in convolutions if layer.int8) / total if total else math.nan
@@ -48,12 +41,14 @@ def coverage(convolutions: Iterable[Layer]) -> float:
 def _macs(graph: Graph, node: NodeProto) -> int:
     """Counts multiply-accumulates: elements of the weight times positions of the output.
 
-    Of a transposed convolution, positions of the input.
+    Of a transposed convolution, positions of the input; of a product, rows of the output.
     """
     where = node.input[0] if node.op_type == 'ConvTranspose' else node.output[0]
     shape = graph.shapes.get(where, [])
     batch, *_ = shape or [1]
     positions = math.prod(max(d, 1) for d in (batch, *shape[2:]))
+    if node.op_type in PRODUCTS:
+        positions = math.prod(max(d, 1) for d in shape[:-1])
     pair = graph.weight_pair(node)
-    weight = graph.shapes.get(pair.source if pair else node.input[1], [])
+    weight = graph.shapes.get(pair.source if pair else graph.weight(node), [])
     return positions * math.prod(max(d, 1) for d in weight)

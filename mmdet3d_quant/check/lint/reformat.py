@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
-from mmdet3d_quant.check.lint.graph import LAYERS, Graph
+from mmdet3d_quant.check.lint.graph import CONVOLUTIONS, PRODUCTS, Graph
 
 #: Ops that an engine computes in the kernel of the INT8 layer before them.
 FUSED = frozenset({'Add', 'Clip', 'LeakyRelu', 'Relu', 'Sum'})
@@ -16,7 +16,7 @@ MOVING = frozenset({
     'Concat', 'DepthToSpace', 'Expand', 'Flatten', 'Gather', 'Identity', 'MaxPool', 'Reshape',
     'Resize', 'Slice', 'Split', 'Squeeze', 'Transpose', 'Unsqueeze',
 })  # yapf: disable  # fmt: skip
-_READERS = frozenset({*LAYERS, 'Gemm', 'MatMul', 'Add', 'Sum', 'QuantizeLinear'})
+_READERS = frozenset({*CONVOLUTIONS, *PRODUCTS, 'Add', 'Sum', 'QuantizeLinear'})
 TO_INT8, TO_FLOAT = 'to INT8', 'to float'
 
 
@@ -65,8 +65,8 @@ def _from_int8(graph: Graph, tensor: str) -> bool:
     node = graph.producer.get(tensor)
     if node is None:
         return False
-    if node.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul'):
-        return all(graph.pair(t) is not None for t in node.input[:2])
+    if node.op_type in (*CONVOLUTIONS, *PRODUCTS):
+        return graph.is_int8(node)
     if node.op_type == 'DequantizeLinear':
         return True
     if node.op_type in ('Add', 'Sum'):  # part of an INT8 layer's kernel, which reads the others
@@ -84,8 +84,8 @@ def _to_int8(graph: Graph, tensor: str) -> bool:
     if tensor in graph.outputs:
         return False
     for node, _ in graph.readers[tensor]:
-        if node.op_type in (*LAYERS, 'Gemm', 'MatMul'):
-            good = all(graph.pair(t) is not None for t in node.input[:2])
+        if node.op_type in (*CONVOLUTIONS, *PRODUCTS):
+            good = graph.is_int8(node)
         elif _moves(node):
             good = _to_int8(graph, node.output[0])
         else:
@@ -104,7 +104,7 @@ def _moves(node: NodeProto) -> bool:
 def _convs_behind(graph: Graph, tensor: str, depth: int = 8) -> Iterator[NodeProto]:
     """Convolutions that read a tensor, directly or through other ops."""
     for node, _ in graph.readers[tensor]:
-        if node.op_type in LAYERS:
+        if graph.is_layer(node):
             yield node
         elif depth:
             for out in node.output:
@@ -114,6 +114,6 @@ def _convs_behind(graph: Graph, tensor: str, depth: int = 8) -> Iterator[NodePro
 def _conv_before(graph: Graph, tensor: str) -> NodeProto | None:
     """The convolution that a tensor comes from, along first inputs."""
     node = graph.producer.get(tensor)
-    while node is not None and node.op_type not in LAYERS:
+    while node is not None and not graph.is_layer(node):
         node = graph.producer.get(node.input[0]) if node.input else None
     return node

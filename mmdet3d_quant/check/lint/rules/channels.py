@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmdet3d_quant.check.lint.graph import LAYERS, Graph
+from mmdet3d_quant.check.lint.graph import Graph
 from mmdet3d_quant.check.lint.rules.helpers import all_pairs
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
 
@@ -14,11 +14,11 @@ from mmdet3d_quant.check.lint.rules.registry import Found, rule
     'export with the axis of the output channels',
 )
 def _axis(graph: Graph) -> Found:
-    for node in graph.of(*LAYERS):
+    for node in graph.layers():
         pair = graph.weight_pair(node)
         if pair is None or pair.scale is None or pair.scale.size == 1:
             continue
-        if pair.axis != LAYERS[node.op_type]:
+        if pair.axis != graph.output_axis(node):
             yield node, f'axis {pair.axis} of {node.op_type}'
 
 
@@ -29,7 +29,7 @@ def _axis(graph: Graph) -> Found:
     'one scale per output channel',
 )
 def _count(graph: Graph) -> Found:
-    for node in graph.of(*LAYERS):
+    for node in graph.layers():
         pair = graph.weight_pair(node)
         shape = graph.shapes.get(pair.source) if pair else None
         if not pair or pair.scale is None or pair.scale.size == 1 or not shape:

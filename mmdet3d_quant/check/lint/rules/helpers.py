@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Iterator
 
 import numpy as np
-from onnx import NodeProto
 
 from mmdet3d_quant.check.lint.graph import Graph, Pair
 
@@ -23,8 +22,3 @@ def same_values(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     if a is None or b is None:
         return a is b
     return np.array_equal(a, b, equal_nan=a.dtype.kind == 'f')
-
-
-def is_int8(graph: Graph, layer: NodeProto) -> bool:
-    """Tells whether input and weight of a convolution are quantized."""
-    return graph.pair(layer.input[0]) is not None and graph.weight_pair(layer) is not None

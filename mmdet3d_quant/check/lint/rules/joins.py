@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto
 
-from mmdet3d_quant.check.lint.graph import LAYERS, Graph
-from mmdet3d_quant.check.lint.rules.helpers import is_int8, same_values
+from mmdet3d_quant.check.lint.graph import Graph
+from mmdet3d_quant.check.lint.rules.helpers import same_values
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
 
 
@@ -32,7 +32,7 @@ def _residual(graph: Graph) -> Found:
         if any(graph.is_constant(t) or graph.pair(t) is not None for t in node.input):
             continue
         makers = [_maker(graph, t) for t in node.input]
-        int8 = [m for m in makers if m is not None and m.op_type in LAYERS and is_int8(graph, m)]
+        int8 = [m for m in makers if m is not None and graph.is_layer(m) and graph.is_int8(m)]
         if int8:
             yield node, f'adds to {graph.name(int8[0])}'
 
