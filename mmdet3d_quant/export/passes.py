@@ -21,13 +21,15 @@ OPSETS = range(13, 22)
 def drop_identities(graph: onnx.GraphProto) -> None:
     """Removes Identity nodes of constants; their readers read the constants.
 
-    torch stores equal parameters once and copies them with Identity nodes.
+    torch stores equal parameters once and copies them with Identity nodes. Those that make an
+    output of the graph stay.
     """
+    outputs = {o.name for o in graph.output}
     constants = {i.name for i in graph.initializer}
     source = {
         n.output[0]: n.input[0]
         for n in graph.node
-        if n.op_type == 'Identity' and n.input[0] in constants
+        if n.op_type == 'Identity' and n.input[0] in constants and n.output[0] not in outputs
     }
     kept = [n for n in graph.node if n.output[0] not in source]
     for node in kept:
