@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.core.copies import tensors
-from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.modes import float_state_dict, quantizers
 from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export.onnx import ExportError
@@ -85,6 +85,7 @@ def test_layers_that_share_a_quantizer_each_get_its_pair(tmp_path):
     graph = export_onnx(model, [X], tmp_path / 'net.onnx', ['x'], ['y']).graph
     pairs = [n for n in graph.node if n.op_type == 'QuantizeLinear']
     assert len(quantizers(model)) == 3 and len(pairs) == 4
+    assert list(float_state_dict(model)) == ['0.weight', '0.bias', '1.weight', '1.bias']
     kinds = {n.op_type for n in graph.node}
     assert kinds == {'Constant', 'QuantizeLinear', 'DequantizeLinear', 'Conv'}
 
