@@ -26,17 +26,19 @@ help:
 
 setup: $(READY)
 
-$(READY): requirements/build.txt requirements/lock.txt
-	@echo '== 1/4 virtual environment in $(VENV) ($(PYTHON))'
+$(READY): requirements/build.txt requirements/lock.txt requirements/compiler.txt
+	@echo '== 1/5 virtual environment in $(VENV) ($(PYTHON))'
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and "Python 3.11 is needed, found %d.%d: make PYTHON=/path/to/python3.11" % v)'
 	$(PYTHON) -m venv $(VENV)
-	@echo '== 2/4 torch and build tools (2.5 GB, minutes)'
+	@echo '== 2/5 torch and build tools (2.5 GB, minutes)'
 	$(PIP) -r requirements/build.txt -c requirements/lock.txt
-	@echo '== 3/4 mmcv with its operators: compiled once, about 10 minutes on 2 cores; pip keeps the wheel'
+	@echo '== 3/5 mmcv with its operators: compiled once, about 10 minutes on 2 cores; pip keeps the wheel'
 	MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} $(PIP) --no-build-isolation -c requirements/lock.txt mmcv==2.1.0
-	@echo '== 4/4 everything else'
+	@echo '== 4/5 everything else'
 	$(PIP) -r requirements/lock.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
+	@echo '== 5/5 the compiler of TensorRT for RTX, which needs no GPU'
+	$(PIP) --no-deps -r requirements/compiler.txt
 	@touch $@
 
 demo: $(READY)

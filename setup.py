@@ -57,6 +57,10 @@ setup(
     ],
     extras_require={
         'export': ['onnx>=1.14', 'onnxruntime>=1.16', 'openvino>=2024.0', 'psutil'],
+        'compiler': [
+            'tensorrt-rtx-cu12-libs==1.7.1.116',
+            'tensorrt-rtx-cu12-bindings==1.7.1.116',
+        ],
         'safetensors': ['safetensors'],
         'dev': ['pytest>=8', 'ruff', 'mypy', 'safetensors'],
     },

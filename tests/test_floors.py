@@ -44,7 +44,8 @@ KNOWN_TO = {
     'onnx': ('engines', 'export', 'check'),
     'onnxruntime': ('engines/onnxruntime.py', 'export/passes.py'),  # its FP16 converter
     'openvino': ('engines/openvino',),
-    'tensorrt': ('engines/tensorrt',),
+    'tensorrt': ('engines/tensorrt.py',),
+    'tensorrt_rtx_bindings': ('engines/tensorrt_rtx',),
 }
 #: What breaks a rule above, and why.
 EXCEPTIONS = {

@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     console.rule('4/5 tools/export_onnx.py')
     folders = {'float': work_dir / 'onnx/float', 'int8': work_dir / 'onnx/int8'}
     export_onnx.main(
-        [str(config), int8, '--out-dir', str(folders['float']), '--float', '--no-verify']
+        [
+            *(str(config), int8, '--out-dir', str(folders['float'])),
+            *('--float', '--no-verify', '--no-compile'),
+        ]
     )
     agreement = export_onnx.main([str(config), int8, '--out-dir', str(folders['int8'])])
     console.rule('5/5 latency in OpenVINO, 2 threads')

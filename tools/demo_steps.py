@@ -112,7 +112,7 @@ class Demo:
         """Runs tools/export_onnx.py, float and INT8."""
         for name, folder in self.folders.items():
             command = [str(self.config), str(self.int8), '--out-dir', str(folder)]
-            command += ['--float', '--no-verify'] if name == 'float' else []
+            command += ['--float', '--no-verify', '--no-compile'] if name == 'float' else []
             key = {**self.key, 'precision': name}
             self.steps.once(folder, key, lambda c=command: export_onnx.main(c))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compiler import add_options, compile_exported
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import mmdet3d_quant as mq
 from mmdet3d_quant.check.verify import Agreement, verify
 from mmdet3d_quant.data.nuscenes import DatasetError
-from mmdet3d_quant.export import capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export import Cut, capture_inputs, export_suite, generate_inputs
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
 from mmdet3d_quant.export.targets import DEFAULT, TARGETS
 from mmdet3d_quant.runs import from_config as fc
@@ -36,13 +37,15 @@ examples:
   # for OpenVINO on a CPU: UINT8 where a tensor is never negative, twice as many steps
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/openvino --target openvino
 
-  # only the head, with the layer norm of CUDA-BEVFusion's plugin, and FP16 weights
+  # only the head, with CUDA-BEVFusion's layer norm and FP16 weights
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/head --only head.bbox \
       --layernorm custom --fp16
 
   # INT8 weights in the files (a quarter of the size), any batch size, a newer opset
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/small --weights int8 \
       --dynamic-batch --opset 21 --inputs generated --num-cams 6 --no-verify
+
+exit code: 0; 1 with a line that says why, also if NVIDIA's compiler refuses a file
 """
 
 
@@ -100,6 +103,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--num-cams', type=int, default=6, help='cameras of generated inputs')
     parser.add_argument('--no-verify', action='store_true', help='do not run the engines')
+    add_options(parser)
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config'
     )
@@ -129,8 +133,15 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         dynamic_batch=args.dynamic_batch,
     )
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
-    if args.no_verify:
-        return []
+    results = [] if args.no_verify else verify_files(console, args, cuts, manifest)
+    compile_exported(console, args.out_dir, manifest, args.compile)
+    return results
+
+
+def verify_files(
+    console: Console, args: argparse.Namespace, cuts: list[Cut], manifest: dict[str, Any]
+) -> list[Agreement]:
+    """Runs the files in engines, and tells how well these agree."""
     console.print('Verifying: ONNX Runtime and OpenVINO against torch')
     results = []
     for cut in cuts:
@@ -176,12 +187,11 @@ def agreement_table(results: list[Agreement]) -> Table:
     ):
         table.add_column(heading, justify='right')
     for r in results:
-        values: list[Any] = [r.fake_quant, r.onnxruntime, r.openvino]
         table.add_row(
             f'{r.cut}.onnx',
             r.output,
             f'{r.int8_convs} of {r.all_convs}',
-            *(f'{v:.1f}' for v in values),
+            *(f'{value:.1f}' for value in (r.fake_quant, r.onnxruntime, r.openvino)),
         )
     return table
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from compiler import tell_compiled
 from rich.console import Console
 from rich.table import Table
 from terminal import open_console, run_tool
@@ -28,6 +29,8 @@ from mmdet3d_quant.check.lint.layers import coverage
 from mmdet3d_quant.check.lint.picture import draw
 from mmdet3d_quant.check.lint.reformat import TO_FLOAT, TO_INT8
 from mmdet3d_quant.check.lint.rules import is_quantized
+from mmdet3d_quant.engines.tensorrt_rtx import compile_onnx
+from mmdet3d_quant.engines.tensorrt_rtx.compiler import check_installed
 from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.files.outputs import check_writable, whole
 
@@ -39,9 +42,11 @@ examples:
   python tools/lint_onnx.py onnx/int8/*.onnx --min-coverage 0.99 --json lint.json
   python tools/lint_onnx.py model.onnx --picture model.png --ignore Q11 Q14
   python tools/lint_onnx.py model.onnx --target openvino
+  python tools/lint_onnx.py model.onnx --compile
   python tools/lint_onnx.py --rules
 
-exit code: 0 nothing found, 1 something found, 2 a file that cannot be checked
+exit code: 0 nothing found, 1 something found, or refused by the compiler, 2 a file that cannot be
+checked
 """
 
 
@@ -66,6 +71,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--allow-float', action='store_true', help='files without Q/DQ are meant to be float'
     )
+    parser.add_argument(
+        '--compile',
+        action='store_true',
+        help="ask NVIDIA's compiler too (TensorRT for RTX, needs no GPU); tells what it runs in "
+        'another type than expected',
+    )
     parser.add_argument('--json', type=Path, help='write all findings and layers here')
     parser.add_argument('--picture', type=Path, help='draw the precision of one FILE as a PNG')
     parser.add_argument('--rules', action='store_true', help='list the rules')
@@ -87,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in (args.json, args.picture):
         if path is not None:
             check_writable(path)
+    if args.compile:
+        check_installed()
     report, failed = {}, False
     for file in args.files:
         graph = read_graph(file, args.target)
@@ -109,6 +122,11 @@ def main(argv: list[str] | None = None) -> int:
             layers=[dict(name=x.name, macs=x.macs, int8=x.int8) for x in convolutions],
             reformats=[asdict(x) for x in between],
         )
+        if args.compile:
+            verdicts = compile_onnx(file)
+            failed |= not all(verdict.accepted for verdict in verdicts.values())
+            tell_compiled(console, graph, verdicts)
+            report[str(file)]['compiled'] = {sm: v.summary() for sm, v in verdicts.items()}
         if args.picture:
             with whole(args.picture) as part:
                 figure = draw(convolutions, findings, Path(file).name, between)

@@ -11,6 +11,7 @@ from mmdet3d_quant.engines.files import EngineError
 from mmdet3d_quant.engines.onnxruntime import ONNXRuntime
 from mmdet3d_quant.engines.openvino import OpenVINO
 from mmdet3d_quant.engines.tensorrt import TensorRT
+from mmdet3d_quant.engines.tensorrt_rtx import TensorRTRTX
 
 __all__ = [
     'ENGINES',
@@ -20,6 +21,7 @@ __all__ = [
     'ONNXRuntime',
     'OpenVINO',
     'TensorRT',
+    'TensorRTRTX',
     'latency',
     'make_engine',
     'race',
@@ -31,6 +33,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     'onnxruntime': ONNXRuntime,
     'onnxruntime:default': partial(ONNXRuntime, optimized=True),
     'tensorrt': TensorRT,
+    'tensorrt-rtx': TensorRTRTX,
 }
 
 

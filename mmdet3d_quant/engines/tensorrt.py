@@ -38,19 +38,31 @@ class TensorRT:
         logger = trt.Logger(trt.Logger.WARNING)
         with reading(path, 'TensorRT'):
             plan = Path(path).read_bytes() if Path(path).suffix == '.plan' else _build(path, logger)
-            self._runtime = trt.Runtime(logger)  # must outlive its engines
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
-            if self._engine is None:
-                raise ValueError('the plan was built by another version or for another GPU')
+            self._load(trt, logger, plan)
         if save_plan is not None:
             with whole(save_plan) as part:
                 part.write_bytes(plan)
+
+    def _load(self, trt: Any, logger: Any, plan: bytes) -> None:
+        """Loads a plan, and binds a buffer to each of its inputs and outputs.
+
+        Args:
+            trt: TensorRT's module.
+            logger: Its logger.
+            plan: Serialized engine.
+
+        Raises:
+            ValueError: If the plan is for another version or GPU.
+        """
+        self._runtime = trt.Runtime(logger)  # must outlive its engines
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise ValueError('the plan was built by another version or for another GPU')
         self._context = self._engine.create_execution_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {n: self._engine.get_tensor_mode(n) for n in names}
         shapes = {n: tuple(self._engine.get_tensor_shape(n)) for n in names}
         dtypes = {n: np.dtype(trt.nptype(self._engine.get_tensor_dtype(n))) for n in names}
-        # One buffer per input and output, bound once.
         self._buffers = {}
         for n in names:
             dtype = torch.from_numpy(np.empty(0, dtypes[n])).dtype
@@ -68,8 +80,9 @@ class TensorRT:
         outputs = [n for n in self._buffers if n not in self.input_shapes]
         return {n: self._buffers[n].cpu().numpy() for n in outputs}
 
-    def int8_convolutions(self) -> None:
+    def int8_convolutions(self) -> tuple[int, int] | None:
         """Returns None: not implemented; ``trtexec --exportLayerInfo`` reports it."""
+        return None
 
 
 def _build(path: str | Path, logger: Any) -> bytes:

@@ -16,6 +16,7 @@ from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.export.graph import opset
 from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.files.outputs import whole
 
 #: Name of the file in an exported folder.
 MANIFEST = 'manifest.json'
@@ -40,6 +41,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as err:
         raise ExportError(f'{path} is damaged ({err!r}); export again') from None
     return dict(manifest, files=files)
+
+
+def add_to_manifest(folder: str | Path, **entries: Any) -> None:
+    """Adds entries to the manifest of a folder.
+
+    Args:
+        folder: As ``export_suite`` wrote it.
+        **entries: Plain values by key; those of the same keys are replaced.
+
+    Raises:
+        ExportError: If the manifest is missing or damaged.
+    """
+    manifest = dict(read_manifest(folder), **entries)
+    with whole(Path(folder) / MANIFEST) as part:
+        part.write_text(json.dumps(manifest, indent=2) + '\n')
 
 
 def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,8 @@ def whole(path: str | Path) -> Iterator[Path]:
             what it points to is written.
 
     Raises:
-        OSError: If the folder cannot be written to, or a folder, pipe or device is there; says
-            so with the path.
+        OSError: If the folder cannot be written to, or a folder, pipe or device is there, or the
+            disk is full; says so with the path.
     """
     check_writable(path)
     path = Path(path).resolve()
@@ -30,6 +31,13 @@ def whole(path: str | Path) -> Iterator[Path]:
         yield Path(name)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
+    except RuntimeError as err:  # torch.save says so when a disk is full
+        if 'inline_container' not in str(err):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            f'cannot write {path}: the disk took only a part ({free:.0f} MiB are free now)'
+        ) from err
     finally:
         Path(name).unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,19 @@ def test_pipes_devices_and_loops_of_links_are_not_replaced(tmp_path):
     assert pipe.is_fifo() and loop.is_symlink()
     with pytest.raises(OSError, match='device or a pipe'):
         check_writable('/dev/null')
+
+
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path):
+    target = tmp_path / 'out.pth'
+    target.write_text('old')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match='cannot write .*out.pth: the disk'), whole(target) as tmp:
+            torch.save(torch.zeros(10000), tmp)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert target.read_text() == 'old' and list(tmp_path.iterdir()) == [target]
 
 
 class Bomb:

@@ -116,7 +116,7 @@ def test_the_other_tools(work, kind, tmp_path):
     cfg.dump(config)
     run(TEST, config, work / 'text.pth', '--work-dir', tmp_path)
     assert (tmp_path / 'results.pkl').is_file()
-    only = ('--only', 'fuser', '--inputs', 'generated', '--no-verify')
+    only = ('--only', 'fuser', '--inputs', 'generated', '--no-verify', '--no-compile')
     own = work / f'{kind}.py'
     run(export_onnx, own, work / 'text.pth', '--out-dir', tmp_path / 'onnx', *only)
     files = ('--files', 'fuser', '--inputs', 'generated', '--engines', 'onnxruntime')

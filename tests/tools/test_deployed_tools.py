@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from mmdet3d_quant.check.detector import manifest_problems
 from mmdet3d_quant.check.probes import module_name
+from mmdet3d_quant.engines.tensorrt_rtx import compile_onnx, is_installed
 from mmdet3d_quant.export import ExportError
 from mmdet3d_quant.export.manifest import read_manifest
 from mmdet3d_quant.files.checkpoint import CheckpointError
@@ -46,7 +47,8 @@ def work(tmp_path_factory, tiny_nuscenes):
     base = 'bevfusion_tiny_lidar-cam_int8_synthetic'
     config, int8 = write_config(folder / 'int8.py', base, tiny_nuscenes), folder / 'int8.pth'
     calibrate.main([str(a) for a in (config, TRAINED, '--out', int8, '--num-batches', 2)])
-    export_onnx.main([str(a) for a in (config, int8, '--out-dir', folder / 'int8', '--no-verify')])
+    options = ('--out-dir', folder / 'int8', '--no-verify', '--no-compile')
+    export_onnx.main([str(a) for a in (config, int8, *options)])
     return folder
 
 
@@ -109,6 +111,16 @@ def test_broken_scales_cost_score(work, whole):
 @pytest.mark.slow
 def test_the_lidar_file_runs_too(work, whole):
     assert scores(run(work, '--scn'))['mAP'] == pytest.approx(whole[0]['mAP'], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed(), reason='TensorRT for RTX is not installed')
+def test_the_compiler_runs_every_convolution_of_the_files_in_int8(work):
+    for name in ('camera.backbone.onnx', 'fuser.onnx'):
+        for verdict in compile_onnx(work / 'int8' / name).values():
+            nodes = onnx.load(work / 'int8' / name).graph.node
+            count = sum(node.op_type.startswith('Conv') for node in nodes)
+            assert (verdict.int8, len(verdict.products)) == (count, count) and count > 10
 
 
 def test_files_of_another_checkpoint_are_refused(work, tmp_path):

@@ -18,12 +18,14 @@ from mmdet3d_quant.calibration.histogram import NonFiniteError
 from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.engines.openvino.floats import overflows
+from mmdet3d_quant.engines.tensorrt_rtx import Compiled
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT, save_float, small_config
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import calibrate  # noqa: E402
+import compiler  # noqa: E402
 import export_onnx  # noqa: E402
 
 
@@ -119,7 +121,12 @@ def test_quantized_boxes_are_not_the_float_ones(work):
 @pytest.fixture(scope='module')
 def exported(work):
     args = [str(work / 'int8.py'), str(work / 'int8.pth'), '--out-dir', str(work / 'onnx')]
-    return export_onnx.main(args), work / 'onnx'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, 'is_installed', lambda: True)
+        patch.setattr(
+            compiler, 'compile_onnx', lambda path, sms: {sm: Compiled(sm, True) for sm in sms}
+        )
+        return export_onnx.main(args), work / 'onnx'
 
 
 #: File -> inputs and outputs, as CUDA-BEVFusion's runtime binds them, for the small model.
@@ -162,6 +169,7 @@ def test_files_names_and_shapes(exported):
         assert [o.name for o in graph.output] == list(outputs)
         assert 'BatchNormalization' not in told['nodes'] and 'Identity' not in told['nodes']
     assert 'QuantizeLinear' not in manifest['files']['camera.vtransform.onnx']['nodes']
+    assert set(manifest['compiled']['files']) == set(CONTRACT)
 
 
 def test_one_scale_per_tie_group_in_the_files(work, exported):
@@ -201,6 +209,7 @@ def test_engines_agree_better_than_quantization_costs(exported):
 
 def test_float_export_of_a_float_checkpoint(work):
     args = [str(work / 'int8.py'), str(work / 'float.pth'), '--out-dir', str(work / 'f'), '--float']
+    args += ['--no-compile']
     for r in export_onnx.main([*args, '--inputs', 'generated']):
         assert r.onnxruntime > 80 and r.int8_convs == 0
 
