@@ -102,8 +102,12 @@ def tell(made: Calibrated, console: Console, out: str) -> None:
         values = (sorted(s.bands[i].sqnr for s in strata)[middle] for i in range(3))
         texts = (f'{value:.1f}' for value in values)
         console.print(f'Sparse layers near, middle, far: SQNR {", ".join(texts)} dB (median)')
+    for line in result.coverage.lines():
+        console.print(line, markup=False)
+    layers = {layer.name for layer in result.coverage.layers}
     for name, reason in result.kept_float.items():
-        console.print(f'float: {name} ({reason})')
+        if name.rpartition('.')[0] not in layers:  # of a join
+            console.print(f'float: {name} ({reason})', markup=False)
     last = result.looks[-1]
     if result.settled_at is not None:
         console.print(f'The ranges have settled after {result.settled_at} batch(es)')
@@ -114,9 +118,10 @@ def tell(made: Calibrated, console: Console, out: str) -> None:
         )
     console.print(
         f'{len(result.ranges)} activation and {result.num_weights} weight quantizers, '
-        f'{len(result.groups)} groups, {len(result.kept_float)} kept float, '
+        f'{len(result.groups)} groups, {len(result.kept_float)} quantizers kept float, '
         f'method {result.method}, {result.num_batches} batches'
     )
+    console.print(result.coverage.summary())
     console.print(f'Wrote {out} and {made.page}')
 
 

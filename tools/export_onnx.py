@@ -133,6 +133,8 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         dynamic_batch=args.dynamic_batch,
     )
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
+    if manifest['coverage']:
+        console.print(manifest['coverage']['text'])
     results = [] if args.no_verify else verify_files(console, args, cuts, manifest)
     compile_exported(console, args.out_dir, manifest, args.compile)
     return results

@@ -11,10 +11,10 @@ import torch
 from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
-from mmdet3d_quant.calibration.observe import Forward, evaluating, run
+from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.fake_quant import fake_quantize
-from mmdet3d_quant.core.modes import quantizers, set_mode
+from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values, with_values

@@ -31,9 +31,11 @@ from mmdet3d_quant.calibration.result import (
 )
 from mmdet3d_quant.calibration.stability import TOLERANCE, Stability
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.core.modes import quantizers, set_mode
+from mmdet3d_quant.core.modes import kept_float, quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
+from mmdet3d_quant.core.skip import how_to_skip
 from mmdet3d_quant.core.ties import ties
 
 
@@ -85,6 +87,7 @@ class Calibrator:
         self.groups = ties(model)
         self.statistics = Statistics(self._active)
         self.stability = Stability(tolerance)
+        self.macs: dict[str, int] = {}
 
     @property
     def needs_held_out(self) -> bool:
@@ -98,7 +101,7 @@ class Calibrator:
         Raises:
             NonFiniteError: If a tensor has NaN or infinity; names the first quantizer.
         """
-        yield from observe(self.model, batches, self.statistics, self.forward)
+        yield from observe(self.model, batches, self.statistics, self.forward, self.macs)
 
     @torch.inference_mode(False)
     def look(self) -> bool:
@@ -165,8 +168,15 @@ class Calibrator:
                 raise CalibrationError(
                     f'{len(names)} quantizer(s) {what}:\n  '
                     + '\n  '.join(names[:20])
-                    + "\nRemove the layers, or keep them float with `skip` in the model's config"
+                    + '\nRemove the layers, or keep them float: '
+                    + how_to_skip(self.model, self._layers_of(names), quantizers(self.model))
                 )
+
+    def _layers_of(self, names: list[str]) -> list[str]:
+        """Names of quantizers, and of those of the weights beside them."""
+        known = quantizers(self.model)
+        layers = {name.rpartition('.')[0] for name in names if name.endswith('_input_quantizer')}
+        return [n for n in known if n in names or n.rpartition('.')[0] in layers]
 
     def _choices(
         self, chosen: list[Unit], ranges: list[float], held_out: Iterable[tuple[int, Any]]
@@ -202,21 +212,17 @@ class Calibrator:
                     examine(h, choice.amax, choice.unit.spec, peaks),
                     peaks.batch if peaks else None,
                 )
-        kept_float = {
-            n: q.float_reason
-            for n, q in quantizers(self.model).items()
-            if q.float_reason is not None
-        }
         return Calibration(
             str(self.plan),
             len(self.statistics.batches),
             tuple(by_name[name] for name in self._active),
             len(self._weights),
             tuple(self.groups),
-            kept_float,
+            kept_float(self.model),
             tuple(self.stability.looks),
             self.stability.settled_at,
             self.statistics,
+            coverage(self.model, self.macs),
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,7 +15,8 @@ from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
 from mmdet3d_quant.calibration.joins import Joins
 from mmdet3d_quant.calibration.peaks import Peaks
 from mmdet3d_quant.core.copies import deep_copy
-from mmdet3d_quant.core.modes import quantizers, set_mode
+from mmdet3d_quant.core.macs import counting
+from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.fold import without_bn
@@ -119,6 +119,7 @@ def observe(
     batches: Iterable[tuple[int, Any]],
     statistics: Statistics,
     forward: Forward | None = None,
+    macs: dict[str, int] | None = None,
 ) -> Iterator[int]:
     """Runs batches through the float model and adds the quantizers' inputs to the statistics.
 
@@ -132,6 +133,8 @@ def observe(
         batches: Numbered batches, of whatever type ``forward`` takes.
         statistics: Statistics to add to.
         forward: See :func:`mmdet3d_quant.calibrate`.
+        macs: Receives the multiply-accumulates of each layer on the first batch, unless it has
+            some; see :class:`mmdet3d_quant.core.macs.counting`.
 
     Yields:
         Number of each batch, once it is in the statistics.
@@ -157,7 +160,12 @@ def observe(
                     # A forward may change its batch, or take something out of it.
                     folded = without_bn(model, partial(_run_with, forward or run, deep_copy(batch)))
                 with folded, joins:
-                    (forward or run)(model, batch)
+                    if macs is None or macs:
+                        (forward or run)(model, batch)
+                    else:
+                        with counting(model) as counted:
+                            (forward or run)(model, batch)
+                        macs.update(counted.macs)
         finally:
             for quantizer in observed.values():
                 quantizer._calibrator = None
@@ -222,18 +230,6 @@ class _Collector:
             self.seen.order.append(self.histogram)
         self.histogram.add(self.seen.of(x))
         self.peaks.add(x, self.axis, self.joins.parts(x) if self.axis == 1 else ())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode, and restores every module's training flag afterwards."""
-    before = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def run(model: nn.Module, batch: Any) -> Any:

@@ -11,6 +11,7 @@ from mmdet3d_quant.calibration.choose import Unit
 from mmdet3d_quant.calibration.health import Health
 from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.calibration.stability import Look
+from mmdet3d_quant.core.coverage import Coverage
 from mmdet3d_quant.core.errors import QuantError
 
 
@@ -89,6 +90,8 @@ class Calibration:
         looks: How the ranges moved with the number of batches.
         settled_at: Batches after which they moved no more, or None.
         statistics: Statistics that the ranges were chosen from.
+        coverage: Which layers are quantized, with their multiply-accumulates on the first batch
+            that this process observed.
     """
 
     method: str
@@ -100,3 +103,4 @@ class Calibration:
     looks: tuple[Look, ...]
     settled_at: int | None
     statistics: Statistics
+    coverage: Coverage

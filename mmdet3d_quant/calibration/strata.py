@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.calibration.observe import Forward, evaluating, run
+from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.decibels import decibels
 from mmdet3d_quant.core.fake_quant import fake_quantize
-from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.core.modes import evaluating, set_mode
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Iterable, Iterator, Mapping
 
 from torch import nn
 
+from mmdet3d_quant.core.macs import weighted
 from mmdet3d_quant.core.quantizer import Quantizer, UncalibratedError
+from mmdet3d_quant.core.skip import how_to_skip
 from mmdet3d_quant.core.spec import as_reasons, check_mode, select
 
 
@@ -47,11 +49,30 @@ def float_state_dict(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def require_calibrated(model: nn.Module) -> None:
-    """Raises :class:`UncalibratedError` with every quantizer that lacks a range."""
+def require_calibrated(model: nn.Module, reasons: Mapping[str, str] | None = None) -> None:
+    """Raises :class:`UncalibratedError` with every quantizer that lacks a range.
+
+    Args:
+        model: Any module.
+        reasons: Why quantizers were kept float when the checkpoint was saved, by name, if known.
+    """
     names = uncalibrated(model)
-    if names:
+    if not names:
+        return
+    by_name = quantizers(model)
+    if not any(q.calibrated for q in by_name.values()):
         raise UncalibratedError(names)
+    raise UncalibratedError(
+        names,
+        'Other quantizers have ranges: these were kept float, or were of a float type, when the '
+        'checkpoint was saved. To keep them float, write in the config:\n  '
+        f'{how_to_skip(model, names, by_name, reasons)}\nTo quantize them:',
+    )
+
+
+def kept_float(model: nn.Module) -> dict[str, str]:
+    """Lists the quantizers that are kept float, with the reason of each."""
+    return {n: q.float_reason for n, q in quantizers(model).items() if q.float_reason is not None}
 
 
 class set_mode(AbstractContextManager):  # noqa: N801 - reads as the function it is
@@ -87,6 +108,18 @@ class set_mode(AbstractContextManager):  # noqa: N801 - reads as the function it
             q.switches = switches
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode, and restores every module's training flag afterwards."""
+    before = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 def name_quantizers(model: nn.Module) -> None:
     """Labels all quantizers with their names in ``model``, for error messages."""
     for name, q in quantizers(model).items():
@@ -100,15 +133,20 @@ def keep_float(model: nn.Module, skip: str | Iterable[str] | Mapping[str, str]) 
         model: Any module.
         skip: A name pattern, several, or ``{pattern: reason}``. A pattern names a layer, a
             quantizer or a part of the tree with all inside it, relative to ``model``:
-            ``'layer1.0'``, ``'*.conv1'``, ``'conv1._input_quantizer'``.
+            ``'layer1.0'``, ``'*.conv1'``, ``'conv1._input_quantizer'``. A layer of a float type
+            is float anyway; its reason is then told where :mod:`mmdet3d_quant.core.coverage` is.
 
     Raises:
-        ValueError: If a pattern matches no quantizer.
+        ValueError: If a pattern matches neither a quantizer nor a layer with weights.
     """
     by_name = quantizers(model)
+    layers = weighted(model)
     for pattern, reason in as_reasons(skip).items():
         names = select(by_name, pattern)
-        if not names:
+        floats = [n for n in select(layers, pattern) if not quantizers(layers[n])]
+        for name in floats:
+            layers[name].float_reason = reason  # type: ignore[assignment]
+        if not names and not floats:
             some = ', '.join(dict.fromkeys(n.rpartition('.')[0] for n in by_name)) or 'none'
             raise ValueError(
                 f'skip pattern {pattern!r} matches no quantized layer of '

@@ -20,6 +20,12 @@ HOW_TO_CALIBRATE = (
     'or `mmdet3d_quant.calibrate(model, batches)`. To run the model unquantized: '
     "`mmdet3d_quant.set_mode(model, 'float')`."
 )
+#: For one quantizer, which does not know the others.
+_IF_OTHERS_HAVE = (
+    'If other layers have ranges, this one was kept float, or was of a float type, when the '
+    'checkpoint was saved: keep it float with `skip`, of its Quant* type, or of '
+    "`model = dict(type='Quantized', of=DETECTOR, skip={PATTERN: REASON})`. Else:"
+)
 
 
 class UncalibratedError(QuantError):
@@ -27,13 +33,19 @@ class UncalibratedError(QuantError):
 
     Attributes:
         names: The quantizers concerned.
+
+    Args:
+        names: Likewise.
+        hint: Sentences before those that tell how to calibrate.
     """
 
-    def __init__(self, names: list[str]):
+    def __init__(self, names: list[str], hint: str = ''):
         self.names = names
         shown = '\n  '.join(names[:20]) + (f'\n  ... {len(names) - 20} more' if names[20:] else '')
         super().__init__(
-            f'{len(names)} quantizer(s) have no calibrated range:\n  {shown}\n{HOW_TO_CALIBRATE}'
+            f'{len(names)} quantizer(s) have no calibrated range:\n  {shown}\n'
+            + (f'{hint} ' if hint else '')
+            + HOW_TO_CALIBRATE
         )
 
 
@@ -163,7 +175,7 @@ class Quantizer(Switches):
                 self._calibrator.collect(x)
             return x
         if not self._calibrated:
-            raise UncalibratedError([self.label])
+            raise UncalibratedError([self.label], _IF_OTHERS_HAVE)
         if self.use_fb_fake_quant and torch.onnx.is_in_onnx_export():  # the library's own export
             return self._fb_fake_quant(x, self._amax.clamp(min=MIN_AMAX))
         return quantize(x, self._amax, self.spec)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.formats import INT8
-from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.macs import counting
+from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mode
 from mmdet3d_quant.export.boxes import BOXES_KEY
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
@@ -60,7 +63,8 @@ def export_suite(
         The cuts, with modules that compute what the files do (unsigned activations for a target
         that takes them), and the manifest: per file its inputs, outputs, shapes, node counts and
         SHA-256, and ``batch_norm`` that could not be folded, with reasons; ``scales`` by group;
-        ``kept_float`` with reasons.
+        ``kept_float`` with reasons; ``coverage``, the layers of the detector that are
+        quantized, unless the graphs are float.
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
@@ -79,6 +83,7 @@ def export_suite(
     if unknown:
         raise ValueError(f'there is no {unknown[0]} to export for {target}; {", ".join(stems)}')
     files = {}
+    ran: list[Cut] = []
     exported: list[Cut] = []
     formats: set[str] = set()
     unsigned: set[int] = set()  # ids of quantizers of the detector
@@ -103,6 +108,7 @@ def export_suite(
                 metadata={BOXES_KEY: cut.boxes.name} if cut.boxes else None,
                 **options,
             )
+            ran.append(cut)
             names = unsigned_names(model)
             if names:
                 known = quantizers(cut.module)
@@ -124,9 +130,8 @@ def export_suite(
             target=target,
             files=files,
             scales=describe_scales(detector, unsigned) if quantized else [],
-            kept_float={
-                n: q.float_reason for n, q in quantizers(detector).items() if q.float_reason
-            },
+            kept_float=kept_float(detector),
+            coverage=coverage(detector, _count_macs(detector, ran)).plain() if quantized else None,
         )
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
         there = Path(out_dir) / README
@@ -136,6 +141,15 @@ def export_suite(
             (folder / SCRIPT).write_text(build_script(manifest))
             (folder / SCRIPT).chmod(0o755)
     return exported, manifest
+
+
+@torch.no_grad()
+def _count_macs(detector: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
+    """Counts multiply-accumulates by layer; not of the LiDAR encoder, which has no inputs here."""
+    with evaluating(detector), set_mode(detector, 'float'), counting(detector) as counted:
+        for cut in cuts:
+            cut.module(*cut.inputs.values())
+    return counted.macs
 
 
 def _export_lidar(

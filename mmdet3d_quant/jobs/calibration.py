@@ -26,6 +26,7 @@ from mmdet3d_quant.calibration import (
 )
 from mmdet3d_quant.calibration.stability import TOLERANCE
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.coverage import coverage, float_parts
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
 from mmdet3d_quant.jobs.outliers import outliers
@@ -150,7 +151,8 @@ def calibrate_checkpoint(
     for warning in outliers(result, data.seen):
         told.warn(warning)
     calibration = dict(method=result.method, num_batches=result.num_batches, loader=name)
-    meta.update(about, calibration=calibration)
+    meta.update(about, calibration=calibration, kept_float=result.kept_float)
+    meta.update(macs={k.name: k.macs for k in result.coverage.layers if k.macs is not None})
     with whole(out) as path:
         torch.save(dict(state_dict=model.cpu().state_dict(), meta=meta), path)
     saved.clear()
@@ -212,6 +214,8 @@ def _introduce(
             f'{data.name} has the data that {" and ".join(same)} evaluate(s) on: '
             'scores will flatter. Set calib_dataloader to training data'
         )
+    for warning in float_parts(calibrator.model, coverage(calibrator.model)):
+        told.warn(warning)
 
 
 def _go_on(calibrator: Calibrator, saved: Progress, resume: bool, rank: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from mmdet3d_quant.models.fuser import QuantConvFuser
 from mmdet3d_quant.models.lss_fpn import QuantGeneralizedLSSFPN
+from mmdet3d_quant.models.quantized import Quantized
 from mmdet3d_quant.models.resnet import QuantBasicBlock, QuantBottleneck, QuantResNet
 from mmdet3d_quant.models.second import QuantSECOND, QuantSECONDFPN
 from mmdet3d_quant.models.sparse_encoder import (
@@ -24,4 +25,5 @@ __all__ = [
     'QuantSECONDFPN',
     'QuantSparseBasicBlock',
     'QuantSparseEncoder',
+    'Quantized',
 ]

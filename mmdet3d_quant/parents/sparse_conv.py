@@ -146,6 +146,19 @@ else:
 class _Portable(_Convolution):
     """Convolves in plain torch on a CPU; the constructor and the parameters are spconv's."""
 
+    @property
+    def _rules_key(self) -> str:
+        """Name of the rules that this layer leaves with its output."""
+        geometry = (self.subm, *self.kernel_size, *self.stride, *self.padding, *self.dilation)
+        return f'rulebook{geometry}'
+
+    def num_pairs(self, output: SparseConvTensor) -> int | None:
+        """Counts the pairs of voxels that met in what this layer returned; None on a GPU."""
+        if self.conv1x1:
+            return len(output.features)
+        rules = output.indice_dict.get(self._rules_key)
+        return sum(rules.counts) if isinstance(rules, Rulebook) else None
+
     def _conv_forward(
         self,
         training: bool,
@@ -157,9 +170,7 @@ class _Portable(_Convolution):
     ) -> SparseConvTensor:
         if input.features.device.type != 'cpu' or self.conv1x1:
             return super()._conv_forward(training, input, weight, bias, *args, **kwargs)
-        # Layers of one stage read the same voxels: the rules travel with the tensor.
-        geometry = (self.subm, *self.kernel_size, *self.stride, *self.padding, *self.dilation)
-        key = f'rulebook{geometry}'
+        key = self._rules_key  # layers of one stage read the same voxels: the rules travel
         rules = input.indice_dict.get(key)
         if rules is None or rules.inputs is not input.indices:
             rules = rulebook(self, input)

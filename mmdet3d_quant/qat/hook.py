@@ -16,7 +16,8 @@ from mmengine.runner import IterBasedTrainLoop, Runner, autocast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet3d_quant.core.modes import quantizers, require_calibrated, set_mode
+from mmdet3d_quant.core.coverage import coverage, float_parts
+from mmdet3d_quant.core.modes import kept_float, quantizers, require_calibrated, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.core.ties import unequal_ties
@@ -86,6 +87,7 @@ class QATHook(Hook):
         self._float: list[Quantizer] = []  # by the stage
         self._evaluating = False
         self._saved: dict[str, Any] = {}
+        self._meta: dict[str, Any] = {}
         self._weights: WeightRanges | None = None
         self._learned: LearnedRanges
         self._clipping: Clipping | None = None
@@ -105,7 +107,7 @@ class QATHook(Hook):
             for pattern in modes:
                 if not select(quantizers(model), pattern):
                     raise ValueError(f'QATHook: schedule pattern {pattern!r} matches no quantizer')
-        require_calibrated(model)
+        require_calibrated(model, self._meta.get('kept_float'))
         broken = unequal_ties(model)
         if broken:
             raise ValueError(
@@ -130,6 +132,10 @@ class QATHook(Hook):
             f'QATHook: {len(quantizers(model))} quantizers, ranges of {len(self._learned)} groups '
             'learned'
         )
+        found = coverage(model, self._meta.get('macs'))
+        runner.logger.info('\n'.join([f'QATHook: {found.summary()}', *found.lines()]))
+        for warning in float_parts(model, found):
+            runner.logger.warning(f'QATHook: {warning}')
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seeds random, numpy and torch for data that this process loads."""
@@ -249,14 +255,18 @@ class QATHook(Hook):
                 runner.message_hub.update_scalar(f'val/float/{name}', value)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Gives all weights in it their own ranges; stores the ratios, which resuming needs."""
+        """Gives all weights in it their own ranges; stores their ratios and what stays float."""
         if self._weights is not None:
             fit_checkpoint(checkpoint, self._weights, runner)
             checkpoint[KEY] = dict(weight_ratios=self._weights.ratios)
+        meta = checkpoint.setdefault('meta', {})
+        meta.update(self._meta, kept_float=kept_float(bare_model(runner)))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Reads the state that a former run stored."""
         self._saved = checkpoint.get(KEY) or {}
+        meta = checkpoint.get('meta') or {}
+        self._meta = {key: meta[key] for key in ('kept_float', 'macs') if key in meta}
 
 
 def bare_model(runner: Runner) -> nn.Module:

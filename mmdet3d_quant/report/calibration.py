@@ -37,7 +37,7 @@ _BARS = 64
 #: What each flag means and what to do.
 ADVICE = {
     'noisy': f'SQNR below {LEAST_SQNR:g} dB: INT8 tells little of this tensor. Try auto or another '
-    'method for this layer, or keep it float with skip.',
+    'method for this layer, or keep it float (docs/calibration.md tells how).',
     'clipped': f'More than {MOST_CLIPPED:.0%} of the values lie beyond the range. Try max or a '
     'higher percentile.',
     'unsteady': f'The largest value of a batch is more than {MOST_UNSTEADY:g} times that of '
@@ -47,8 +47,8 @@ ADVICE = {
     'lost': f'More than {MOST_LOST:.0%} of the values other than zero round to zero: a few large '
     'ones take the range. Look at the frames that they are in, or try a percentile.',
     'channels': f'More than {MOST_LOST_CHANNELS:.0%} of the channels round to zero as a whole: '
-    'their units differ, as in features of points or a depth map. Keep the layer float with skip, '
-    'or scale the channels alike.',
+    'their units differ, as in features of points or a depth map. Keep the layer float, or '
+    'scale the channels alike.',
     'narrow': f'One input of the add or concat keeps fewer than {LEAST_BITS:g} bits, since '
     'another one is much larger: scale the branches alike, or keep the join float.',
 }
@@ -98,8 +98,8 @@ def range_facts(
 
     Returns:
         ``ranges`` (per quantizer, worst SQNR first), ``flags`` (number of quantizers by flag),
-        ``looks``, ``strata`` (per sparse layer, in the order of the model), and the rest of the
-        calibration.
+        ``coverage``, ``looks``, ``strata`` (per sparse layer, in the order of the model), and the
+        rest of the calibration.
     """
     histograms = calibration.statistics.histograms
     rows = [
@@ -118,6 +118,7 @@ def range_facts(
         num_weights=calibration.num_weights,
         groups=[list(group) for group in calibration.groups],
         kept_float=dict(calibration.kept_float),
+        coverage=calibration.coverage.plain(),
         settled_at=calibration.settled_at,
         flags=dict(Counter(flag for row in rows for flag in row['flags'])),
         looks=looks,

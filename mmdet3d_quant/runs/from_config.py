@@ -66,10 +66,11 @@ def _without_classes(cfg: Config) -> Config:
         nonlocal has_classes
         if isinstance(value, dict):
             items = dict(dict.items(value))  # past ConfigDict, which builds what is lazy
-            kind = items.get('type')
-            kind = kind.build() if isinstance(kind, (LazyAttr, LazyObject)) else kind
-            if callable(kind):
-                has_classes, items['type'] = True, dotted(kind)
+            for key in ('type', 'of'):  # of: the type that `Quantized` builds
+                kind = items.get(key)
+                kind = kind.build() if isinstance(kind, (LazyAttr, LazyObject)) else kind
+                if callable(kind):
+                    has_classes, items[key] = True, dotted(kind)
             return {key: named(item) for key, item in items.items()}
         return type(value)(map(named, value)) if type(value) in (list, tuple) else value
 

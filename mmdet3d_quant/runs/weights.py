@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -12,7 +13,12 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
-from mmdet3d_quant.core.modes import float_state_dict, quantizers, require_calibrated
+from mmdet3d_quant.core.modes import (
+    float_state_dict,
+    kept_float,
+    quantizers,
+    require_calibrated,
+)
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.parents.derived import take_derived_from_config
 from mmdet3d_quant.parents.sparse_layout import accept_any_layout
@@ -44,7 +50,8 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
     Raises:
         CheckpointError: If the file cannot be read, or a weight is missing, left over or of
             another shape. Sparse weights may have the layout of spconv 1 (mmcv) or 2.
-        UncalibratedError: If ``calibrated`` and a quantizer has no range.
+        UncalibratedError: If ``calibrated`` and a quantizer has no range; if others have one, with
+            the lines of the config that keep it float as it was when the checkpoint was saved.
     """
     checkpoint = read_checkpoint(path)
     given = checkpoint['state_dict']
@@ -72,8 +79,17 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
             f'{_lines(shapes)}',
             logger='current',
         )
+    ignored = [n for n in kept_float(model) if f'{n}._amax' in state]
+    if ignored:
+        print_log(
+            f'{path}: {len(ignored)} ranges are not used, since the config keeps these quantizers '
+            f'float: {", ".join(ignored[:_SHOWN])}{", ..." if ignored[_SHOWN:] else ""}',
+            logger='current',
+            level=logging.WARNING,
+        )
     if calibrated:
-        require_calibrated(model)
+        reasons = checkpoint['meta'].get('kept_float')
+        require_calibrated(model, reasons if isinstance(reasons, dict) else None)
     return checkpoint['meta']
 
 

@@ -181,6 +181,7 @@ WRAPPERS = {
 ELSEWHERE = {
     'QuantConcat': 'tests/layers/test_layers.py',
     'QuantAdd': 'tests/layers/test_layers.py',
+    'Quantized': 'tests/models/test_quantized.py',
 }
 #: Layers and blocks: the model that contains them lets ranges be learned.
 PARTS = {

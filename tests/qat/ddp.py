@@ -29,7 +29,7 @@ def main(work, start, launcher, batch, stages=''):
         start,
         hooks,
         epochs=3,
-        model=dict(learn_amax=True),
+        model=dict(type='Quantized', of='Toy', learn_amax=True),
         batch=int(batch),
         optim_wrapper=dict(
             optimizer=dict(type='SGD', lr=0.05),

@@ -103,7 +103,7 @@ def runner(
         sampler=dict(type='DefaultSampler', shuffle=True),
     )
     cfg = dict(
-        model=dict(type='Toy', **(model or {})),
+        model=dict(dict(type='Toy'), **(model or {})),
         work_dir=str(work),
         train_dataloader=loader,
         train_cfg=dict(by_epoch=True, max_epochs=epochs, val_interval=1),

@@ -218,8 +218,9 @@ def test_python_calls_it_with_plain_arguments(work, tmp_path):
     assert heard.counts == [(COUNT, 0), *range(1, COUNT + 1)]
     assert 'up to 6 of the batches of calib_dataloader' in heard.notes[0]
     assert 'scores will flatter' in heard.warnings[0]
+    assert heard.warnings[1].startswith('pts_middle_encoder stays float')
     facts = json.loads((tmp_path / 'o.json').read_text())
-    assert facts['about']['warnings'] == heard.warnings[:1] and 'command' not in facts['about']
+    assert facts['about']['warnings'] == heard.warnings[:2] and 'command' not in facts['about']
 
 
 def test_processes_that_joined_before_are_refused(work, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmdet3d_quant import UncalibratedError, quantizers, ties
+from mmdet3d_quant import CalibrationError, UncalibratedError, quantizers, ties
 from mmdet3d_quant.calibration.histogram import NonFiniteError
 from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.data.samples import make_frame
@@ -284,3 +284,40 @@ def test_skip_from_the_command_line_survives_to_the_files(work, tmp_path):
     keys = read_checkpoint(out)['state_dict']
     assert 'img_backbone.conv1._input_quantizer._amax' not in keys
     assert 'img_backbone.layer1.0.conv1._input_quantizer._amax' in keys
+
+
+def test_what_stays_float_is_told_everywhere_and_a_config_says_that_it_is_meant(
+    work, tmp_path, capsys
+):
+    """In the config of a detector whose types take no ``skip``; by the tools that build it."""
+    with pytest.raises(CalibrationError, match=r'pts_middle_encoder stays float.*--strict') as err:
+        other = [f'{n}_dataloader.dataset.ann_file=other.pkl' for n in ('val', 'test')]
+        run_calibrate(work, '--out', tmp_path / 'no.pth', '--strict', '--cfg-options', *other)
+    assert "pts_middle_encoder=dict(type='QuantBEVFusionSparseEncoder')" in str(err.value)
+    assert "of='BEVFusion', skip={'pts_middle_encoder': 'why'}" in str(err.value)
+    out, files = tmp_path / 'int8.pth', tmp_path / 'onnx'
+    skip = "model.skip=['img_backbone.conv1','pts_middle_encoder','view_transform.downsample']"
+    options = ['--cfg-options', 'model.type=Quantized', 'model.of=BEVFusion', skip]
+    capsys.readouterr()
+    run_calibrate(work, '--out', out, *options)
+    told = ' '.join(capsys.readouterr().out.split())
+    assert 'stays float' not in told and 'layers quantized,' in told
+    facts = json.loads(out.with_suffix('.json').read_text())['coverage']
+    assert facts['text'] in told and facts['text'] in out.with_suffix('.html').read_text()
+    cfg = fc.read_config(work / 'int8.py')
+    cfg.model.update(type='Quantized', of='BEVFusion', skip=['img_backbone.conv1'])
+    model = fc.build_model(cfg)
+    kept = fc.load_weights(model, out, calibrated=True)['kept_float']
+    assert {n.rpartition('.')[0] for n in kept} == {'img_backbone.conv1'}
+    args = [str(a) for a in (work / 'int8.py', out, '--out-dir', files, '--no-verify')]
+    with pytest.raises(UncalibratedError, match='kept float') as err:
+        export_onnx.main(args)
+    assert "skip={'img_backbone.conv1': 'why'}" in str(err.value)
+    export_onnx.main([*args, '--only', 'camera.backbone', *options])
+    manifest = json.loads((files / 'manifest.json').read_text())
+    groups = {g['module']: g for g in manifest['coverage']['float']}
+    conv1 = groups['img_backbone.conv1']
+    assert conv1['layers'] == ['img_backbone.conv1'] and conv1['share'] > 0
+    assert groups['bbox_head']['reason'].startswith('its type is not quantized (Conv')
+    assert groups['pts_middle_encoder']['share'] is None
+    assert manifest['coverage']['quantized'] == facts['quantized']
