@@ -13,6 +13,7 @@ from pathlib import Path
 import calibrate
 import export_onnx
 import torch
+from agreement import agreement_table
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     agreement = export_onnx.main([str(config), int8, '--out-dir', str(folders['int8'])])
     console.rule('5/5 latency in OpenVINO, 2 threads')
     console.print(latency_table(config, folders, console))
-    console.print(export_onnx.agreement_table(agreement))
+    console.print(agreement_table(agreement))
     console.print(f'Everything is in {work_dir}')
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from agreement import verify_files
 from compiler import add_options, compile_exported
 from mmengine.config import Config, DictAction
 from rich.console import Console
-from rich.table import Table
 from terminal import open_console, run_tool
 from torch import Tensor, nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.check.verify import Agreement, verify
+from mmdet3d_quant.check.verify import Agreement
 from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.export import Cut, capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export.deploy import MAX_BATCH
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
 from mmdet3d_quant.export.targets import DEFAULT, TARGETS
 from mmdet3d_quant.runs import from_config as fc
@@ -41,7 +42,7 @@ examples:
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/head --only head.bbox \
       --layernorm custom --fp16
 
-  # INT8 weights in the files (a quarter of the size), any batch size, a newer opset
+  # INT8 weights in the files (a quarter of the size), a batch size that varies, a newer opset
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/small --weights int8 \
       --dynamic-batch --opset 21 --inputs generated --num-cams 6 --no-verify
 
@@ -92,7 +93,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '(libcustom_layernorm.so); default: %(default)s',
     )
     parser.add_argument(
-        '--dynamic-batch', action='store_true', help='let the batch size of the files vary'
+        '--dynamic-batch',
+        action='store_true',
+        help=f'let the batch size of the files vary; build_engines.sh builds for 1 to {MAX_BATCH}',
     )
     parser.add_argument(
         '--inputs',
@@ -102,7 +105,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         'auto takes data where they can be read',
     )
     parser.add_argument('--num-cams', type=int, default=6, help='cameras of generated inputs')
-    parser.add_argument('--no-verify', action='store_true', help='do not run the engines')
+    parser.add_argument(
+        '--no-verify', action='store_true', help='write the files without running them'
+    )
     add_options(parser)
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config'
@@ -117,7 +122,13 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=not args.float)
     inputs = example_inputs(cfg, model, args, console)
-    cuts, manifest = export_suite(
+    results: list[Agreement] = []
+
+    def check(cuts: list[Cut], manifest: dict[str, Any], folder: Path) -> None:
+        if not args.no_verify:
+            results.extend(verify_files(console, folder, cuts, manifest, not args.float))
+
+    _, manifest = export_suite(
         model,
         inputs,
         args.out_dir,
@@ -128,6 +139,7 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         target=args.target,
         only=args.only,
         fp16=args.fp16,
+        check=check,
         weights=args.weights,
         layernorm=args.layernorm,
         dynamic_batch=args.dynamic_batch,
@@ -135,24 +147,7 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
     if manifest['coverage']:
         console.print(manifest['coverage']['text'])
-    results = [] if args.no_verify else verify_files(console, args, cuts, manifest)
     compile_exported(console, args.out_dir, manifest, args.compile)
-    return results
-
-
-def verify_files(
-    console: Console, args: argparse.Namespace, cuts: list[Cut], manifest: dict[str, Any]
-) -> list[Agreement]:
-    """Runs the files in engines, and tells how well these agree."""
-    console.print('Verifying: ONNX Runtime and OpenVINO against torch')
-    results = []
-    for cut in cuts:
-        path = Path(args.out_dir) / f'{cut.name}.onnx'
-        if 'CustomLayerNormalization' in manifest['files'][path.name]['nodes']:
-            console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
-            continue
-        results += verify(cut, path, quantized=not args.float)
-    console.print(agreement_table(results))
     return results
 
 
@@ -175,27 +170,6 @@ def example_inputs(
             with mq.set_mode(model, 'float'), torch.no_grad():
                 return capture_inputs(model, batch)
     return generate_inputs(model, args.num_cams)
-
-
-def agreement_table(results: list[Agreement]) -> Table:
-    """SQNR in dB: higher is closer."""
-    table = Table(title='Signal-to-quantization-noise ratio, dB')
-    for heading in ('file', 'output', 'INT8 convs in OpenVINO'):
-        table.add_column(heading, no_wrap=True)
-    for heading in (
-        'torch fake-quant\nvs torch float',
-        'ONNX Runtime\nvs torch',
-        'OpenVINO\nvs torch',
-    ):
-        table.add_column(heading, justify='right')
-    for r in results:
-        table.add_row(
-            f'{r.cut}.onnx',
-            r.output,
-            f'{r.int8_convs} of {r.all_convs}',
-            *(f'{value:.1f}' for value in (r.fake_quant, r.onnxruntime, r.openvino)),
-        )
-    return table
 
 
 if __name__ == '__main__':

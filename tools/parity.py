@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from terminal import open_console, run_tool
 from torch import nn
 
 from mmdet3d_quant.check.detector import as_exported, manifest_problems
-from mmdet3d_quant.check.ladder import Rung, climb, first_fault
+from mmdet3d_quant.check.ladder import Rung, climb, first_fault, missing_points
 from mmdet3d_quant.engines import ENGINES, Engine, make_engine
 from mmdet3d_quant.export import ExportError, bevfusion_cuts
 from mmdet3d_quant.export.manifest import read_manifest
@@ -36,7 +37,9 @@ examples:
 
 The steps: float, fake-quant, reloaded (weights saved, model built anew and loaded), folded (batch
 norm), and the engines, each on the same inputs. Every layer is also compared by itself, with
-equal inputs. Exit code: 0 all steps agree, 1 they do not, 2 the comparison cannot be made.
+equal inputs, except across a quantizer that is not found in the file, which another tool may have
+renamed; the range of each quantizer is held against its tensor. Exit code: 0 all steps agree,
+1 they do not, 2 the comparison cannot be made.
 """
 
 
@@ -100,6 +103,9 @@ def main(argv: list[str] | None = None) -> int:
             path = args.folder / f'{cut.name}.onnx'
             rungs += climb(cut, again[cut.name], path, engines, quantized, tell)
     console.print(table(rungs))
+    missing = missing_points(rungs)
+    for text in missing:
+        console.print(f'[yellow]{text}')
     if args.json:
         with whole(args.json) as part:
             Path(part).write_text(
@@ -108,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f'Wrote {args.json}')
     first = first_fault(rungs)
     if first is None:
-        console.print('All steps agree.')
+        console.print(f'All steps agree{" in their outputs" if missing else ""}.')
         return 0
     console.print(f'[red]Numbers part at {first.stage}[/red], {first.cut}: {first.fault}')
     return 1
@@ -124,11 +130,17 @@ def reload(cfg: Any, model: nn.Module, quantized: bool) -> nn.Module:
     return again
 
 
+def worst(values: dict[str, float]) -> float:
+    """The least value; NaN if one is."""
+    return min(values.values(), key=lambda v: (not math.isnan(v), v))
+
+
 def table(rungs: list[Rung]) -> Table:
     """A row per file and step; of several outputs, and of all layers, the worst."""
     result = Table(title='SQNR of the worst output, dB', title_justify='left')
-    for heading in ('file', 'step', 'to the step before', 'to float', 'worst layer alone', ''):
-        result.add_column(heading, justify='left' if heading in ('file', 'step', '') else 'right')
+    numbers = ('to the step before', 'to float', 'worst layer alone', 'points')
+    for heading in ('file', 'step', *numbers, ''):
+        result.add_column(heading, justify='right' if heading in numbers else 'left')
     last = ''
     for rung in rungs:
         if rung.stage == 'float':
@@ -137,7 +149,8 @@ def table(rungs: list[Rung]) -> Table:
         result.add_row(
             rung.cut if rung.cut != last else '',
             rung.stage,
-            *(f'{min(v.values()):.1f}' if v else '' for v in values),
+            *(f'{worst(v):.1f}' if v else '' for v in values),
+            '{} of {}'.format(*rung.points) if rung.points[1] else '',
             '[red]apart' if rung.fault else '',
         )
         last = rung.cut

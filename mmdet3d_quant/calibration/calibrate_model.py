@@ -26,7 +26,7 @@ def calibrate(
     forward: Forward | None = None,
     num_batches: int | None = None,
     *,
-    weights: str = 'max',
+    weights: str | None = None,
     held_out: Iterable[Any] | None = None,
     after: Sequence[Correction] = (),
 ) -> Calibration:

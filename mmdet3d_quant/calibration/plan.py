@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterable, Mapping, Union
 
 from mmdet3d_quant.core.spec import WEIGHT_METHODS, Method, select
@@ -33,19 +33,19 @@ class Plan:
             )
 
     @classmethod
-    def parse(cls, method: PlanLike, weights: str = 'max') -> Plan:
+    def parse(cls, method: PlanLike, weights: str | None = None) -> Plan:
         """Parses a plan.
 
         Args:
             method: A method; several texts, ``'mse'`` or ``'pattern=mse'``; a mapping from
                 pattern to method, with ``''`` for the default; or a plan, taken as it is.
-            weights: See :class:`Plan`.
+            weights: See :class:`Plan`; None leaves what a plan says, else ``'max'``.
 
         Raises:
             ValueError: If a method is unknown.
         """
         if isinstance(method, Plan):
-            return method
+            return method if weights is None else replace(method, weights=weights)
         if isinstance(method, (str, Method)):
             method = [method] if isinstance(method, str) else {'': str(method)}
         pairs = method.items() if isinstance(method, Mapping) else map(_split, method)
@@ -55,7 +55,7 @@ class Plan:
                 overrides.append((pattern, Method.parse(text)))
             else:
                 default = Method.parse(text)
-        return cls(default, tuple(overrides), weights)
+        return cls(default, tuple(overrides), weights or cls.weights)
 
     def methods(self, names: Iterable[str]) -> dict[str, Method]:
         """Looks up the method of each quantizer.

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmdet3d_quant.check.verify import align, sqnr
+from mmdet3d_quant.check.align import align
+from mmdet3d_quant.check.runs import sqnr
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Arrays, Engine, make_engine, race
 from mmdet3d_quant.export.inputs import random_input
@@ -73,7 +74,8 @@ def compare(
 
     Raises:
         EngineError: If a file cannot be read.
-        ValueError: If an input is missing or of another shape, or outputs differ in name.
+        ValueError: If an input is missing or of another shape, outputs differ in name, or one is
+            NaN or infinite.
     """
     made = {name: make_engine(engine, path, num_threads) for name, path in files.items()}
     outputs = {name: _outputs(run, samples) for name, run in made.items()}
@@ -84,6 +86,14 @@ def compare(
                 f'{files[name]} has outputs {", ".join(found[0])}, the first file has '
                 f'{", ".join(reference[0])}: they are not variants of one graph'
             )
+    for name, found in outputs.items():
+        for key in found[0]:
+            odd = sum(int((~np.isfinite(sample[key])).sum()) for sample in found)
+            if odd:
+                raise ValueError(
+                    f'{files[name]}: {odd} values of its output {key} are NaN or infinite; '
+                    'tools/parity.py names the layer'
+                )
     times = []
     for row in race(made, first_of(samples), runs):
         times.append(row)

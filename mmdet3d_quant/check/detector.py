@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.check.verify import nonfinite
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Engine, OpenVINO
 from mmdet3d_quant.export.boxes import BoxCoding
@@ -58,7 +59,7 @@ def engine_detector(
         path = Path(folder) / f'{name}.onnx'
         if not path.is_file():
             raise ExportError(f'{path} does not exist; make it with tools/export_onnx.py')
-        parts[name] = EnginePart(engine(path))
+        parts[name] = EnginePart(engine(path), str(path))
 
     result: Any = copy.deepcopy(detector)
     if 'camera.backbone' in parts:
@@ -142,11 +143,12 @@ class EnginePart(nn.Module):
 
     Args:
         engine: Engine with the graph.
+        name: How errors call it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, name: str = 'engine') -> None:
         super().__init__()
-        self.engine = engine
+        self.engine, self.name = engine, name
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Runs the graph on every sample.
@@ -157,11 +159,18 @@ class EnginePart(nn.Module):
         Returns:
             Dict of tensors by name of the graph's output, on the device of the inputs; those of the
             samples are joined along the first axis.
+
+        Raises:
+            ExportError: If an output is NaN or infinite.
         """
         device = next(iter(inputs.values())).device
         arrays = {name: x.detach().cpu().numpy() for name, x in inputs.items()}
         batch = len(next(iter(arrays.values())))
         samples = [self.engine({n: x[i : i + 1] for n, x in arrays.items()}) for i in range(batch)]
+        for name in samples[0]:
+            odd = next(filter(None, (nonfinite(self.name, name, s[name]) for s in samples)), '')
+            if odd:
+                raise ExportError(f'{odd}; tools/parity.py names the layer')
         return {
             name: torch.cat([torch.from_numpy(sample[name]) for sample in samples]).to(device)
             for name in samples[0]

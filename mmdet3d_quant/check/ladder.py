@@ -8,7 +8,10 @@ them should compute the same. Two checks are made:
   must be closer to the step before than fake-quant is to float.
 * Each layer alone. The input of each activation quantizer is replaced by that of fake-quant, so
   that differences do not spread, and the tensor that arrives at it is compared. Correct layers
-  agree to :data:`LAYER_DB` or better; a layer with a scale that is 5 % off does not.
+  agree to :data:`LAYER_DB` or better; a layer with a scale that is 5 % off does not. A layer
+  across a quantizer that was not found in the file is not judged alone.
+
+At fake-quant itself the range of each quantizer is held against its tensor.
 """
 
 from __future__ import annotations
@@ -25,8 +28,11 @@ from typing import Any
 import onnx
 from torch import nn
 
-from mmdet3d_quant.check.probes import cut_at_points, makers_of, torch_points
-from mmdet3d_quant.check.verify import align, run_torch, sqnr
+from mmdet3d_quant.check.align import align
+from mmdet3d_quant.check.fit import range_fits
+from mmdet3d_quant.check.probes import cut_at_points, makers_of, points_of, torch_points
+from mmdet3d_quant.check.runs import run_torch, sqnr
+from mmdet3d_quant.check.verify import cost_fault, least_of, nonfinite, require_outputs, swapped
 from mmdet3d_quant.engines import Arrays, Engine
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.layers.fold import fold_bn
@@ -34,10 +40,6 @@ from mmdet3d_quant.layers.fold import fold_bn
 #: Least SQNR of a layer with equal inputs. Correct layers reach 67 dB or more, even with a weight
 #: on a rounding tie that folding or an engine rounds the other way.
 LAYER_DB = 55.0
-#: Least SQNR of an output where nothing is quantized.
-FLOAT_DB = 60.0
-#: How much closer an output must be to the step before than fake-quant is to float.
-MARGIN_DB = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Rung:
         to_float: SQNR of every output against float, in dB.
         layers: SQNR of every layer with equal inputs, in dB, by the point that its output arrives
             at, in the order of the graph; empty where nothing is quantized.
+        points: Quantizers of activations whose inputs were replaced, and all that were called.
+        missing: Names of the others, which were not found in the file.
         fault: Description of the fault, or empty.
     """
 
@@ -59,6 +63,8 @@ class Rung:
     to_previous: dict[str, float] = field(default_factory=dict)
     to_float: dict[str, float] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
+    points: tuple[int, int] = (0, 0)
+    missing: tuple[str, ...] = ()
     fault: str = ''
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,6 +105,9 @@ def climb(
 
     Returns:
         List of :class:`Rung`, one per step, with and without faults.
+
+    Raises:
+        ExportError: If the file has other outputs than the cut.
     """
     mode = 'quant' if quantized else 'float'
     tell('float')
@@ -106,7 +115,9 @@ def climb(
     rungs = [Rung(cut.name, 'float')]
     graph = onnx.load(str(path))
     fed = torch_points(cut, mode) if quantized else {}
-    makers = makers_of(graph, fed)
+    makers, across = makers_of(graph, fed)
+    there = set(points_of(graph, fed).values())
+    missing = tuple(point for point in fed if point not in there)
 
     def torch_run(module: nn.Module) -> Run:
         part = replace(cut, module=module)
@@ -131,16 +142,24 @@ def climb(
     for stage, step in steps.items():
         tell(stage)
         run = step()
-        run = Run(align(first, run.outputs), run.layers)
+        require_outputs(cut, path, run.outputs)
+        raw, run = run.outputs, Run(align(first, run.outputs), run.layers)
         to_previous = {n: sqnr(last.outputs[n], run.outputs[n]) for n in cut.output_names}
         to_float = {n: sqnr(first[n], run.outputs[n]) for n in cut.output_names}
-        names = [n for n in makers if n in last.layers and n in run.layers]
+        names = [n for n in makers if n in last.layers and n in run.layers and n not in across]
         layers = {n: sqnr(last.layers[n], run.layers[n]) for n in names}
         if stage == 'fake-quant':
-            cost, fault = to_previous, ''
+            cost = to_previous
+            odd = (nonfinite('torch', n, v) for n, v in run.outputs.items())
+            fits = range_fits(cut)
+            spoiled = (cost_fault(n, c, fits) for n, c in cost.items())
+            fault = next(filter(None, (*odd, *spoiled)), '')
         else:
-            fault = _fault(to_previous, layers, cost, makers)
-        rungs.append(Rung(cut.name, stage, to_previous, to_float, layers, fault))
+            fault = _fault(to_previous, layers, cost, makers, len(missing), last.outputs, raw)
+        at_engine = stage in engines
+        points = (len(fed) - len(missing) * at_engine, len(fed))
+        lost = missing if at_engine else ()
+        rungs.append(Rung(cut.name, stage, to_previous, to_float, layers, points, lost, fault))
         last = run
     return rungs
 
@@ -150,17 +169,27 @@ def _fault(
     layers: dict[str, float],
     cost: dict[str, float],
     makers: dict[str, list[str]],
+    missing: int,
+    expected: Arrays,
+    found: Arrays,
 ) -> str:
     """Describes the first layer, else the first output, below its limit; empty if none is."""
     for name, value in layers.items():
         if not value >= LAYER_DB:  # NaN is off too
-            made = ', '.join(makers[name]) or 'no layer'
+            made = ', '.join(makers[name]) or 'no layer'  # each of them found in the file
             return f'{made}: {value:.1f} dB in {name}, with equal inputs (least: {LAYER_DB:.0f} dB)'
     for name, value in outputs.items():
-        least = min(cost.get(name, math.inf) + MARGIN_DB, FLOAT_DB)
+        paid = cost.get(name, math.inf)
+        least = least_of(paid, outputs)
         if not value >= least:
             where = 'no layer by itself, only the whole' if layers else 'somewhere in the graph'
-            return f'{where}: {value:.1f} dB in output {name} (least: {least:.1f} dB)'
+            if missing:
+                where = f'somewhere in the graph, of which {missing} quantizer(s) were not found'
+            odd = nonfinite('engine', name, found[name]) and ', NaN or infinite'
+            return (
+                f'{where}: {value:.1f} dB in output {name}{odd} (least: {least:.1f} dB)'
+                + swapped(name, expected, found, paid)
+            )
     return ''
 
 
@@ -183,6 +212,19 @@ def _engine_run(
         engine = make(file)
         pieces = engine({**inputs, **{name: fed[point] for name, point in replaced.items()}})
     return Run(outputs, {point: pieces[tensor] for point, tensor in arriving.items()})
+
+
+def missing_points(rungs: Sequence[Rung]) -> list[str]:
+    """Describes, by file, the quantizers that were not found in it."""
+    texts = {}
+    for rung in rungs:
+        if rung.missing:
+            names = ', '.join(rung.missing[:3]) + (', ...' if rung.missing[3:] else '')
+            texts[rung.cut] = (
+                f'{rung.cut}: {rung.points[0]} of {rung.points[1]} quantizers were found in the '
+                f'file; layers across the others are not judged alone: {names}'
+            )
+    return list(texts.values())
 
 
 def first_fault(rungs: Sequence[Rung]) -> Rung | None:

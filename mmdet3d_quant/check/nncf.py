@@ -30,7 +30,7 @@ class Nncf:
             done = subprocess.run(
                 [python, '-c', 'import nncf, openvino, onnx'], capture_output=True, text=True
             )
-            problem = done.stderr.strip().splitlines()[-1] if done.returncode else None
+            problem = _last_words(done) if done.returncode else None
         except OSError as err:
             problem = str(err)
         if problem:
@@ -55,4 +55,11 @@ class Nncf:
         command = [self.python, self.script, graph, inputs, out]
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
         if done.returncode:
-            raise EngineError(f'NNCF could not quantize {graph}: {done.stderr.strip()[-500:]}')
+            problem = done.stderr.strip()[-500:] or _last_words(done)
+            raise EngineError(f'NNCF could not quantize {graph}: {problem}')
+
+
+def _last_words(done: subprocess.CompletedProcess) -> str:
+    """Last line of what a process wrote to its standard error, or how it ended without any."""
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f'it ended with exit code {done.returncode} and no message'

@@ -10,11 +10,12 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from mmdet3d_quant.check.verify import run_torch
+from mmdet3d_quant.check.runs import run_torch
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.engines import Arrays
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.graph import stored_tensors
+from mmdet3d_quant.export.pairs import stored_names
 
 
 def torch_points(cut: Cut, mode: str, fed: Arrays | None = None, outputs: bool = False) -> Arrays:
@@ -72,9 +73,10 @@ def output_point(name: str) -> str:
 def points_of(model: onnx.ModelProto, known: Iterable[str]) -> dict[str, str]:
     """Maps each activation QuantizeLinear of a file to the point of its quantizer in the model.
 
-    Node names spell the path of the module: ``/neck/blocks/blocks.0/_input_quantizer/Quantize...``
-    is ``neck.blocks.0._input_quantizer``, possibly without the names of modules whose ``forward``
-    was not called.
+    The metadata of the file has the names of quantizers. In a file without them, node names spell
+    the path of the module: ``/neck/blocks/blocks.0/_input_quantizer/Quantize...`` is
+    ``neck.blocks.0._input_quantizer``, possibly without the names of modules whose ``forward`` was
+    not called.
 
     Args:
         model: The file.
@@ -85,21 +87,33 @@ def points_of(model: onnx.ModelProto, known: Iterable[str]) -> dict[str, str]:
         counterpart.
     """
     known = list(known)
-    constants = stored_tensors(model.graph)
+    named = stored_names(model)
     points: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.op_type != 'QuantizeLinear' or node.input[0] in constants:
-            continue
-        name = module_name(node.name)
-        for called in (name, re.sub(r'_\d+$', '', name)):  # _1: the module is called again
-            names = [p for p in known if '#' not in p and f'.{p}'.endswith(f'.{called}')]
-            if names:
-                break
-        if len(names) == 1:
-            point = _numbered(names[0], points.values())
-            if point in known:
-                points[node.output[0]] = point
+    for node in _rounding(model.graph):
+        if named is None:
+            name = _guessed(node.name, known)
+        else:
+            name = named.get(node.output[0])
+        point = _numbered(name, points.values()) if name else None
+        if point in known:
+            points[node.output[0]] = point
     return points
+
+
+def _rounding(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Lists the QuantizeLinear nodes of activations."""
+    constants = stored_tensors(graph)
+    return [n for n in graph.node if n.op_type == 'QuantizeLinear' and n.input[0] not in constants]
+
+
+def _guessed(node: str, known: list[str]) -> str | None:
+    """Name of the only quantizer that a node's name fits, None if there are more or none."""
+    name = module_name(node)
+    for called in (name, re.sub(r'_\d+$', '', name)):  # _1: the module is called again
+        names = [p for p in known if '#' not in p and f'.{p}'.endswith(f'.{called}')]
+        if called and names:
+            return names[0] if len(names) == 1 else None
+    return None
 
 
 def module_name(node: str) -> str:
@@ -161,7 +175,7 @@ def cut_at_points(
     return result, replaced, arriving
 
 
-def makers_of(model: onnx.ModelProto, fed: Arrays) -> dict[str, list[str]]:
+def makers_of(model: onnx.ModelProto, fed: Arrays) -> tuple[dict[str, list[str]], set[str]]:
     """Lists the layers between each point and the points before it.
 
     Args:
@@ -169,10 +183,14 @@ def makers_of(model: onnx.ModelProto, fed: Arrays) -> dict[str, list[str]]:
         fed: Arrays by point.
 
     Returns:
-        Dict of lists of names by point, in the order of the graph: names of convolutions and linear
-        layers, or of all nodes where there are none of those.
+        Tuple of a dict of lists of names by point, in the order of the graph: names of
+        convolutions and linear layers, or of all nodes where there are none of those; and the
+        points before which a QuantizeLinear is left whose input is not replaced.
     """
     cutting, replaced, arriving = cut_at_points(model, fed)
+    known = points_of(model, fed)
+    strange = {n.output[0] for n in _rounding(model.graph) if n.output[0] not in known}
+    across: set[str] = set()
     nodes = list(cutting.graph.node)
     number = {o: i for i, n in enumerate(nodes) for o in n.output}
     makers = {}
@@ -184,7 +202,9 @@ def makers_of(model: onnx.ModelProto, fed: Arrays) -> dict[str, list[str]]:
                 piece.add(i)
                 todo.extend(nodes[i].input)
         inside = [nodes[i] for i in sorted(piece) if nodes[i].op_type != 'Constant']
+        if any(n.output[0] in strange for n in inside):
+            across.add(point)
         layers = [n for n in inside if n.op_type in ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')]
         names = dict.fromkeys(module_name(n.name) or n.name for n in layers or inside if n.name)
         makers[max(piece, default=-1), point] = list(names)
-    return {point: makers[i, point] for i, point in sorted(makers)}
+    return {point: makers[i, point] for i, point in sorted(makers)}, across

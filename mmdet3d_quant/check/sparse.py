@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.check.verify import sqnr
+from mmdet3d_quant.check.runs import sqnr
 from mmdet3d_quant.core.modes import set_mode
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnNetwork

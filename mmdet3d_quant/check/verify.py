@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.decibels import decibels
-from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.check.align import align
+from mmdet3d_quant.check.fit import Fit, range_fault, range_fits, worst_fits
+from mmdet3d_quant.check.runs import run_torch, sqnr
 from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
 from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import coding_of
+
+#: Least SQNR of an output where nothing is quantized.
+FLOAT_DB = 60.0
+#: The same of a head: where peaks are equal but for the last bit, engines look at other queries,
+#: and attention spreads that to all.
+QUERY_DB = 30.0
+#: How much closer an output must be to another run than fake-quant is to float.
+MARGIN_DB = 1.0
+#: Least SQNR of an output of fake-quant against float: below, the error is half of the signal.
+COLLAPSED_DB = 6.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,7 @@ class Agreement:
         openvino: OpenVINO against the torch model that was exported.
         int8_convs: Convolutions that OpenVINO runs in INT8.
         all_convs: All convolutions of the graph in OpenVINO.
+        fault: Description of what is wrong with the output, or empty.
     """
 
     cut: str
@@ -38,30 +51,7 @@ class Agreement:
     openvino: float
     int8_convs: int
     all_convs: int
-
-
-def sqnr(reference: np.ndarray | Tensor, value: np.ndarray | Tensor) -> float:
-    """Computes ``10 log10(sum(reference**2) / sum((reference - value)**2))``.
-
-    Args:
-        reference: The signal, any shape.
-        value: The signal with noise, same shape.
-
-    Returns:
-        Float, dB: infinity for equal arrays, -infinity for a zero signal, NaN if ``value`` is not
-        finite.
-    """
-    ref, val = np.asarray(reference, np.float64), np.asarray(value, np.float64)
-    return decibels(float(np.sum(ref**2)), float(np.sum((ref - val) ** 2)))
-
-
-@torch.no_grad()
-def run_torch(cut: Cut, mode: str) -> Arrays:
-    """Runs a cut in a mode of its quantizers; returns its outputs by name."""
-    with set_mode(cut.module, mode):
-        outputs = cut.module(*cut.inputs.values())
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    return {n: o.cpu().numpy() for n, o in strict_zip(cut.output_names, outputs)}
+    fault: str = ''
 
 
 def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement]:
@@ -74,43 +64,147 @@ def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement
 
     Returns:
         List of :class:`Agreement`, one per output.
+
+    Raises:
+        ExportError: If the file has other outputs than the cut.
     """
     expected = run_torch(cut, 'quant' if quantized else 'float')
-    unquantized = run_torch(cut, 'float')
+    plain = run_torch(cut, 'float')
     arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
     reference, engine = ONNXRuntime(path)(arrays), OpenVINO(path)
     result, convs = engine(arrays), engine.int8_convolutions()
-    reference, result = align(expected, reference), align(expected, result)
-    return [
-        Agreement(
-            cut.name,
-            name,
-            sqnr(unquantized[name], expected[name]),
-            sqnr(expected[name], reference[name]),
-            sqnr(expected[name], result[name]),
-            *convs,
+    found = {'ONNX Runtime': reference, 'OpenVINO': result}
+    for outputs in found.values():
+        require_outputs(cut, path, outputs)
+    results = []
+    fits = range_fits(cut) if quantized else {}
+    aligned = {engine: align(expected, outputs) for engine, outputs in found.items()}
+    for name in cut.output_names:
+        cost = sqnr(plain[name], expected[name])
+        closeness = {e: sqnr(expected[name], a[name]) for e, a in aligned.items()}
+        least = least_of(cost, cut.output_names)
+        fault = nonfinite('torch', name, expected[name])
+        for at, value in closeness.items():
+            fault = fault or output_fault(at, name, value, least, aligned[at][name])
+            if fault:
+                fault += swapped(name, expected, found[at], cost)
+                break
+        fault = fault or cost_fault(name, cost, fits)
+        results.append(
+            Agreement(
+                cut.name,
+                name,
+                cost,
+                closeness['ONNX Runtime'],
+                closeness['OpenVINO'],
+                *convs,
+                fault,
+            )
         )
-        for name in cut.output_names
-    ]
+    return results
 
 
-def align(expected: Arrays, found: Arrays) -> Arrays:
-    """Reorders the queries of a head to match another run.
-
-    Queries are the highest peaks in falling order; where two are equal but for the last bit, two
-    engines order them differently.
+def cost_fault(name: str, cost: float, fits: Mapping[str, Fit]) -> str:
+    """Describes what quantization itself spoils: ranges that do not fit, else the output.
 
     Args:
-        expected: Outputs of a cut, by name; of ``head.bbox`` (1, ..., P) each.
-        found: The same of another run.
+        name: Name of the output.
+        cost: SQNR of fake-quant against float, in dB.
+        fits: Of the quantizers, from ``check.fit``.
 
     Returns:
-        Arrays by name: of a head, ``found`` with the query of most equal class and place for each
-        one of ``expected``; of any other cut, ``found`` as it is.
+        Str, empty if nothing is spoiled.
     """
-    coding = coding_of(expected)
-    if coding is None:
-        return found
-    apart = np.abs(coding.places(expected)[:, None] - coding.places(found)[None]).sum(axis=2)
-    order = apart.argmin(axis=1)
-    return {name: value[..., order] for name, value in found.items()}
+    ranges = range_fault(fits)
+    if ranges or not fits or cost >= COLLAPSED_DB:
+        return ranges
+    return (
+        f'{name} of fake-quant agrees with float to {cost:.1f} dB only (least: '
+        f'{COLLAPSED_DB:.0f} dB); ranges that fit worst: {worst_fits(fits)}'
+    )
+
+
+def require_outputs(cut: Cut, path: str | Path, outputs: Arrays) -> None:
+    """Checks that a file has the outputs of its cut, by name; an engine may give aliases, too.
+
+    Raises:
+        ExportError: If it has not.
+    """
+    if not outputs.keys() >= set(cut.output_names):
+        raise ExportError(
+            f'{Path(path).name} has the outputs {", ".join(outputs)} where {cut.name} has '
+            f'{", ".join(cut.output_names)}: export again'
+        )
+
+
+def nonfinite(where: str, name: str, value: np.ndarray) -> str:
+    """Describes what is not finite in an output; empty if nothing is."""
+    odd = int((~np.isfinite(value)).sum())
+    return f'{where}: {odd} of {value.size} values of {name} are NaN or infinite' if odd else ''
+
+
+def output_fault(where: str, name: str, value: float, least: float, found: np.ndarray) -> str:
+    """Describes why an output of an engine cannot be right.
+
+    Args:
+        where: Name of the engine.
+        name: Name of the output.
+        value: Its SQNR against torch, in dB.
+        least: What it must be at least, of :func:`least_of`.
+        found: The output.
+
+    Returns:
+        Str, empty if it can.
+    """
+    odd = nonfinite(where, name, found)
+    if odd or value >= least:
+        return odd
+    return f'{where}: {name} agrees with torch to {value:.1f} dB (least: {least:.1f} dB)'
+
+
+def least_of(cost: float, names: Collection[str]) -> float:
+    """Computes the least SQNR of an output.
+
+    Args:
+        cost: What quantization costs, in dB; NaN counts as nothing.
+        names: Names of all outputs of the cut.
+
+    Returns:
+        Float, dB.
+    """
+    most = FLOAT_DB if coding_of(names) is None else QUERY_DB
+    return most if math.isnan(cost) else min(cost + MARGIN_DB, most)
+
+
+def swapped(name: str, expected: Arrays, found: Arrays, cost: float) -> str:
+    """Tells which other output holds what an output should, if two have changed places.
+
+    Args:
+        name: The output that is wrong.
+        expected: Outputs of torch, by name.
+        found: Those of the engine, as it gave them.
+        cost: As for :func:`least_of`.
+
+    Returns:
+        Str, empty if none does.
+    """
+    for a, b in combinations(expected, 2):
+        if name in (a, b) and expected[a].shape == expected[b].shape:
+            back = align(expected, {**found, a: found[b], b: found[a]})
+            if all(sqnr(expected[n], back[n]) >= least_of(cost, expected) for n in (a, b)):
+                return f'; {a} and {b} are swapped'
+    return ''
+
+
+def require_agreement(results: Iterable[Agreement]) -> None:
+    """Refuses files with a fault.
+
+    Raises:
+        ExportError: If an output has one.
+    """
+    faults = dict.fromkeys(f'{r.cut}.onnx: {r.fault}' for r in results if r.fault)
+    if faults:
+        raise ExportError(
+            '\n'.join(faults) + '\nNothing was written. To look into the files, write them with '
+            '--no-verify and run tools/parity.py'
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnx import NodeProto, helper, numpy_helper
 from mmdet3d_quant.export.graph import axis_of, stored_tensors
 
 
-def to_depth_to_space(graph: onnx.GraphProto) -> list[str]:
+def to_depth_to_space(graph: onnx.GraphProto, names: Mapping[str, str]) -> dict[str, str]:
     """Rewrites quantized transposed convolutions whose outputs do not overlap, in place.
 
     With a square kernel as large as its stride, every output value is the product of one input
@@ -22,29 +23,39 @@ def to_depth_to_space(graph: onnx.GraphProto) -> list[str]:
 
     Args:
         graph: Weights are stored in float with a Q/DQ pair.
+        names: Names of quantizers by output of their QuantizeLinear.
 
     Returns:
-        List of str, the names of the nodes that were rewritten.
+        Dict of the same kind for the graph as it is now.
     """
     stored = stored_tensors(graph)
     producer = {o: n for n in graph.node for o in n.output}
-    done, nodes = [], []
+    nodes: list[NodeProto] = []
+    replaced: list[NodeProto] = []
+    renamed: dict[str, str] = {}
     for node in graph.node:
         pair = _weight_pair(node, producer) if node.op_type == 'ConvTranspose' else None
         weight = stored.get(pair[0].input[0]) if pair else None
         if pair is None or weight is None or not _tiles(node, weight):
             nodes.append(node)
             continue
-        names = [n for n in (*pair[0].input, *node.input[2:]) if n in stored]
-        values = {name: numpy_helper.to_array(stored[name]) for name in names}
-        new, constants = _rewritten(node, pair, values)
-        graph.initializer.extend(constants)
-        nodes = [n for n in nodes if n is not pair[0] and n is not pair[1]] + new
-        done.append(node.name)
-    if done:
+        constants = [n for n in (*pair[0].input, *node.input[2:]) if n in stored]
+        values = {name: numpy_helper.to_array(stored[name]) for name in constants}
+        new, tensors = _rewritten(node, pair, values)
+        graph.initializer.extend(tensors)
+        nodes += new
+        replaced += pair
+        renamed[new[0].output[0]] = pair[0].output[0]
+    for old in reversed(replaced):  # a DequantizeLinear before its QuantizeLinear
+        if not any(output in n.input for n in nodes for output in old.output):
+            nodes = [n for n in nodes if n is not old]
+    if renamed:
         del graph.node[:]
         graph.node.extend(nodes)
-    return done
+    made = {output for n in nodes for output in n.output}
+    gone = set(renamed.values()) - made
+    left = {output: name for output, name in names.items() if output not in gone}
+    return {**left, **{new: names[old] for new, old in renamed.items()}}
 
 
 def _weight_pair(
@@ -101,7 +112,7 @@ def _rewritten(
     moved = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0], 1, 1)
     grid = [repeated(name) for name in q.input[1:]]
     axis: dict[str, Any] = dict(axis=0) if per_channel else {}
-    quantized, real, wide = (f'{n}.tiled' for n in (q.output[0], dq.output[0], node.output[0]))
+    quantized, real, wide = (f'{node.output[0]}.{what}' for what in ('quantized', 'weight', 'wide'))
     bias = [repeated(name) for name in node.input[2:]]
     nodes = [
         helper.make_node(

@@ -104,6 +104,10 @@ build() {{
 """
 
 
+#: Largest batch that engines of files with a dynamic one are built for; edit the script for more.
+MAX_BATCH = 2
+
+
 def is_built(entry: Mapping[str, Any]) -> bool:
     """Whether TensorRT builds an engine of a file; libspconv reads the LiDAR encoder's itself."""
     return 'grid' not in entry
@@ -143,7 +147,7 @@ def build_flags(entry: Mapping[str, Any], precision: str) -> list[str]:
         flags.append('"--plugins=$plugin"')
     shapes = {n: v['shape'] for n, v in entry['inputs'].items()}
     if any(isinstance(s[0], str) for s in shapes.values()):
-        for flag, batch in (('min', 1), ('opt', 1), ('max', 2)):
+        for flag, batch in (('min', 1), ('opt', 1), ('max', MAX_BATCH)):
             sized = [f'{n}:' + 'x'.join(map(str, [batch, *s[1:]])) for n, s in shapes.items()]
             flags.append(f'--{flag}Shapes=' + ','.join(sized))
     return flags

@@ -1,9 +1,12 @@
-"""Facts of an ONNX graph that passes and judges read alike: stored tensors, axis, opset."""
+"""Facts of an ONNX graph that passes and judges read alike: stored tensors, axis, opset, NaN."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 #: Both spellings of the domain of ONNX's own operators.
 ONNX_DOMAINS = ('', 'ai.onnx')
@@ -54,3 +57,30 @@ def _value(node: NodeProto) -> TensorProto | None:
 def axis_of(node: NodeProto) -> int:
     """Reads the axis attribute of a Q or DQ; 1 is ONNX's default."""
     return next((a.i for a in node.attribute if a.name == 'axis'), 1)
+
+
+#: Ops that may read an infinity: masks, limits and fillings.
+_LIMITS = frozenset({
+    'Add', 'Clip', 'Concat', 'ConstantOfShape', 'Equal', 'Expand', 'Greater', 'Less', 'Max', 'Min',
+    'Pad', 'ScatterElements', 'ScatterND', 'Where',
+})  # yapf: disable  # fmt: skip
+
+
+def nonfinite_tensors(graph: onnx.GraphProto) -> Iterator[tuple[NodeProto, str, str]]:
+    """Finds stored weights, biases and scales that hold NaN or infinity.
+
+    An infinity that serves as a mask, a limit or a filling is none of them.
+
+    Yields:
+        A node that reads it, the name of the tensor, and how many of its values it is.
+    """
+    odd: dict[str, tuple[int, int, int]] = {}
+    for name, tensor in stored_tensors(graph).items():
+        value = numpy_helper.to_array(tensor)
+        if value.dtype.kind == 'f' and not np.isfinite(value).all():
+            odd[name] = int(np.isnan(value).sum()), int((~np.isfinite(value)).sum()), value.size
+    for node in graph.node:
+        for name in dict.fromkeys(node.input):
+            nans, count, size = odd.get(name, (0, 0, 0))
+            if nans or (count and node.op_type not in _LIMITS):
+                yield node, name, f'{count} of {size} values'

@@ -15,7 +15,7 @@ from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.export.graph import opset
-from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.pairs import ExportError, count_pairs, stored_names
 from mmdet3d_quant.files.outputs import whole
 
 #: Name of the file in an exported folder.
@@ -80,6 +80,25 @@ def describe_graph(model: onnx.ModelProto) -> dict[str, Any]:
         opset=opset(model),
         nodes=kinds,
     )
+
+
+def describe_pairs(model: onnx.ModelProto, module: nn.Module) -> dict[str, Any]:
+    """Counts the quantizers of a module and those of them that its file rounds with.
+
+    Args:
+        model: The file.
+        module: What was exported.
+
+    Returns:
+        ``quantizers``, a dict: ``active``, how many the module has; ``in_file``, how many of them
+        have Q/DQ pairs; ``pairs``, how many pairs, of which a quantizer that is called twice has
+        two; ``unused``, the names of those without, on which no output depends.
+    """
+    active = [n for n, q in quantizers(module).items() if q.float_reason is None]
+    there = set((stored_names(model) or {}).values())
+    unused = [n for n in active if n not in there]
+    counts = dict(active=len(active), in_file=len(there), pairs=count_pairs(model))
+    return dict(quantizers=dict(counts, unused=unused))
 
 
 def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[dict[str, Any]]:

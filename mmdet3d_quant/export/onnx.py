@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import tensors
-from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.formats import FORMATS
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.export.deconvolution import to_depth_to_space
+from mmdet3d_quant.export.graph import nonfinite_tensors
 from mmdet3d_quant.export.interface import check_inputs, find_problem
+from mmdet3d_quant.export.pairs import ExportError, count_pairs, store_names
 from mmdet3d_quant.export.passes import (
     OPSETS,
     drop_identities,
     drop_unused,
     fold_shapes,
-    is_quantized,
     store_int8_weights,
     to_half,
     to_opset,
@@ -37,16 +37,13 @@ from mmdet3d_quant.export.tracing import TORCH_OPSET, trace
 from mmdet3d_quant.export.unsigned import to_unsigned
 from mmdet3d_quant.files.limits import LARGEST
 from mmdet3d_quant.files.outputs import whole
+from mmdet3d_quant.files.plain import nonfinite_entries
 from mmdet3d_quant.layers.base import QuantLayer
 
 #: Key of the file's metadata, where the batch norms that stay are listed with their reasons.
 KEPT_KEY = 'mmdet3d_quant.batch_norm'
 WEIGHTS = ('float', 'int8')
 LAYERNORMS = ('standard', 'custom')
-
-
-class ExportError(QuantError):
-    """The exported graph is not what an engine expects; nothing was written."""
 
 
 def export_onnx(
@@ -101,15 +98,17 @@ def export_onnx(
     Raises:
         UncalibratedError: If a quantizer has no range.
         ValueError: If members of a tie group have unequal ranges, a quantizer has a
-            format without an ONNX type (fewer than 8 bits), or an argument is none of the above.
+            format without an ONNX type (fewer than 8 bits), FP16 is asked for a quantized module,
+            or an argument is none of the above.
         ExportError: If the graph fails ``onnx.checker``, has other inputs or outputs than named or
-            random numbers, cannot take another batch size, or is too large for a file.
+            random numbers, lacks the Q/DQ pair of a quantizer, holds NaN or infinity, cannot take
+            another batch size, or is too large for a file.
         OSError: If the file cannot be written.
     """
     unsigned = target_of(target).unsigned
     _check_arguments(inputs, input_names, output_names, opset_version, weights, layernorm)
     module = uncompiled(module)
-    _check_module(module, quantized)
+    _check_module(module, quantized, fp16)
     found = quantizers(module) if quantized else {}
     ranges = {n: float(q._amax) for n, q in found.items() if q.calibrated and q.spec.axis is None}
     with whole(path) as tmp:
@@ -129,7 +128,7 @@ def export_onnx(
             raise ExportError(f'{type(module).__name__} cannot be exported: {problem}')
         drop_identities(model.graph)
         if target_of(target).tiles:
-            to_depth_to_space(model.graph)
+            names = to_depth_to_space(model.graph, names)
             drop_unused(model.graph)
         if not dynamic_batch:
             fold_shapes(model)
@@ -137,6 +136,8 @@ def export_onnx(
         if any(n.op_type == 'BatchNormalization' for n in model.graph.node):
             props[KEPT_KEY] = json.dumps(kept)
         onnx.helper.set_model_props(model, props)
+        if quantized:
+            store_names(model, names)
         if unsigned:
             to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges)
             drop_unused(model.graph)
@@ -144,11 +145,9 @@ def export_onnx(
             store_int8_weights(model.graph)
         model = to_opset(model, opset_version)
         if fp16:
-            if is_quantized(model):
-                raise ValueError("fp16 is for graphs without Q/DQ; here weights='int8' saves more")
             model = to_half(model)
         onnx.save(model, str(tmp))
-        _check(model, tmp)
+        _check(model, tmp, type(module).__name__, len(names))
         if dynamic_batch:
             _check_batch(tmp, dict(strict_zip(input_names, tensors(inputs))))
     left = kept_batch_norms(model)
@@ -204,12 +203,19 @@ def _check_arguments(
     check_inputs(inputs, input_names, output_names)
 
 
-def _check_module(module: nn.Module, quantized: bool) -> None:
+def _check_module(module: nn.Module, quantized: bool, fp16: bool) -> None:
     size = sum(t.numel() * t.element_size() for t in module.state_dict().values())
     if size >= LARGEST:
         raise ExportError(
             f'the weights of {type(module).__name__} take {size / 2**30:.1f} GiB; ONNX files end '
             'at 2 GiB: export it in parts (see mmdet3d_quant.export.Cut)'
+        )
+    odd = nonfinite_entries(module.state_dict())
+    if odd:
+        more = f', and {len(odd) - 1} more' if odd[1:] else ''
+        raise ExportError(
+            f'{odd[0]} of {type(module).__name__} holds NaN or infinity{more}: take a checkpoint '
+            'from before the training diverged'
         )
     if not quantized:
         return
@@ -220,6 +226,12 @@ def _check_module(module: nn.Module, quantized: bool) -> None:
                 f'{name or type(layer).__name__} has weights of {layer.weight.dtype}; Q/DQ pairs '
                 'take float32: export module.float(), with inputs of float32'
             )
+    active = [n for n, q in quantizers(module).items() if q.float_reason is None]
+    if fp16 and active:
+        raise ValueError(
+            f"fp16 is for graphs without Q/DQ, and {active[0]} is quantized: weights='int8' saves "
+            'more, or export with quantized=False'
+        )
     broken = unequal_ties(module)
     if broken:
         raise ValueError(
@@ -233,11 +245,21 @@ def _check_module(module: nn.Module, quantized: bool) -> None:
             raise ValueError(f'only {known} can be exported; {name} has {fmt.name}')
 
 
-def _check(model: onnx.ModelProto, path: Path) -> None:
+def _check(model: onnx.ModelProto, path: Path, name: str, pairs: int) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise ExportError(f'the exported graph is invalid: {err}') from err
+    if count_pairs(model) != pairs:
+        raise ExportError(
+            f'a pass over the graph of {name} left {count_pairs(model)} of {pairs} Q/DQ pairs; '
+            'export with another opset or target'
+        )
+    for node, tensor, share in nonfinite_tensors(model.graph):
+        raise ExportError(
+            f'{name}: {tensor}, which {node.name or node.op_type} reads, is NaN or infinite in '
+            f'{share}: a weight or a folded batch norm is too large for float32'
+        )
 
 
 def _check_batch(path: Path, inputs: dict[str, Tensor]) -> None:

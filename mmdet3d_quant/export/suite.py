@@ -18,8 +18,14 @@ from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mod
 from mmdet3d_quant.export.boxes import BOXES_KEY
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
-from mmdet3d_quant.export.manifest import MANIFEST, describe_graph, describe_scales
-from mmdet3d_quant.export.onnx import ExportError, export_onnx, kept_batch_norms, uncompiled
+from mmdet3d_quant.export.manifest import (
+    MANIFEST,
+    describe_graph,
+    describe_pairs,
+    describe_scales,
+)
+from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms, uncompiled
+from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import DEFAULT, target_of
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files.outputs import sha256, whole_folder
@@ -39,6 +45,7 @@ def export_suite(
     target: str = DEFAULT,
     only: Collection[str] = (),
     fp16: bool = False,
+    check: Callable[[list[Cut], dict[str, Any], Path], None] = lambda cuts, manifest, folder: None,
     **options: Any,
 ) -> tuple[list[Cut], dict[str, Any]]:
     """Writes one ONNX file per cut and ``manifest.json``; all of them or none.
@@ -57,6 +64,8 @@ def export_suite(
         target: Engine that the files are for, as ``export_onnx`` takes it.
         only: Stems of the files to write, such as ``fuser`` or ``lidar.backbone``; none: all.
         fp16: Store the weights of float files in FP16.
+        check: Called with the cuts, the manifest and the folder where the files lie before they are
+            moved to ``out_dir``; if it raises, nothing is.
         **options: ``dynamic_batch``, ``weights`` and ``layernorm``, as ``export_onnx`` takes them.
 
     Returns:
@@ -121,6 +130,8 @@ def export_suite(
             left = kept_batch_norms(model)
             if left:
                 files[path.name]['batch_norm'] = left
+            if quantized:
+                files[path.name].update(describe_pairs(model, cut.module))
         if encoder is not None and (not only or LIDAR in only):
             path, entry = _export_lidar(encoder, folder, quantized, tell)
             files[path.name] = dict(entry, sha256=sha256(path))
@@ -140,6 +151,7 @@ def export_suite(
         if wants.script:
             (folder / SCRIPT).write_text(build_script(manifest))
             (folder / SCRIPT).chmod(0o755)
+        check(exported, manifest, folder)
     return exported, manifest
 
 

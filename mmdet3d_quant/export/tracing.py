@@ -22,6 +22,7 @@ from mmdet3d_quant.core.compat import set_submodule, strict_zip
 from mmdet3d_quant.core.copies import deep_copy, tensors
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
+from mmdet3d_quant.export.pairs import require_pairs
 from mmdet3d_quant.layers.fold import fold_known
 
 #: Newest opset that torch writes itself.
@@ -58,8 +59,11 @@ def trace(
         layernorm: ``'standard'`` or ``'custom'``, the layer of NVIDIA's runtime.
 
     Returns:
-        Tuple of the graph, a dict of names of quantizers by name of the QuantizeLinear node, and
+        Tuple of the graph, a dict of names of quantizers by output of the QuantizeLinear node, and
         a dict of the reasons by name of the batch norms that could not be folded.
+
+    Raises:
+        ExportError: If the graph lacks the pair of a quantizer that the module runs.
     """
     module = deep_copy(module)
     module.eval()
@@ -92,16 +96,18 @@ def trace(
         )
         model = onnx.load(str(path))
         _fix_output_shapes(model.graph, module, inputs, dynamic_batch)
-    return model, _take_names(model.graph), kept
+        names = _take_names(model.graph)
+        require_pairs(module, inputs, list(names.values()), _QDQ)
+    return model, names, kept
 
 
 def _take_names(graph: onnx.GraphProto) -> dict[str, str]:
-    """Removes the names of quantizers from the graph; returns them by name of QuantizeLinear."""
+    """Removes the names of quantizers from the graph; returns them by output of QuantizeLinear."""
     names = {}
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.name == _NAME:
-                names[node.name] = attribute.s.decode()
+                names[node.output[0]] = attribute.s.decode()
                 node.attribute.remove(attribute)
                 break
     return names

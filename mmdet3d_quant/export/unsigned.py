@@ -35,7 +35,7 @@ def to_unsigned(
     Args:
         model: A graph whose activations have signed Q/DQ pairs with constant scales. The names of
             the quantizers made unsigned are stored under :data:`UNSIGNED_KEY`.
-        names: Name of the quantizer by name of the QuantizeLinear node; of activations only.
+        names: Name of the quantizer by output of the QuantizeLinear node; of activations only.
         ranges: amax by name of the quantizer.
     """
     graph = model.graph
@@ -46,8 +46,8 @@ def to_unsigned(
             readers[tensor].append(node)
     groups: dict[float, list[NodeProto]] = defaultdict(list)
     for node in graph.node:
-        if node.name in names:
-            groups[ranges[names[node.name]]].append(node)
+        if node.op_type == 'QuantizeLinear' and node.output[0] in names:
+            groups[ranges[names[node.output[0]]]].append(node)
     chosen: list[str] = []
     zero = numpy_helper.from_array(torch.tensor(0, dtype=UINT8.dtype).numpy(), 'unsigned_zero')
     for amax, group in groups.items():
@@ -55,7 +55,7 @@ def to_unsigned(
             continue
         step = numpy_helper.from_array(unsigned_scale(amax), f'unsigned_scale_{len(chosen)}')
         graph.initializer.extend([step] if chosen else [zero, step])
-        chosen += [names[node.name] for node in group]
+        chosen += [names[node.output[0]] for node in group]
         for node in group:
             for pair in (node, *readers[node.output[0]]):
                 pair.input[1:] = [step.name, zero.name]

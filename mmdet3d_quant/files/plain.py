@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def finite_or_none(value: float) -> float | None:
@@ -24,3 +28,17 @@ def finite_or_text(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite_or_text(inner) for key, inner in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def nonfinite_entries(state: Mapping[str, Tensor]) -> list[str]:
+    """Finds the entries of a state dict that hold NaN or infinity.
+
+    A range (``_amax``) that is not calibrated is NaN, and none of them.
+    """
+    return [
+        name
+        for name, tensor in state.items()
+        if name.rpartition('.')[2] != '_amax'
+        and tensor.is_floating_point()
+        and not bool(torch.isfinite(tensor).all())
+    ]

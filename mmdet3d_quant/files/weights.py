@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from mmdet3d_quant.files.errors import CheckpointError
+from mmdet3d_quant.files.plain import nonfinite_entries
 from mmdet3d_quant.files.unpickler import Inert, pickled_weights
 
 #: Keys under which trainers store weights; the first that a file has is taken.
@@ -32,7 +33,7 @@ def with_state_dict(data: Any, path: Any) -> dict[str, Any]:
         pickled whole, only those.
 
     Raises:
-        CheckpointError: If there are none, or they hold anything but tensors.
+        CheckpointError: If there are none, or they hold anything but tensors, NaN or infinity.
     """
     if isinstance(data, Inert):
         return dict(state_dict=_of_model(data, path))
@@ -55,6 +56,12 @@ def with_state_dict(data: Any, path: Any) -> dict[str, Any]:
         what = f'{odd[0]!r} in the state_dict is no tensor' if odd else 'its state_dict is empty'
         raise CheckpointError(
             f"checkpoint {path}: {what}: save {{'state_dict': model.state_dict()}} again"
+        )
+    bad = nonfinite_entries(state)
+    if bad:
+        raise CheckpointError(
+            f'checkpoint {path}: {bad[0]} holds NaN or infinity ({len(bad)} such entries): '
+            'take one from before the training diverged'
         )
     return dict(data, state_dict=state) if found else dict(state_dict=state)
 

@@ -148,7 +148,7 @@ class QATHook(Hook):
         """Sets the schedule's modes, freezes batch norm, and seeds torch."""
         model = bare_model(runner)
         self._end_evaluation(runner)  # one that an error cut off
-        now = runner.iter if _by_iter(runner) else runner.epoch
+        now = runner.iter if isinstance(runner.train_loop, IterBasedTrainLoop) else runner.epoch
         self._set_modes(model, now)
         if self.freeze_bn is not None and now >= self.freeze_bn:
             for module in model.modules():
@@ -181,7 +181,7 @@ class QATHook(Hook):
 
     def _last(self, runner: Runner, batch_idx: int) -> bool:
         """Tells whether an epoch ends with this step."""
-        if _by_iter(runner):  # its data may have no length
+        if isinstance(runner.train_loop, IterBasedTrainLoop):  # its data may have no length
             return self.is_last_train_iter(runner)
         return self.end_of_epoch(runner.train_dataloader, batch_idx)
 
@@ -272,10 +272,6 @@ class QATHook(Hook):
 def bare_model(runner: Runner) -> nn.Module:
     """Unwraps the runner's model from DDP or another wrapper of mmengine."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
-def _by_iter(runner: Runner) -> bool:
-    return isinstance(runner.train_loop, IterBasedTrainLoop)
 
 
 def _seed(runner: Runner) -> int:

@@ -47,3 +47,10 @@ def test_each_part_of_a_model_gets_its_method_and_a_group_that_of_its_first():
 def test_a_plan_is_checked_before_any_batch():
     with pytest.raises(ValueError, match='fits no activation'):
         Calibrator(Branched(), Plan.parse({'x': 'max'}))
+
+
+def test_weights_beside_a_plan_replace_its_own_and_none_leaves_them():
+    plan = Plan(weights='mse')
+    assert Plan.parse(plan).weights == 'mse' and Plan.parse('max').weights == 'max'
+    assert Plan.parse(plan, weights='max').weights == 'max'
+    assert Plan.parse(Plan(), weights='mse').weights == 'mse'

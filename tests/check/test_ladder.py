@@ -1,6 +1,7 @@
 """The ladder names the step and the layer where something was broken, and nothing where not."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -10,10 +11,12 @@ from onnx import numpy_helper
 from torch import nn
 
 from mmdet3d_quant import calibrate
-from mmdet3d_quant.check.ladder import climb, first_fault
+from mmdet3d_quant.check.ladder import climb, first_fault, missing_points
 from mmdet3d_quant.check.probes import module_name, points_of, torch_points
+from mmdet3d_quant.check.verify import require_agreement, verify
 from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
-from mmdet3d_quant.export import Cut, export_onnx
+from mmdet3d_quant.export import Cut, ExportError, export_onnx
+from mmdet3d_quant.export.pairs import store_names, stored_names
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
 
 ENGINES = dict(onnxruntime=ONNXRuntime, openvino=OpenVINO)
@@ -138,6 +141,84 @@ def test_an_engine_that_is_only_wrong_as_a_whole_is_told_apart(work):
 
     first = first_fault(climb(cut, copy.deepcopy(cut.module), path, dict(broken=Broken)))
     assert first.stage == 'broken' and 'only the whole' in first.fault
+
+
+def renamed(path, folder, stem):
+    """A copy of a file in which nodes and inner tensors have other names."""
+    model = onnx.load(path)
+    kept = {v.name for v in (*model.graph.input, *model.graph.output)} | {''}
+    inner = {o for n in model.graph.node for o in n.output} | {
+        i.name for i in model.graph.initializer
+    }
+    new = {old: f'{stem}{i}' for i, old in enumerate(sorted(inner - kept))}
+    for i, n in enumerate(model.graph.node):
+        n.name = f'n{i}'
+        n.input[:] = [new.get(x, x) for x in n.input]
+        n.output[:] = [new.get(x, x) for x in n.output]
+    for tensor in model.graph.initializer:
+        tensor.name = new.get(tensor.name, tensor.name)
+    del model.graph.value_info[:]
+    onnx.save(model, folder / 'renamed.onnx')
+    return folder / 'renamed.onnx'
+
+
+def test_a_file_whose_tensors_were_renamed_is_judged_by_its_outputs_and_that_is_told(
+    work, tmp_path
+):
+    cut, path = work
+    rungs = climb(cut, copy.deepcopy(cut.module), renamed(path, tmp_path, 't'), ENGINES)
+    assert first_fault(rungs) is None
+    assert [r.points for r in rungs[1:]] == [(6, 6)] * 3 + [(0, 6)] * 2
+    (text,) = missing_points(rungs)
+    assert text.startswith('net: 0 of 6 quantizers were found in the file; layers across'), text
+    name = node(path, 'QuantizeLinear', '/last/_input_quantizer')
+    broken = changed(path, tmp_path, name, 1, lambda v: (v * 1.5).astype(v.dtype))
+    first = first_fault(
+        climb(cut, copy.deepcopy(cut.module), renamed(broken, tmp_path, 't'), ENGINES)
+    )
+    assert first.stage == 'onnxruntime' and 'equal inputs' not in first.fault
+    assert 'of which 6 quantizer(s) were not found' in first.fault
+
+
+def test_nodes_that_were_renamed_alone_cost_nothing(work, tmp_path):
+    cut, path = work
+    model = onnx.load(path)
+    for i, n in enumerate(model.graph.node):
+        n.name = f'n{i}'
+    onnx.save(model, tmp_path / 'nodes.onnx')
+    rungs = climb(cut, copy.deepcopy(cut.module), tmp_path / 'nodes.onnx', ENGINES)
+    assert first_fault(rungs) is None and rungs[-1].points == (6, 6)
+
+
+def test_layers_across_a_quantizer_that_is_not_found_are_not_judged_alone(work, tmp_path):
+    cut, path = work
+    model = onnx.load(path)
+    names = stored_names(model)
+    lost = next(t for t, n in names.items() if n == 'up.0._input_quantizer')
+    store_names(model, {t: n for t, n in names.items() if t != lost})
+    onnx.save(model, tmp_path / 'one.onnx')
+    rungs = climb(cut, copy.deepcopy(cut.module), tmp_path / 'one.onnx', ENGINES)
+    assert first_fault(rungs) is None
+    assert rungs[-1].points == (5, 6) and rungs[-1].missing == ('up.0._input_quantizer',)
+    assert 'concat._input_quantizer#2' not in rungs[-1].layers and len(rungs[-1].layers) == 4
+
+
+@pytest.mark.parametrize('factor', [100, 0.01])
+def test_a_range_that_does_not_fit_its_tensor_is_named(work, tmp_path, factor):
+    cut, _ = work
+    net = copy.deepcopy(cut.module)
+    net.down[0]._input_quantizer.amax = net.down[0]._input_quantizer.amax * factor
+    path = tmp_path / 'wide.onnx'
+    export_onnx(net, list(cut.inputs.values()), path, ['x'], ['y'])
+    wide = replace(cut, module=net)
+    first = first_fault(climb(wide, copy.deepcopy(net), path, ENGINES))
+    assert first.stage == 'fake-quant'
+    assert '1 range(s) do not fit (least: 10 dB): down.0._input_quantizer: ' in first.fault
+    assert ('uses 1.' in first.fault) is (factor > 1), first.fault
+    (result,) = verify(wide, path)
+    assert result.fault == first.fault
+    with pytest.raises(ExportError, match='net.onnx: 1 range.s. do not fit.*down.0._input'):
+        require_agreement([result])
 
 
 def test_a_float_file_has_outputs_to_compare_only(work, tmp_path):

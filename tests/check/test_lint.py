@@ -258,6 +258,16 @@ def no_zero_point(e):
         del node.input[2]
 
 
+def stored(e, index, value):
+    """One value of the weight or bias of a convolution that is not finite."""
+    conv = e.conv()
+    name = conv.input[index] if index == 2 else e.weight(conv)[0].input[0]
+    tensor = next(i for i in e.graph.initializer if i.name == name)
+    array = numpy_helper.to_array(tensor).copy()
+    array.flat[0] = value
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+
+
 DEFECTS = {
     'batch norm': ('Q01', batch_norm),
     'input float': (
@@ -304,6 +314,8 @@ DEFECTS = {
     'tiny weight scale': ('Q24', lambda e: e.scale(e.weight(e.conv()), one_entry(1e-12))),
     'huge scale': ('Q25', lambda e: e.scale(e.activation(e.conv()), one_entry(1e9))),
     'dead range': ('Q26', lambda e: e.scale(e.activation(e.conv()), one_entry(2.0**-24 / 127))),
+    'NaN weight': ('Q33', lambda e: stored(e, 1, np.nan)),
+    'infinite bias': ('Q33', lambda e: stored(e, 2, np.inf)),
     'computed scale': ('Q27', computed_scale),
     'conv axis': ('Q28', lambda e: axis(e, 'Conv', 1)),
     'deconv axis': ('Q28', lambda e: axis(e, 'ConvTranspose', 0)),

@@ -12,7 +12,7 @@ from mmdet3d_quant.core.copies import tensors
 from mmdet3d_quant.core.modes import float_state_dict, quantizers
 from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import export_onnx
-from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.layers import QuantConv2d
 
 X = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))

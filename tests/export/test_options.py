@@ -12,12 +12,14 @@ from torch import nn
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.check.lint import layers, lint, read_graph
 from mmdet3d_quant.check.lint.layers import coverage
+from mmdet3d_quant.check.probes import points_of, torch_points
 from mmdet3d_quant.check.verify import sqnr
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import ONNXRuntime
-from mmdet3d_quant.export import ExportError, export_onnx
+from mmdet3d_quant.export import Cut, ExportError, export_onnx
 from mmdet3d_quant.export.cuts import Head
 from mmdet3d_quant.export.passes import sort_nodes
+from mmdet3d_quant.export.targets import target_in
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
 from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT
@@ -70,7 +72,9 @@ def test_every_opset_gives_the_numbers_of_17(opset, net, tmp_path):
     assert sqnr(expected, found) > 110
     kinds = {n.op_type for n in model.graph.node}
     assert ('LayerNormalization' in kinds) is (opset >= 17)
-    assert {p.key: p.value for p in model.metadata_props} == {'mmdet3d_quant.target': 'tensorrt'}
+    assert target_in(model) == 'tensorrt'
+    points = list(torch_points(Cut('net', net[0], dict(x=net[1]), ('y',)), 'quant'))
+    assert sorted(points_of(model, points).values()) == sorted(points)
     graph = read_graph(tmp_path / 'm.onnx')
     assert lint(graph) == [] and coverage(layers(graph)) == 1
 
@@ -147,7 +151,7 @@ def test_half_weights(net, tmp_path):
         assert a.type.tensor_type.elem_type == b.type.tensor_type.elem_type
     found = result(tmp_path / 'half.onnx', net[1])
     assert 50 < sqnr(result(tmp_path / 'single.onnx', net[1]), found) < 90  # FP16's 11 bits
-    with pytest.raises(ValueError, match="without Q/DQ; here weights='int8'"):
+    with pytest.raises(ValueError, match='without Q/DQ, and first.0._input_quantizer is quantized'):
         export(net, tmp_path / 'm.onnx', fp16=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
+from mmdet3d_quant.files.checkpoint import CheckpointError, load_from_one_door, read_checkpoint
 from mmdet3d_quant.files.outputs import check_writable, whole, whole_folder
 
 
@@ -141,3 +141,15 @@ def test_bad_checkpoints_are_named_with_the_reason(tmp_path):
     torch.save(dict(state_dict=dict(weight=3)), bad)
     refused("'weight' in the state_dict is no tensor")
     assert Path(good).exists()
+
+
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_weights_that_are_not_finite_are_refused_and_open_ranges_are_not(tmp_path, value):
+    state = {'conv.weight': torch.ones(3), 'conv._amax': torch.tensor(float('nan'))}
+    torch.save(dict(state_dict=state), tmp_path / 'good.pth')
+    assert len(read_checkpoint(tmp_path / 'good.pth')['state_dict']) == 2
+    state['conv.weight'][1] = float(value)
+    torch.save(dict(state_dict=state), tmp_path / 'bad.pth')
+    for read in (read_checkpoint, lambda path: load_from_one_door(str(path), 'cpu')):
+        with pytest.raises(CheckpointError, match='bad.pth: conv.weight holds NaN or infinity'):
+            read(tmp_path / 'bad.pth')

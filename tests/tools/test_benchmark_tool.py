@@ -14,6 +14,7 @@ from torch import nn
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.check.benchmark import benchmark, sum_up
 from mmdet3d_quant.check.compare import Variant, generate_samples
+from mmdet3d_quant.check.nncf import Nncf
 from mmdet3d_quant.check.variants import find_graphs
 from mmdet3d_quant.engines.files import EngineError
 from mmdet3d_quant.engines.memory import added_memory
@@ -157,3 +158,8 @@ def test_nncf_is_a_row_of_the_table(work):
     )
     peer = found['a.onnx'][-1]
     assert peer.name == 'NNCF' and peer.sqnr['y'] > 10 and peer.int8[0] >= 1
+
+
+def test_another_python_that_ends_without_a_word_is_told(tmp_path):
+    with pytest.raises(EngineError, match='/bin/false: it ended with exit code 1 and no message'):
+        Nncf('/bin/false', tmp_path / 'peer.py')

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from mmdet3d_quant.check.detector import manifest_problems
@@ -162,6 +163,74 @@ def test_parity_finds_nothing_and_then_what_was_broken(work, tmp_path, capsys):
     shown = ' '.join(capsys.readouterr().out.split())
     named = module_name(conv.name)
     assert f'Numbers part at onnxruntime, fuser: {named}' in shown, shown[-500:]
+
+
+def test_parity_finds_nothing_in_any_file(work, capsys):
+    args = [work / 'int8.py', work / 'int8.pth', work / 'int8', '--engines', 'onnxruntime']
+    assert parity.main([str(a) for a in args]) == 0
+    shown = capsys.readouterr().out
+    assert 'All steps agree.' in shown and shown.count('apart') == 0
+    names = ('camera.backbone', 'camera.vtransform', 'fuser', 'head.bbox')
+    assert all(f'│ {name} ' in shown for name in names), shown
+    assert '83 of 83' in shown and '11 of 11' in shown
+
+
+def scaled(model, kind, part):
+    """Makes a scale 5 % larger; returns the layer."""
+    name, target = next(
+        (n.name, n) for n in model.graph.node if n.op_type == kind and part in n.name
+    )
+    for made in model.graph.node:
+        if made.output[0] == target.input[1]:
+            value = numpy_helper.to_array(made.attribute[0].t)
+            made.attribute[0].t.CopyFrom(numpy_helper.from_array(value * np.float32(1.05)))
+    return module_name(name).rpartition('.')[0]
+
+
+def crossed(model, kind, part):
+    """Lets two convolutions read the biases of each other."""
+    convs = [n for n in model.graph.node if n.op_type == 'Conv' and part in n.name]
+    shapes = {i.name: tuple(i.dims) for i in model.graph.initializer}
+    a = convs[0]
+    b = next(n for n in convs[1:] if shapes[n.input[2]] == shapes[a.input[2]])
+    a.input[2], b.input[2] = b.input[2], a.input[2]
+    return module_name(a.name)
+
+
+@pytest.mark.parametrize(
+    ('file', 'plant', 'kind', 'part'),
+    [
+        ('camera.backbone', scaled, 'DequantizeLinear', '/layer2.0/conv2/_input_quantizer'),
+        ('camera.backbone', crossed, 'Conv', '/layer1'),
+        ('camera.vtransform', crossed, 'Conv', ''),
+        ('fuser', scaled, 'QuantizeLinear', '/blocks.0.3/_input_quantizer'),
+        ('fuser', crossed, 'Conv', 'blocks.0'),
+        ('head.bbox', crossed, 'Conv', 'prediction_heads'),
+    ],
+)
+def test_parity_names_what_was_planted_in_a_file(work, tmp_path, capsys, file, plant, kind, part):
+    (tmp_path / 'manifest.json').write_bytes((work / 'int8/manifest.json').read_bytes())
+    model = onnx.load(work / f'int8/{file}.onnx')
+    layer = plant(model, kind, part)
+    onnx.save(model, tmp_path / f'{file}.onnx')
+    args = [work / 'int8.py', work / 'int8.pth', tmp_path, '--engines', 'onnxruntime']
+    assert parity.main([str(a) for a in (*args, '--files', file)]) == 1
+    shown = ' '.join(capsys.readouterr().out.split())
+    where = layer if file in ('camera.backbone', 'fuser') else 'somewhere in the graph'
+    assert f'Numbers part at onnxruntime, {file}: {where}' in shown, (layer, shown[-300:])
+
+
+def test_files_of_a_range_that_does_not_fit_are_not_written(work, tmp_path):
+    data = torch.load(work / 'int8.pth', weights_only=False)
+    data['state_dict']['pts_backbone.blocks.0.3._input_quantizer._amax'] *= 100
+    torch.save(data, tmp_path / 'wide.pth')
+    args = [work / 'int8.py', tmp_path / 'wide.pth', '--out-dir', tmp_path / 'out', '--only']
+    with pytest.raises(ExportError, match='1 range.s. do not fit .*blocks.0.3.*of 8 bits'):
+        export_onnx.main([str(a) for a in (*args, 'fuser')])
+    assert list((tmp_path / 'out').iterdir()) == []
+    export_onnx.main([str(a) for a in (*args, 'fuser', '--no-verify')])
+    parity_args = [work / 'int8.py', tmp_path / 'wide.pth', tmp_path / 'out', '--files', 'fuser']
+    assert parity.main([str(a) for a in parity_args]) == 1
 
 
 def test_parity_of_no_file_is_an_error(work):

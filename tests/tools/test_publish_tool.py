@@ -68,7 +68,8 @@ def test_halved_weights_load_into_a_float32_model(trained):
 
 
 @pytest.mark.parametrize(
-    'value, flags, message', [(float('nan'), [], 'not finite'), (1e5, ['--half'], 'omit --half')]
+    'value, flags, message',
+    [(float('nan'), [], 'holds NaN or infinity'), (1e5, ['--half'], 'omit --half')],
 )
 def test_nothing_is_written_for_numbers_that_cannot_be(trained, value, flags, message):
     path, state = trained

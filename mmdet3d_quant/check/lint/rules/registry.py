@@ -23,6 +23,7 @@ class Rule:
         why: What it costs.
         mend: What to do.
         check: Finds it.
+        floats: Whether it is wrong in a float graph, too.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Rule:
     why: str
     mend: str
     check: Callable[[Graph], Found]
+    floats: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def lint(graph: Graph, ignore: Iterable[str] = ()) -> list[Finding]:
         ignore: Ids of rules to leave out.
 
     Returns:
-        Findings by rule, then in the order of the file; none for a graph without any Q/DQ, which
-        is a float graph and may well be meant as one.
+        Findings by rule, then in the order of the file. A graph without any Q/DQ, which may well be
+        meant as a float one, is checked against the rules of float graphs only.
 
     Raises:
         ValueError: If an id is unknown.
@@ -75,12 +77,11 @@ def lint(graph: Graph, ignore: Iterable[str] = ()) -> list[Finding]:
     unknown = ignored - {rule.id for rule in RULES}
     if unknown:
         raise ValueError(f'there is no rule {sorted(unknown)[0]}')
-    if not is_quantized(graph):
-        return []
+    quantized = is_quantized(graph)
     return [
         Finding(rule, graph.name(node), detail)
         for rule in RULES
-        if rule.id not in ignored
+        if rule.id not in ignored and (quantized or rule.floats)
         for node, detail in rule.check(graph)
     ]
 
@@ -90,7 +91,7 @@ def is_quantized(graph: Graph) -> bool:
     return any(True for _ in graph.of('QuantizeLinear', 'DequantizeLinear'))
 
 
-def rule(id: str, title: str, why: str, mend: str) -> Callable:
+def rule(id: str, title: str, why: str, mend: str, floats: bool = False) -> Callable:
     """Registers a check as a rule.
 
     Raises:
@@ -100,7 +101,7 @@ def rule(id: str, title: str, why: str, mend: str) -> Callable:
         raise ValueError(f'there is a rule {id} already')
 
     def register(check: Callable[[Graph], Found]) -> Callable[[Graph], Found]:
-        RULES.append(Rule(id, title, why, mend, check))
+        RULES.append(Rule(id, title, why, mend, check, floats))
         return check
 
     return register

@@ -1,4 +1,4 @@
-"""Rules of the values of scales and zero points."""
+"""Rules of the values of scales, zero points and weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from onnx import NodeProto
 from mmdet3d_quant.check.lint.graph import Graph
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
 from mmdet3d_quant.core.formats import INT8, MIN_AMAX
+from mmdet3d_quant.export.graph import nonfinite_tensors
 
 #: The scale of a tensor that was all zeros while calibrating.
 DEAD = MIN_AMAX / INT8.qmax
@@ -120,6 +121,20 @@ def _dead(graph: Graph) -> Found:
         scale, _ = graph.grid(node)
         if scale is not None and ((scale >= 0.99 * DEAD) & (scale <= 1.01 * DEAD)).all():
             yield node, f'scale {scale.flat[0]:.3g}'
+
+
+@rule(
+    'Q33',
+    'weight or bias is not finite',
+    'every value behind it becomes NaN',
+    'export a checkpoint from before the training diverged',
+    floats=True,
+)
+def _odd_weight(graph: Graph) -> Found:
+    for node, tensor, share in nonfinite_tensors(graph.graph):
+        scales = node.input[1:] if node.op_type in ('QuantizeLinear', 'DequantizeLinear') else ()
+        if tensor not in scales:  # which is Q22
+            yield node, f'{tensor}: {share}'
 
 
 @rule(
