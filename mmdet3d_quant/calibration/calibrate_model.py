@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
 import numpy as np
 from mmengine.dist import all_gather_object, get_dist_info, get_world_size
-from torch import nn
+from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.calibrator import Calibrator
 from mmdet3d_quant.calibration.eager import uncompiled
@@ -54,7 +54,7 @@ def calibrate(
         forward: ``forward(model, batch)`` runs the model. By default a tensor is passed as
             ``model(batch)``, a sequence as ``model(*batch)``, a dict as
             ``model.test_step(batch)`` where the model has one (mmengine) and else as
-            ``model(**batch)``. It runs on the first batch once more, before that is observed.
+            ``model(**batch)``. It runs on a copy of the first batch, too.
         num_batches: Stop after so many of this process; all by default.
         weights: Per output channel ``'max'``, the largest absolute weight, or ``'mse'``, the
             range with the least squared error.
@@ -67,8 +67,8 @@ def calibrate(
         :class:`Calibration`, the ranges and their statistics.
 
     Raises:
-        ValueError: If the method is unknown, ``num_batches`` < 1, nothing is quantized, or there
-            is no batch to hold out.
+        ValueError: If the method is unknown, ``num_batches`` < 1, ``batches`` is a single batch,
+            nothing is quantized, or there is no batch to hold out.
         NonFiniteError: If a weight or tensor has NaN or infinity; names the first.
         QuantError: If the model was built in ``torch.inference_mode()``, which is left meanwhile.
         CalibrationError: If there are no batches, or a quantizer was never reached or saw zeros
@@ -76,6 +76,10 @@ def calibrate(
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f'num_batches must be at least 1, got {num_batches}')
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise ValueError(
+            f'batches is a {type(batches).__name__}: give several batches, or one as [batch]'
+        )
     plan = Plan.parse(method, weights)
     with uncompiled(model) as plain:
         result, same = _calibrate(plain, batches, plan, forward, num_batches, held_out, after)
@@ -106,6 +110,8 @@ def _calibrate(
     if (calibrator.needs_held_out or after) and held_out is None:
         numbered = _all_but_last(numbered, kept)
     _observe(calibrator, numbered, world)
+    if kept and world == 1 and not given.batches:
+        raise ValueError('at least 2 batches are needed: the last is held out; or give `held_out`')
     if held_out is not None:
         kept = [(-1 - number, batch) for number, batch in _numbered(held_out, rank, world)]
     return calibrator.finish(kept, after), given.same

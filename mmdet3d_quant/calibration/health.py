@@ -128,15 +128,21 @@ def fit(histogram: Histogram, amax: float, spec: QuantSpec) -> tuple[float, floa
 def weak_weights(model: nn.Module) -> list[str]:
     """Finds weights and buffers of a model, other than ranges, that have NaN or infinity.
 
+    Minus infinity in a buffer is none: so attention masks what it shall not see.
+
     Returns:
         List of str, one message per tensor.
     """
     ranges = {f'{name}._amax' for name in quantizers(model)}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    buffers = dict(model.named_buffers())
+    tensors = {**dict(model.named_parameters()), **buffers}
     messages = []
     for name, tensor in tensors.items():
         if name not in ranges and tensor.is_floating_point():
-            bad = int((~torch.isfinite(tensor)).sum())
+            wrong = ~torch.isfinite(tensor)
+            if name in buffers:
+                wrong &= tensor != -math.inf
+            bad = int(wrong.sum())
             if bad:
                 messages.append(f'{name}: {bad} of {tensor.numel()} values are NaN or infinite')
     return messages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from mmengine.dist import all_gather_object
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
 from mmdet3d_quant.calibration.joins import Joins
 from mmdet3d_quant.calibration.peaks import Peaks
+from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.macs import counting
 from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
@@ -124,8 +125,8 @@ def observe(
 
     A generator: every step is a batch; between steps the statistics are complete and the model is
     as before. During a batch BN is folded into the convolutions, as in what is exported: the same
-    tensors up to rounding, in less time than the observing takes. The first batch is run once more
-    before, to see which BN reads what.
+    tensors up to rounding, in less time than the observing takes. A copy of the first batch is
+    run before, to see which BN reads what.
 
     Args:
         model: The model; in eval mode and mode ``observe`` meanwhile, then as before.
@@ -156,7 +157,8 @@ def observe(
                 observed[name]._calibrator = collector
             with set_mode(model, 'observe'), evaluating(model), torch.no_grad():
                 if folded is None:
-                    folded = without_bn(model, partial(_run_with, forward or run, batch))
+                    # A forward may change its batch, or take something out of it.
+                    folded = without_bn(model, partial(_run_with, forward or run, deep_copy(batch)))
                 with folded, joins:
                     if macs is None or macs:
                         (forward or run)(model, batch)
@@ -234,9 +236,17 @@ def run(model: nn.Module, batch: Any) -> Any:
     """Runs a model on a batch: a tensor, a mapping, or a sequence of arguments.
 
     A mapping goes to ``test_step`` if the model has one, else it is passed as keyword arguments.
+
+    Raises:
+        TypeError: If the batch is of another type.
     """
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):
         return model.test_step(batch) if hasattr(model, 'test_step') else model(**batch)
+    if not isinstance(batch, Sequence) or isinstance(batch, str):
+        raise TypeError(
+            f'a batch is a {type(batch).__name__}: give a tensor, a dict or a sequence of '
+            'arguments, or say with `forward` how the model takes it'
+        )
     return model(*batch)

@@ -43,8 +43,9 @@ def float_state_dict(model: nn.Module) -> dict[str, Any]:
         ``_metadata``, from which spconv reads the layout of its weights.
     """
     state = model.state_dict()
-    for name in quantizers(model):
-        state.pop(f'{name}._amax', None)
+    for name, module in model.named_modules(remove_duplicate=False):  # layers may share one
+        if isinstance(module, Quantizer):
+            state.pop(f'{name}._amax', None)
     return state
 
 

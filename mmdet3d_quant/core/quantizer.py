@@ -196,6 +196,14 @@ class Quantizer(Switches):
             return None
         return grid_of(self._amax, self.spec)
 
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Moves or casts like any module, but never to fewer bits: FP16 ends at 65504."""
+        amax = None if self._amax is None else self._amax.detach()
+        super()._apply(fn, *args, **kwargs)
+        if amax is not None and self._amax.element_size() < min(4, amax.element_size()):
+            self._amax.data = amax.to(self._amax.device)
+        return self
+
     def extra_repr(self) -> str:
         """One line for ``print(model)``: grid, range and mode, or why the layer is float."""
         if self.float_reason is not None:

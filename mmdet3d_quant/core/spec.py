@@ -76,7 +76,7 @@ class Method:
         Spaces around the name and the number do not count.
 
         Raises:
-            ValueError: If the name is unknown or the percentile is not in (0, 100].
+            ValueError: If the name is unknown or the percentile is not in [1, 100].
         """
         if isinstance(text, Method):
             return text
@@ -91,6 +91,11 @@ class Method:
             percentile = float(value)
         except ValueError:
             raise _no_percentile(value) from None
+        if 0 < percentile < 1:
+            raise ValueError(
+                f'percentile is in percent: {percentile:g} would clip nearly all; 0.9999 of the '
+                'values is percentile:99.99'
+            )
         return cls(name, percentile)
 
     def __str__(self) -> str:

@@ -7,17 +7,21 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.copies import tensors
 from mmdet3d_quant.core.formats import FORMATS
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.export.deconvolution import to_depth_to_space
 from mmdet3d_quant.export.graph import nonfinite_tensors
+from mmdet3d_quant.export.interface import check_inputs, find_problem
 from mmdet3d_quant.export.pairs import ExportError, count_pairs, store_names
 from mmdet3d_quant.export.passes import (
     OPSETS,
@@ -34,6 +38,7 @@ from mmdet3d_quant.export.unsigned import to_unsigned
 from mmdet3d_quant.files.limits import LARGEST
 from mmdet3d_quant.files.outputs import whole
 from mmdet3d_quant.files.plain import nonfinite_entries
+from mmdet3d_quant.layers.base import QuantLayer
 
 #: Key of the file's metadata, where the batch norms that stay are listed with their reasons.
 KEPT_KEY = 'mmdet3d_quant.batch_norm'
@@ -43,7 +48,7 @@ LAYERNORMS = ('standard', 'custom')
 
 def export_onnx(
     module: nn.Module,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     path: str | Path,
     input_names: Sequence[str],
     output_names: Sequence[str],
@@ -69,7 +74,8 @@ def export_onnx(
     Args:
         module: Any module with quantizers, or without; run as it would be in eval mode, and
             without ``torch.compile``.
-        inputs: Example inputs in the order of ``forward``; the graph has their shapes.
+        inputs: Example inputs in the order of ``forward``, tensors or lists of them, each of which
+            has a name; the graph has their shapes. They are not changed.
         path: File to write; it appears whole or not at all.
         input_names: Names of the graph's inputs.
         output_names: Names of the graph's outputs.
@@ -95,12 +101,13 @@ def export_onnx(
         ValueError: If members of a tie group have unequal ranges, a quantizer has a
             format without an ONNX type (fewer than 8 bits), FP16 is asked for a quantized module,
             or an argument is none of the above.
-        ExportError: If the graph fails ``onnx.checker``, lacks the Q/DQ pair of a quantizer, holds
-            NaN or infinity, cannot take another batch size, or is too large for a file.
+        ExportError: If the graph fails ``onnx.checker``, has other inputs or outputs than named or
+            random numbers, lacks the Q/DQ pair of a quantizer, holds NaN or infinity, cannot take
+            another batch size, or is too large for a file.
         OSError: If the file cannot be written.
     """
     unsigned = target_of(target).unsigned
-    _check_arguments(inputs, input_names, opset_version, weights, layernorm)
+    _check_arguments(inputs, input_names, output_names, opset_version, weights, layernorm)
     module = uncompiled(module)
     _check_module(module, quantized, fp16)
     found = quantizers(module) if quantized else {}
@@ -117,6 +124,9 @@ def export_onnx(
             dynamic_batch,
             layernorm,
         )
+        problem = find_problem(model.graph, input_names, output_names)
+        if problem:
+            raise ExportError(f'{type(module).__name__} cannot be exported: {problem}')
         drop_identities(model.graph)
         if target_of(target).tiles:
             names = to_depth_to_space(model.graph, names)
@@ -140,7 +150,7 @@ def export_onnx(
         onnx.save(model, str(tmp))
         _check(model, tmp, type(module).__name__, len(names))
         if dynamic_batch:
-            _check_batch(tmp, dict(strict_zip(input_names, inputs)))
+            _check_batch(tmp, dict(strict_zip(input_names, tensors(inputs))))
     left = kept_batch_norms(model)
     if left and quantized:
         reasons = '\n'.join(f'  {name}: {reason}' for name, reason in left.items())
@@ -171,8 +181,9 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _check_arguments(
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     input_names: Sequence[str],
+    output_names: Sequence[str],
     opset_version: int,
     weights: str,
     layernorm: str,
@@ -190,8 +201,7 @@ def _check_arguments(
     for name, value, known in (('weights', weights, WEIGHTS), ('layernorm', layernorm, LAYERNORMS)):
         if value not in known:
             raise ValueError(f'{name} must be {" or ".join(known)}, not {value!r}')
-    if len(inputs) != len(input_names):
-        raise ValueError(f'{len(inputs)} inputs, but names {list(input_names)}')
+    check_inputs(inputs, input_names, output_names)
 
 
 def _check_module(module: nn.Module, quantized: bool, fp16: bool) -> None:
@@ -211,6 +221,12 @@ def _check_module(module: nn.Module, quantized: bool, fp16: bool) -> None:
     if not quantized:
         return
     require_calibrated(module)
+    for name, layer in module.named_modules():
+        if isinstance(layer, QuantLayer) and layer.weight.dtype != torch.float32:
+            raise ExportError(
+                f'{name or type(layer).__name__} has weights of {layer.weight.dtype}; Q/DQ pairs '
+                'take float32: export module.float(), with inputs of float32'
+            )
     active = [n for n, q in quantizers(module).items() if q.float_reason is None]
     if fp16 and active:
         raise ValueError(

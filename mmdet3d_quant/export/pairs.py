@@ -11,6 +11,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.copies import deep_copy, tensors
 from mmdet3d_quant.core.errors import QuantError
 
 #: Key in a file's ``metadata_props`` for the names of quantizers by the output of their
@@ -67,7 +69,7 @@ def require_pairs(
     readers = [m for m in module.modules() if isinstance(m, kind)]
     calls = _Calls(readers)
     with calls:
-        wanted = module(*inputs)
+        wanted = module(*deep_copy(inputs))
     there = Counter(traced)
     missing = [name for name, count in calls.number.items() if there[name] < count]
     for name in missing:
@@ -116,6 +118,5 @@ class _Calls:
 def _matters(module: nn.Module, inputs: Sequence[Tensor], wanted: Any, calls: _Calls) -> bool:
     """Tells whether the outputs change where a call is poisoned."""
     with calls:
-        found = module(*inputs)
-    pairs = [(wanted, found)] if isinstance(wanted, Tensor) else list(zip(wanted, found))
-    return not all(torch.equal(a, b) for a, b in pairs)
+        found = module(*deep_copy(inputs))
+    return not all(torch.equal(a, b) for a, b in strict_zip(tensors(wanted), tensors(found)))

@@ -6,7 +6,6 @@ module with quantizers, and returns a graph with Q/DQ pairs and the names of the
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from inspect import signature
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
 from mmdet3d_quant.core.compat import set_submodule, strict_zip
+from mmdet3d_quant.core.copies import deep_copy, tensors
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.export.pairs import require_pairs
@@ -50,7 +50,7 @@ def trace(
 
     Args:
         module: Module to trace; left unchanged.
-        inputs: Example inputs.
+        inputs: Example inputs; a forward may change copies of them.
         path: Scratch file, which this overwrites.
         input_names: Names of the inputs.
         output_names: Names of the outputs.
@@ -66,9 +66,9 @@ def trace(
     Raises:
         ExportError: If the graph lacks the pair of a quantizer that the module runs.
     """
-    module = copy.deepcopy(module)
+    module = deep_copy(module)
     module.eval()
-    kept, _ = fold_known(module, lambda m: m(*inputs), quantized)
+    kept, _ = fold_known(module, lambda m: m(*deep_copy(inputs)), quantized)
     if quantized:
         raise_scales(module)
         set_mode(module, 'quant')
@@ -87,7 +87,7 @@ def trace(
         warnings.filterwarnings('ignore', 'The shape inference of')  # ops it does not know
         torch.onnx.export(
             module,
-            tuple(inputs),
+            tuple(deep_copy(inputs)),
             str(path),
             input_names=list(input_names),
             output_names=list(output_names),
@@ -123,9 +123,8 @@ def _fix_output_shapes(
     shapes = [output.type.tensor_type.shape.dim[skip:] for output in graph.output]
     if all(dim.HasField('dim_value') for shape in shapes for dim in shape):
         return
-    outputs = module(*inputs)
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    for shape, output in strict_zip(shapes, outputs):
+    outputs = module(*deep_copy(inputs))
+    for shape, output in strict_zip(shapes, tensors(outputs)):
         for dim, size in strict_zip(shape, output.shape[skip:]):
             dim.dim_value = size
 
@@ -219,6 +218,11 @@ if torch.__version__.startswith('2.0.'):
 
 def _quantizers_to_qdq(module: nn.Module) -> None:
     """Replaces quantizers by :class:`_QDQ`, and those kept float by identities."""
+    new: dict[nn.Module, nn.Module] = {}
     for name, quantizer in quantizers(module).items():
         kept = quantizer.float_reason is not None
-        set_submodule(module, name, nn.Identity() if kept else _QDQ(quantizer, name))
+        new[quantizer] = nn.Identity() if kept else _QDQ(quantizer, name)
+    for parent in list(module.modules()):
+        for child, old in parent._modules.items():  # layers may share a quantizer
+            if old in new:
+                parent._modules[child] = new[old]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +16,28 @@ def whole(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path; on success it becomes ``path``, on failure it vanishes.
 
     Args:
-        path: Where the file shall appear. Missing parent folders are created.
+        path: Where the file shall appear. Missing parent folders are created. A link stays one:
+            what it points to is written.
 
     Raises:
-        OSError: If the folder cannot be written to; says so with the path.
+        OSError: If the folder cannot be written to, or a folder, pipe or device is there, or the
+            disk is full; says so with the path.
     """
-    path = Path(path)
     check_writable(path)
+    path = Path(path).resolve()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix=path.suffix)
     os.close(handle)
     try:
         yield Path(name)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
+    except RuntimeError as err:  # torch.save says so when a disk is full
+        if 'inline_container' not in str(err):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            f'cannot write {path}: the disk took only a part ({free:.0f} MiB are free now)'
+        ) from err
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -62,14 +72,16 @@ def check_writable(path: str | Path) -> None:
     Raises:
         OSError: If it cannot.
     """
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
+        place = Path(path).resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():
             raise IsADirectoryError('is a folder')
-        with tempfile.TemporaryFile(dir=path.parent):
+        if place.exists() and not place.is_file():
+            raise OSError('is a device or a pipe, which a file would replace; name a file')
+        with tempfile.TemporaryFile(dir=place.parent):
             pass
-    except OSError as err:
+    except (OSError, RuntimeError) as err:  # Python 3.8 to 3.12 call a loop of links RuntimeError
         raise OSError(f'cannot write {path}: {err}') from None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from mmdet3d_quant.files.checkpoint import CheckpointError, load_from_one_door, read_checkpoint
-from mmdet3d_quant.files.outputs import whole, whole_folder
+from mmdet3d_quant.files.outputs import check_writable, whole, whole_folder
 
 
 def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path):
@@ -44,6 +45,41 @@ def test_an_unwritable_place_is_named(tmp_path):
             pass
     with pytest.raises(OSError, match='is a folder'), whole(tmp_path):
         pass
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
+    target, link = tmp_path / 'disk/out.txt', tmp_path / 'out.txt'
+    link.symlink_to(target)  # nothing is there yet
+    for text in ('old', 'new'):
+        with whole(link) as tmp:
+            tmp.write_text(text)
+        assert link.is_symlink() and target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_pipes_devices_and_loops_of_links_are_not_replaced(tmp_path):
+    pipe, loop = tmp_path / 'pipe', tmp_path / 'loop'
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    for path, reason in ((pipe, 'device or a pipe'), (loop, '')):
+        with pytest.raises(OSError, match=f'cannot write {path}: .*{reason}'), whole(path):
+            pass
+    assert pipe.is_fifo() and loop.is_symlink()
+    with pytest.raises(OSError, match='device or a pipe'):
+        check_writable('/dev/null')
+
+
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path):
+    target = tmp_path / 'out.pth'
+    target.write_text('old')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match='cannot write .*out.pth: the disk'), whole(target) as tmp:
+            torch.save(torch.zeros(10000), tmp)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert target.read_text() == 'old' and list(tmp_path.iterdir()) == [target]
 
 
 class Bomb:

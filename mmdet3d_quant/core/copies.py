@@ -1,0 +1,37 @@
+"""Deep copies of modules and batches that hold results of a forward."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Iterator, TypeVar
+
+from torch import Tensor, nn
+
+Value = TypeVar('Value')
+
+
+def deep_copy(value: Value) -> Value:
+    """Copies a module or a batch deeply; tensors with a gradient history become plain ones.
+
+    ``copy.deepcopy`` refuses those, which modules hold that keep a feature of the last forward.
+
+    Args:
+        value: A module, or tensors in lists, tuples and dicts.
+
+    Returns:
+        The copy.
+    """
+    held = [vars(m) for m in value.modules()] if isinstance(value, nn.Module) else value
+    memo = {id(x): x.detach().clone() for x in tensors(held) if not x.is_leaf}
+    return copy.deepcopy(value, memo)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Finds the tensors in nested lists, tuples and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
