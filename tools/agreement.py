@@ -13,7 +13,12 @@ from mmdet3d_quant.export import Cut
 
 
 def verify_files(
-    console: Console, folder: Path, cuts: list[Cut], manifest: dict[str, Any], quantized: bool
+    console: Console,
+    folder: Path,
+    cuts: list[Cut],
+    manifest: dict[str, Any],
+    quantized: bool,
+    real: bool,
 ) -> list[Agreement]:
     """Verifies the files of a folder and prints the table.
 
@@ -27,7 +32,7 @@ def verify_files(
         if 'CustomLayerNormalization' in manifest['files'][path.name]['nodes']:
             console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
             continue
-        results += verify(cut, path, quantized=quantized)
+        results += verify(cut, path, quantized, real)
     console.print(agreement_table(results))
     require_agreement(results)
     return results

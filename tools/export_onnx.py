@@ -121,12 +121,12 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
     cfg = fc.read_config(args.config, args.cfg_options)
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=not args.float)
-    inputs = example_inputs(cfg, model, args, console)
+    inputs, real = example_inputs(cfg, model, args, console)
     results: list[Agreement] = []
 
     def check(cuts: list[Cut], manifest: dict[str, Any], folder: Path) -> None:
         if not args.no_verify:
-            results.extend(verify_files(console, folder, cuts, manifest, not args.float))
+            results.extend(verify_files(console, folder, cuts, manifest, not args.float, real))
 
     _, manifest = export_suite(
         model,
@@ -153,8 +153,8 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
 
 def example_inputs(
     cfg: Config, model: nn.Module, args: argparse.Namespace, console: Console
-) -> dict[str, Tensor]:
-    """Inputs of the cuts, from data where wanted and possible."""
+) -> tuple[dict[str, Tensor], bool]:
+    """Inputs of the cuts, from data where wanted and possible; and whether they are."""
     if args.inputs != 'generated':
         try:
             name, loader = fc.build_calibration_loader(cfg)
@@ -168,8 +168,8 @@ def example_inputs(
             console.print(f'Verifying on the first frame of {name}')
             # Float and uncalibrated models alike: only the tensors between the cuts are wanted.
             with mq.set_mode(model, 'float'), torch.no_grad():
-                return capture_inputs(model, batch)
-    return generate_inputs(model, args.num_cams)
+                return capture_inputs(model, batch), True
+    return generate_inputs(model, args.num_cams), False
 
 
 if __name__ == '__main__':

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = fc.read_config(args.config, args.cfg_options)
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=quantized)
-    inputs = example_inputs(cfg, model, args, console)
+    inputs, real = example_inputs(cfg, model, args, console)
     told = as_exported(model, args.folder)
     cuts = bevfusion_cuts(told, inputs, target)
     unknown = sorted(set(args.files or ()) - {c.name for c in cuts})
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress.update(task, advance=1, description=f'{name}: {stage}')
 
             path = args.folder / f'{cut.name}.onnx'
-            rungs += climb(cut, again[cut.name], path, engines, quantized, tell)
+            rungs += climb(cut, again[cut.name], path, engines, quantized, tell, real)
     console.print(table(rungs))
     missing = missing_points(rungs)
     for text in missing:

@@ -54,13 +54,16 @@ class Agreement:
     fault: str = ''
 
 
-def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement]:
+def verify(
+    cut: Cut, path: str | Path, quantized: bool = True, real: bool = True
+) -> list[Agreement]:
     """Compares an exported file with its model on the example inputs.
 
     Args:
         cut: The cut, its module in eval mode on the CPU.
         path: The file exported from it.
         quantized: Whether the file has Q/DQ nodes.
+        real: Whether the inputs are data; else ranges, which are of data, are not judged by them.
 
     Returns:
         List of :class:`Agreement`, one per output.
@@ -77,7 +80,7 @@ def verify(cut: Cut, path: str | Path, quantized: bool = True) -> list[Agreement
     for outputs in found.values():
         require_outputs(cut, path, outputs)
     results = []
-    fits = range_fits(cut) if quantized else {}
+    fits = range_fits(cut) if quantized and real else {}
     aligned = {engine: align(expected, outputs) for engine, outputs in found.items()}
     for name in cut.output_names:
         cost = sqnr(plain[name], expected[name])

@@ -157,6 +157,7 @@ def test_a_step_that_fails_leaves_weights_ranges_and_modes_as_they_were():
     assert all(q.mode == 'quant' and q.calibrated for q in quantizers(model).values())
 
 
+@pytest.mark.usefixtures('same_optimizers')
 @pytest.mark.parametrize('part', ['whole', 'inside', 'in place'])
 def test_a_compiled_model_is_calibrated_like_the_plain_one(part):
     torch.manual_seed(0)

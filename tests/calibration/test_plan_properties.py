@@ -25,7 +25,7 @@ NESTED = st.one_of(ANYTHING, st.lists(ANYTHING, max_size=2), st.dictionaries(ANY
 PATTERNS = st.text('ab.*?[]', max_size=4)
 METHOD = st.one_of(
     st.sampled_from(sorted(set(METHODS) - {'percentile'})).map(Method),
-    st.floats(0, 100, exclude_min=True).map(lambda p: Method('percentile', p)),
+    st.floats(1, 100).map(lambda p: Method('percentile', p)),
 )
 NAMES = ['a._input_quantizer', 'a.b._input_quantizer', 'b.0._input_quantizer', 'ab']
 
@@ -39,7 +39,7 @@ def meant(name, colon, number):
         value = float(number)
     except ValueError:
         return None
-    return (name, value) if name == 'percentile' and 0 < value <= 100 else None
+    return (name, value) if name == 'percentile' and 1 <= value <= 100 else None
 
 
 @holds(200, name=WORDS, colon=st.booleans(), number=NUMBERS, spaces=st.tuples(*[SPACES] * 4))

@@ -83,9 +83,11 @@ def test_another_set_of_outputs_is_an_error(head):
 def test_what_is_not_finite_is_named_by_every_judge(head, tmp_path):
     cut, path = head
     model = onnx.load(path)
-    name = next(n.input[2] for n in model.graph.node if n.output[0] == 'dim')
-    bias = next(i for i in model.graph.initializer if i.name == name)
-    bias.CopyFrom(onnx.numpy_helper.from_array(np.array([np.nan, 0, 0], 'f4'), name))
+    maker = next(n for n in model.graph.node if n.output[0] == 'dim')
+    maker.output[0] = 'finite'
+    divisor = np.array([0, 1, 1], 'f4')[:, None]  # all numbers of the file are finite
+    model.graph.initializer.append(onnx.numpy_helper.from_array(divisor, 'divisor'))
+    model.graph.node.append(onnx.helper.make_node('Div', ['finite', 'divisor'], ['dim']))
     broken = tmp_path / 'nan.onnx'
     onnx.save(model, broken)
     faults = {r.output: r.fault for r in verify(cut, broken, quantized=False)}

@@ -19,6 +19,7 @@ from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.engines.openvino.floats import overflows
 from mmdet3d_quant.engines.tensorrt_rtx import Compiled
+from mmdet3d_quant.export.graph import stored_tensors
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT, save_float, small_config
@@ -182,11 +183,8 @@ def test_one_scale_per_tie_group_in_the_files(work, exported):
     in_files = set()
     for name in CONTRACT:
         graph = onnx.load(exported[1] / name).graph
-        values = {
-            n.output[0]: onnx.numpy_helper.to_array(n.attribute[0].t)
-            for n in graph.node
-            if n.op_type == 'Constant'
-        }
+        stored = stored_tensors(graph).items()
+        values = {name: onnx.numpy_helper.to_array(tensor) for name, tensor in stored}
         for node in graph.node:
             if node.op_type == 'QuantizeLinear' and values[node.input[1]].ndim == 0:
                 in_files.add(float(values[node.input[1]]))
