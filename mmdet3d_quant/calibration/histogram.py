@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,11 +223,24 @@ def _coarsen(bins: Tensor, doublings: Tensor) -> Tensor:
     An octave moves down by as many octaves. Where that is below the lowest one, its bins, which
     start at ``(2048 + j) << octave`` widths of the lowest bin, merge with those of equal width.
     """
-    if bins.device.type == 'cpu' and not doublings:
-        return bins
-    index = torch.arange(BINS, device=bins.device)
+    if bins.device.type == 'cpu':
+        return bins if not doublings else _scattered(bins, _places_on_cpu(int(doublings)))
+    return _scattered(bins, _places(doublings))
+
+
+def _scattered(bins: Tensor, places: Tensor) -> Tensor:
+    return torch.zeros_like(bins).scatter_add_(0, places, bins)
+
+
+def _places(doublings: Tensor) -> Tensor:
+    """Where each bin goes, int64 (34816,)."""
+    index = torch.arange(BINS, device=doublings.device)
     octave = ((index >> BITS) - 1).clamp(min=0)
     start = index - octave * PER_OCTAVE
     moved = (octave - doublings).clamp(min=0)
-    merged = start >> (doublings - octave).clamp(min=0, max=62)
-    return torch.zeros_like(bins).scatter_add_(0, moved * PER_OCTAVE + merged, bins)
+    return moved * PER_OCTAVE + (start >> (doublings - octave).clamp(min=0, max=62))
+
+
+@lru_cache(maxsize=64)
+def _places_on_cpu(doublings: int) -> Tensor:
+    return _places(torch.tensor(doublings))
