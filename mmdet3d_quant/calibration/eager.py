@@ -7,6 +7,8 @@ from typing import Iterator
 
 from torch import nn
 
+from mmdet3d_quant.core.compat import strict_zip
+
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
@@ -34,5 +36,5 @@ def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parent, name, child in swapped:
             parent._modules[name] = child
-        for module, call in zip(in_place, calls):
+        for module, call in strict_zip(in_place, calls):
             module._compiled_call_impl = call

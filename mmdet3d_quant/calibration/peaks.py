@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdet3d_quant.core.compat import strict_zip
+
 
 class Peaks:
     """Largest absolute values that one quantizer read.
@@ -76,7 +78,7 @@ class Peaks:
     def inputs(self) -> list[Tensor]:
         """Channel peaks of every tensor; of a concatenated one, of each of its inputs."""
         split: list[Tensor] = []
-        for peaks, sizes in zip(self.channels, self.parts):
+        for peaks, sizes in strict_zip(self.channels, self.parts):
             split += peaks.split(list(sizes)) if sum(sizes) == len(peaks) else [peaks]
         return [p.cpu() for p in split]
 
