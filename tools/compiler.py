@@ -17,7 +17,7 @@ from mmdet3d_quant.engines.tensorrt_rtx import SMS, Compiled, compile_onnx, is_i
 from mmdet3d_quant.engines.tensorrt_rtx.compiler import DEFAULT_SMS, INSTALL
 from mmdet3d_quant.export.deploy import is_built
 from mmdet3d_quant.export.manifest import add_to_manifest
-from mmdet3d_quant.export.targets import DEFAULT
+from mmdet3d_quant.export.targets import target_of
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def compile_exported(
     """
     if wanted == []:
         return
-    if manifest['target'] != DEFAULT:
+    if not target_of(manifest['target']).compiled:
         if wanted:
             console.print(f'Not compiled: the files are for {manifest["target"]}')
         return

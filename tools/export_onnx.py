@@ -21,7 +21,7 @@ from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.export import Cut, capture_inputs, export_suite, generate_inputs
 from mmdet3d_quant.export.deploy import MAX_BATCH
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
-from mmdet3d_quant.export.targets import DEFAULT, TARGETS
+from mmdet3d_quant.export.targets import DEFAULT, target_names
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.provenance import provenance
 
@@ -60,10 +60,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--float', action='store_true', help='leave out Q/DQ')
     parser.add_argument(
         '--target',
-        choices=sorted(TARGETS),
+        choices=target_names(),
         default=DEFAULT,
-        help='engine that the files are for; openvino takes unsigned activations, tensorrt does '
-        'not; default: %(default)s',
+        help='generation of the engine that the files are for: tensorrt8 builds float32 files by '
+        'flags (CUDA-BEVFusion); tensorrt10, tensorrt11 and tensorrt-rtx run FP16 and INT8 as the '
+        'file says; openvino takes unsigned activations; default: %(default)s, which is tensorrt8',
     )
     parser.add_argument(
         '--only',
@@ -73,17 +74,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help='files to write, such as fuser or lidar.backbone; default: all',
     )
     parser.add_argument(
-        '--opset', type=int, default=17, help='ONNX opset, 13 to 21; default: %(default)s'
+        '--opset',
+        type=int,
+        help='ONNX opset, 13 to 21; default: 17; for targets that run types as the file says 19 to '
+        '21, default: 19',
     )
     parser.add_argument(
         '--weights',
         choices=WEIGHTS,
-        default='float',
         help='how quantized weights are stored: float with Q/DQ, or int8 with DQ, a quarter of the '
-        'size with equal results, which older engines do not read; default: %(default)s',
+        'size with equal results, which older engines do not read; default: float, for targets '
+        'that run types as the file says int8',
     )
     parser.add_argument(
-        '--fp16', action='store_true', help='store the weights of files without Q/DQ in FP16'
+        '--fp16',
+        action='store_true',
+        default=None,
+        help='store the weights of files without Q/DQ in FP16; targets that run types as the file '
+        'says have it anyway',
     )
     parser.add_argument(
         '--layernorm',

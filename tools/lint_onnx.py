@@ -31,7 +31,7 @@ from mmdet3d_quant.check.lint.reformat import TO_FLOAT, TO_INT8
 from mmdet3d_quant.check.lint.rules import is_quantized
 from mmdet3d_quant.engines.tensorrt_rtx import compile_onnx
 from mmdet3d_quant.engines.tensorrt_rtx.compiler import check_installed
-from mmdet3d_quant.export.targets import TARGETS
+from mmdet3d_quant.export.targets import target_names
 from mmdet3d_quant.files.outputs import check_writable, whole
 
 #: Findings of one rule that are shown; the JSON has all.
@@ -57,8 +57,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('files', nargs='*', metavar='FILE', help='ONNX files')
     parser.add_argument(
         '--target',
-        choices=sorted(TARGETS),
-        help='engine that the files are for; default: what a file says, else tensorrt',
+        choices=target_names(),
+        help='engine that the files are for; default: what a file says, else tensorrt, which is '
+        'tensorrt8',
     )
     parser.add_argument('--ignore', nargs='+', default=(), metavar='ID', help='rules to leave out')
     parser.add_argument(

@@ -35,11 +35,14 @@ from mmdet3d_quant.check.runs import run_torch, sqnr
 from mmdet3d_quant.check.verify import cost_fault, least_of, nonfinite, require_outputs, swapped
 from mmdet3d_quant.engines import Arrays, Engine
 from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.typed import is_strong
 from mmdet3d_quant.layers.fold import fold_bn
 
 #: Least SQNR of a layer with equal inputs. Correct layers reach 67 dB or more, even with a weight
 #: on a rounding tie that folding or an engine rounds the other way.
 LAYER_DB = 55.0
+#: The same in a file typed FP16, whose roundings move values across ties.
+HALF_LAYER_DB = 40.0
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def climb(
         to_float = {n: sqnr(first[n], run.outputs[n]) for n in cut.output_names}
         names = [n for n in makers if n in last.layers and n in run.layers and n not in across]
         layers = {n: sqnr(last.layers[n], run.layers[n]) for n in names}
+        at_engine = stage in engines
         if stage == 'fake-quant':
             cost = to_previous
             odd = (nonfinite('torch', n, v) for n, v in run.outputs.items())
@@ -157,8 +161,8 @@ def climb(
             spoiled = (cost_fault(n, c, fits) for n, c in cost.items())
             fault = next(filter(None, (*odd, *spoiled)), '')
         else:
-            fault = _fault(to_previous, layers, cost, makers, len(missing), last.outputs, raw)
-        at_engine = stage in engines
+            half = at_engine and is_strong(graph)
+            fault = _fault(to_previous, layers, cost, makers, len(missing), last.outputs, raw, half)
         points = (len(fed) - len(missing) * at_engine, len(fed))
         lost = missing if at_engine else ()
         rungs.append(Rung(cut.name, stage, to_previous, to_float, layers, points, lost, fault))
@@ -174,15 +178,17 @@ def _fault(
     missing: int,
     expected: Arrays,
     found: Arrays,
+    half: bool,
 ) -> str:
     """Describes the first layer, else the first output, below its limit; empty if none is."""
+    limit = HALF_LAYER_DB if half else LAYER_DB
     for name, value in layers.items():
-        if not value >= LAYER_DB:  # NaN is off too
+        if not value >= limit:  # NaN is off too
             made = ', '.join(makers[name]) or 'no layer'  # each of them found in the file
-            return f'{made}: {value:.1f} dB in {name}, with equal inputs (least: {LAYER_DB:.0f} dB)'
+            return f'{made}: {value:.1f} dB in {name}, with equal inputs (least: {limit:.0f} dB)'
     for name, value in outputs.items():
         paid = cost.get(name, math.inf)
-        least = least_of(paid, outputs)
+        least = least_of(paid, outputs, half)
         if not value >= least:
             where = 'no layer by itself, only the whole' if layers else 'somewhere in the graph'
             if missing:
@@ -190,7 +196,7 @@ def _fault(
             odd = nonfinite('engine', name, found[name]) and ', NaN or infinite'
             return (
                 f'{where}: {value:.1f} dB in output {name}{odd} (least: {least:.1f} dB)'
-                + swapped(name, expected, found, paid)
+                + swapped(name, expected, found, paid, half)
             )
     return ''
 

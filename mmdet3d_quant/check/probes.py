@@ -151,6 +151,7 @@ def cut_at_points(
     points = points_of(model, fed)
     taken = {i.name for i in graph.input}
     outputs = {o.name for o in graph.output}
+    stored = stored_tensors(graph)
     rectified: list[onnx.NodeProto] = []
     replaced, arriving = {}, {output_point(o.name): o.name for o in graph.output}
     for node in graph.node:
@@ -160,15 +161,14 @@ def cut_at_points(
         tensor, name = node.input[0], f'fed {point}'
         node.input[0] = name
         replaced[name], arriving[point] = point, tensor
-        graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, fed[point].shape))
+        kind = stored[node.input[1]].data_type if node.input[1] in stored else TensorProto.FLOAT
+        graph.input.append(helper.make_tensor_value_info(name, kind, fed[point].shape))
         if fed[point].min() >= 0:  # tells engines, which take other kernels for such tensors
             node.input[0] = f'{name} rectified'
             rectified.append(helper.make_node('Relu', [name], [node.input[0]]))
         if tensor not in outputs:
             outputs.add(tensor)
-            graph.output.append(
-                helper.make_tensor_value_info(tensor, TensorProto.FLOAT, fed[point].shape)
-            )
+            graph.output.append(helper.make_tensor_value_info(tensor, kind, fed[point].shape))
     nodes = [*rectified, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)

@@ -14,6 +14,7 @@ from mmdet3d_quant.check.align import align
 from mmdet3d_quant.check.fit import Fit, range_fault, range_fits, worst_fits
 from mmdet3d_quant.check.runs import run_torch, sqnr
 from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
+from mmdet3d_quant.engines.typed import is_strong
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import coding_of
@@ -25,6 +26,9 @@ FLOAT_DB = 60.0
 QUERY_DB = 30.0
 #: How much closer an output must be to another run than fake-quant is to float.
 MARGIN_DB = 1.0
+#: The same two of files typed FP16, which carry its roundings from layer to layer: what they add
+#: may be as large as twice what quantization costs.
+HALF_DB, HALF_MARGIN_DB = 40.0, -3.0
 #: Least SQNR of an output of fake-quant against float: below, the error is half of the signal.
 COLLAPSED_DB = 6.0
 
@@ -79,18 +83,18 @@ def verify(
     found = {'ONNX Runtime': reference, 'OpenVINO': result}
     for outputs in found.values():
         require_outputs(cut, path, outputs)
-    results = []
+    results, half = [], is_strong(path)
     fits = range_fits(cut) if quantized and real else {}
     aligned = {engine: align(expected, outputs) for engine, outputs in found.items()}
     for name in cut.output_names:
         cost = sqnr(plain[name], expected[name])
         closeness = {e: sqnr(expected[name], a[name]) for e, a in aligned.items()}
-        least = least_of(cost, cut.output_names)
+        least = least_of(cost, cut.output_names, half)
         fault = nonfinite('torch', name, expected[name])
         for at, value in closeness.items():
             fault = fault or output_fault(at, name, value, least, aligned[at][name])
             if fault:
-                fault += swapped(name, expected, found[at], cost)
+                fault += swapped(name, expected, found[at], cost, half)
                 break
         fault = fault or cost_fault(name, cost, fits)
         results.append(
@@ -165,21 +169,23 @@ def output_fault(where: str, name: str, value: float, least: float, found: np.nd
     return f'{where}: {name} agrees with torch to {value:.1f} dB (least: {least:.1f} dB)'
 
 
-def least_of(cost: float, names: Collection[str]) -> float:
+def least_of(cost: float, names: Collection[str], half: bool = False) -> float:
     """Computes the least SQNR of an output.
 
     Args:
         cost: What quantization costs, in dB; NaN counts as nothing.
         names: Names of all outputs of the cut.
+        half: Whether the file is typed FP16.
 
     Returns:
         Float, dB.
     """
-    most = FLOAT_DB if coding_of(names) is None else QUERY_DB
-    return most if math.isnan(cost) else min(cost + MARGIN_DB, most)
+    most, margin = (HALF_DB, HALF_MARGIN_DB) if half else (FLOAT_DB, MARGIN_DB)
+    most = most if coding_of(names) is None else QUERY_DB
+    return most if math.isnan(cost) else min(cost + margin, most)
 
 
-def swapped(name: str, expected: Arrays, found: Arrays, cost: float) -> str:
+def swapped(name: str, expected: Arrays, found: Arrays, cost: float, half: bool = False) -> str:
     """Tells which other output holds what an output should, if two have changed places.
 
     Args:
@@ -187,6 +193,7 @@ def swapped(name: str, expected: Arrays, found: Arrays, cost: float) -> str:
         expected: Outputs of torch, by name.
         found: Those of the engine, as it gave them.
         cost: As for :func:`least_of`.
+        half: Likewise.
 
     Returns:
         Str, empty if none does.
@@ -194,7 +201,7 @@ def swapped(name: str, expected: Arrays, found: Arrays, cost: float) -> str:
     for a, b in combinations(expected, 2):
         if name in (a, b) and expected[a].shape == expected[b].shape:
             back = align(expected, {**found, a: found[b], b: found[a]})
-            if all(sqnr(expected[n], back[n]) >= least_of(cost, expected) for n in (a, b)):
+            if all(sqnr(expected[n], back[n]) >= least_of(cost, expected, half) for n in (a, b)):
                 return f'; {a} and {b} are swapped'
     return ''
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
@@ -35,11 +37,14 @@ class ONNXRuntime:
                 str(path), options, providers=['CPUExecutionProvider']
             )
         self.input_shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
+        halves = [i.name for i in self._session.get_inputs() if i.type == 'tensor(float16)']
+        self._dtypes = dict.fromkeys(halves, np.float16)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Runs the graph once."""
         check_inputs(inputs, self.input_shapes)
         names = [out.name for out in self._session.get_outputs()]
+        inputs = {n: a.astype(self._dtypes.get(n, a.dtype), copy=False) for n, a in inputs.items()}
         return dict(strict_zip(names, self._session.run(names, inputs)))
 
     def int8_convolutions(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import numpy as np
 import torch
 
 from mmdet3d_quant.engines.files import EngineError, check_inputs, reading
+from mmdet3d_quant.engines.typed import is_strong
 from mmdet3d_quant.files.outputs import whole
 
 
 class TensorRT:
-    """TensorRT 8.6 to 10 on an NVIDIA GPU, INT8 where the graph has Q/DQ and FP16 elsewhere.
+    """TensorRT 8.6 to 11 on an NVIDIA GPU, INT8 where the graph has Q/DQ and FP16 elsewhere.
+
+    Versions from 11 on, and files that are strongly typed, have the types that the file says.
 
     Args:
         path: ONNX file to build from, or a ``.plan`` that was built on a machine of this kind.
@@ -89,17 +93,53 @@ def _build(path: str | Path, logger: Any) -> bytes:
     """Builds a serialized engine from an ONNX file."""
     import tensorrt as trt
 
+    strong = is_strong(path)
     builder = trt.Builder(logger)
-    # The only kind of batch since TensorRT 10, where the flag is a formality.
-    explicit = 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
-    network = builder.create_network(explicit)
+    network = builder.create_network(_network_flags(trt, strong))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         raise ValueError('; '.join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     config = builder.create_builder_config()
-    config.set_flag(trt.BuilderFlag.FP16)
-    config.set_flag(trt.BuilderFlag.INT8)  # Q/DQ nodes are refused without it
+    for name in () if strong else WEAK_FLAGS:
+        if hasattr(trt.BuilderFlag, name):
+            config.set_flag(getattr(trt.BuilderFlag, name))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ValueError('the engine could not be built; the log above says why')
     return bytes(plan)
+
+
+#: Flags that let a builder choose these types; INT8 is refused without.
+WEAK_FLAGS = ('FP16', 'INT8')
+
+
+def _network_flags(trt: Any, strong: bool) -> int:
+    """Computes the flags of a network, which differ by version.
+
+    Args:
+        trt: TensorRT's module.
+        strong: Whether the file is strongly typed.
+
+    Returns:
+        Int, a bit per flag.
+
+    Raises:
+        ValueError: If a file is strongly typed and the version is not.
+    """
+    known = trt.NetworkDefinitionCreationFlag
+    names = ['EXPLICIT_BATCH']  # the only kind since TensorRT 10
+    weak = [name for name in WEAK_FLAGS if hasattr(trt.BuilderFlag, name)]
+    if strong:
+        if weak and not hasattr(known, 'STRONGLY_TYPED'):
+            raise ValueError(
+                f'the file is strongly typed, and TensorRT {trt.__version__} misreads its FP16 '
+                'scales: export with --target tensorrt8'
+            )
+        names.append('STRONGLY_TYPED')
+    elif not weak:
+        warnings.warn(
+            f'TensorRT {trt.__version__} runs float32 as float32, and this file is not typed: '
+            'export with --target tensorrt11 for FP16',
+            stacklevel=2,
+        )
+    return sum(1 << int(getattr(known, name)) for name in names if hasattr(known, name))

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmdet3d_quant.core.compat import removesuffix
 from mmdet3d_quant.export.manifest import read_manifest
-from mmdet3d_quant.export.targets import target_of
+from mmdet3d_quant.export.targets import Target, target_of
 
 #: What a file is, by stem; files of other names have their tensors to tell.
 ROLES = {
@@ -123,26 +123,27 @@ def engine_files(folder: str | Path) -> list[Path]:
     return [Path(folder) / name for name in sorted(files) if is_built(files[name])]
 
 
-def precision_flags(entry: Mapping[str, Any], precision: str) -> list[str]:
-    """``trtexec``'s flags for the precision of a file: a graph with Q/DQ needs them all."""
-    formats = precision.split('+') if 'DequantizeLinear' in entry['nodes'] else []
-    return ['--fp16', *(f'--{name}' for name in formats)]
+def precision_flags(entry: Mapping[str, Any], precision: str, target: Target) -> list[str]:
+    """``trtexec``'s flags for the types of a file, which a target may want for Q/DQ, too."""
+    wanted = target.flags_by_format and 'DequantizeLinear' in entry['nodes']
+    return [*target.flags, *(f'--{name}' for name in precision.split('+') if wanted)]
 
 
-def build_flags(entry: Mapping[str, Any], precision: str) -> list[str]:
+def build_flags(entry: Mapping[str, Any], precision: str, target: Target) -> list[str]:
     """All flags of ``trtexec`` that depend on the file.
 
     Args:
         entry: Of the manifest.
         precision: Likewise: the number formats of the folder's Q/DQ pairs, joined by ``+``.
+        target: What the files are for.
 
     Returns:
-        Precision; FP16 tensors in plain layout for every input and output, which is what
-        CUDA-BEVFusion's kernels read and write; the plugin; the range of a dynamic batch.
+        Precision; the target's format for every input and output; the plugin; the range of a
+        dynamic batch.
     """
-    flags = precision_flags(entry, precision)
-    for what in ('inputs', 'outputs'):
-        flags.append(f'--{what[:-1]}IOFormats=' + ','.join(['fp16:chw'] * len(entry[what])))
+    flags = precision_flags(entry, precision, target)
+    for what in ('inputs', 'outputs') if target.formats else ():
+        flags.append(f'--{what[:-1]}IOFormats=' + ','.join([target.formats] * len(entry[what])))
     if 'CustomLayerNormalization' in entry['nodes']:
         flags.append('"--plugins=$plugin"')
     shapes = {n: v['shape'] for n, v in entry['inputs'].items()}
@@ -157,14 +158,15 @@ def build_script(manifest: Mapping[str, Any]) -> str:
     """Writes the script that builds the engines of an exported folder.
 
     Args:
-        manifest: Of the folder, with ``files``.
+        manifest: Of the folder, with ``files``, ``target`` and ``precision``.
     """
+    target = target_of(manifest['target'])
     files = {
         removesuffix(name, '.onnx'): entry
         for name, entry in manifest['files'].items()
         if is_built(entry)
     }
-    builds = {n: build_flags(e, manifest['precision']) for n, e in files.items()}
+    builds = {n: build_flags(e, manifest['precision'], target) for n, e in files.items()}
     plugin = any('CustomLayerNormalization' in e['nodes'] for e in files.values())
     more = '  LAYERNORM_PLUGIN  default: libcustom_layernorm.so of CUDA-BEVFusion\n'
     return _SCRIPT.format(
@@ -188,15 +190,16 @@ def readme(manifest: Mapping[str, Any]) -> str:
     Args:
         manifest: Of the folder, with ``files``, ``target`` and ``precision``.
     """
-    built = target_of(manifest['target']).script
+    target = target_of(manifest['target'])
+    built = target.script
     rows = [f'| file | what it does | inputs | outputs |{" flags |" if built else ""}']
     rows.append('|---|---|---|---|' + ('---|' if built else ''))
     for name, entry in manifest['files'].items():
         role = ROLES.get(removesuffix(name, '.onnx'), '')
         row = f'| `{name}` | {role} | {_tensors(entry["inputs"])} | {_tensors(entry["outputs"])} |'
         if built:
-            flags = ' '.join(precision_flags(entry, manifest['precision']))
-            row += f' `{flags}` |' if is_built(entry) else ' none |'
+            flags = ' '.join(precision_flags(entry, manifest['precision'], target))
+            row += f' `{flags}` |' if flags and is_built(entry) else ' none |'
         rows.append(row)
     lines = [
         TITLE,
@@ -226,7 +229,7 @@ def readme(manifest: Mapping[str, Any]) -> str:
             './build_engines.sh --print  # the commands of trtexec',
             '```',
             '',
-            'Files without Q/DQ are float and built in FP16, the others in INT8 and FP16.',
+            *(_TYPED if target.strong else _UNTYPED),
             'Engines take and return FP16 tensors in plain layout (`fp16:chw`), as CUDA-BEVFusion',
             'does: put this folder in its place under `model/`.',
             '',
@@ -235,6 +238,14 @@ def readme(manifest: Mapping[str, Any]) -> str:
     if orders:
         lines += [f'Coordinates of voxels are in the order {orders.pop()}.', '']
     return '\n'.join(lines)
+
+
+#: How layers get their types, for the README.
+_UNTYPED = ('Files without Q/DQ are float and built in FP16, the others in INT8 and FP16.',)
+_TYPED = (
+    'Layers run in the types that the files say: INT8 between Q/DQ, FP16 elsewhere, but for those',
+    'of `float32` in `manifest.json`, whose numbers FP16 cannot hold.',
+)
 
 
 def _tensors(values: Mapping[str, Any]) -> str:

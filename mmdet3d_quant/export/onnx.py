@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import tensors
@@ -21,10 +21,10 @@ from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.export.deconvolution import to_depth_to_space
 from mmdet3d_quant.export.graph import nonfinite_tensors
+from mmdet3d_quant.export.half import LEAST, round_scales
 from mmdet3d_quant.export.interface import check_inputs, find_problem
 from mmdet3d_quant.export.pairs import ExportError, count_pairs, store_names
 from mmdet3d_quant.export.passes import (
-    OPSETS,
     drop_identities,
     drop_unused,
     fold_shapes,
@@ -32,8 +32,10 @@ from mmdet3d_quant.export.passes import (
     to_half,
     to_opset,
 )
-from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, target_of
+from mmdet3d_quant.export.ranges import peaks
+from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, Target, target_of
 from mmdet3d_quant.export.tracing import TORCH_OPSET, trace
+from mmdet3d_quant.export.typed import to_strong
 from mmdet3d_quant.export.unsigned import to_unsigned
 from mmdet3d_quant.files.limits import LARGEST
 from mmdet3d_quant.files.outputs import whole
@@ -44,6 +46,8 @@ from mmdet3d_quant.layers.base import QuantLayer
 KEPT_KEY = 'mmdet3d_quant.batch_norm'
 WEIGHTS = ('float', 'int8')
 LAYERNORMS = ('standard', 'custom')
+#: What the first opsets of targets brought.
+FIRST = {13: 'per-channel Q/DQ', 19: 'FP16 scales'}
 
 
 def export_onnx(
@@ -52,12 +56,12 @@ def export_onnx(
     path: str | Path,
     input_names: Sequence[str],
     output_names: Sequence[str],
-    opset_version: int = 17,
+    opset_version: int | None = None,
     quantized: bool = True,
     target: str = DEFAULT,
     dynamic_batch: bool = False,
-    weights: str = 'float',
-    fp16: bool = False,
+    weights: str | None = None,
+    fp16: bool | None = None,
     layernorm: str = 'standard',
     metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
@@ -79,7 +83,8 @@ def export_onnx(
         path: File to write; it appears whole or not at all.
         input_names: Names of the graph's inputs.
         output_names: Names of the graph's outputs.
-        opset_version: ONNX opset, 13 (the first with per-channel Q/DQ) to 21.
+        opset_version: ONNX opset, 13 (the first with per-channel Q/DQ) to 21, for strongly typed
+            targets 19 (the first with FP16 scales) to 21; None: the target's, 17 or 19.
         quantized: False exports the float graph, without Q/DQ.
         target: Engine that the file is for, of ``export.targets.TARGETS``. One that takes unsigned
             activations gets UINT8 where a tensor is provably never negative.
@@ -87,8 +92,10 @@ def export_onnx(
             two samples.
         weights: ``'float'``: quantized weights are stored float32 with a Q/DQ pair, as TensorRT
             has always taken them; ``'int8'``: stored as INT8 with a DequantizeLinear, a quarter
-            of the size and equal results.
-        fp16: Store weights, and compute, in FP16; for graphs without Q/DQ.
+            of the size and equal results; None: as the target has it.
+        fp16: Store weights, and compute, in FP16. For a strongly typed target also with Q/DQ, which
+            is its default: inputs, outputs and scales are FP16, too, and float32 is what FP16
+            cannot hold (:mod:`mmdet3d_quant.export.typed`). For others of graphs without Q/DQ.
         layernorm: ``'standard'``: ONNX's ops (LayerNormalization from opset 17 on);
             ``'custom'``: ``nv::CustomLayerNormalization``, the plugin of CUDA-BEVFusion.
         metadata: More entries of the file's ``metadata_props``.
@@ -102,14 +109,19 @@ def export_onnx(
             format without an ONNX type (fewer than 8 bits), FP16 is asked for a quantized module,
             or an argument is none of the above.
         ExportError: If the graph fails ``onnx.checker``, has other inputs or outputs than named or
-            random numbers, lacks the Q/DQ pair of a quantizer, holds NaN or infinity, cannot take
-            another batch size, or is too large for a file.
+            random numbers, lacks the Q/DQ pair of a quantizer, holds NaN or infinity, or what FP16
+            cannot hold where it is typed so, cannot take another batch size, or is too large for a
+            file.
         OSError: If the file cannot be written.
     """
-    unsigned = target_of(target).unsigned
-    _check_arguments(inputs, input_names, output_names, opset_version, weights, layernorm)
+    wants = target_of(target)
+    opset_version = wants.opset if opset_version is None else opset_version
+    weights = weights or wants.weights
+    fp16 = wants.strong if fp16 is None else fp16
+    check_inputs(inputs, input_names, output_names)
+    _check_arguments(opset_version, weights, layernorm, wants)
     module = uncompiled(module)
-    _check_module(module, quantized, fp16)
+    _check_module(module, quantized, fp16 and not wants.strong)
     found = quantizers(module) if quantized else {}
     ranges = {n: float(q._amax) for n, q in found.items() if q.calibrated and q.spec.axis is None}
     with whole(path) as tmp:
@@ -128,7 +140,7 @@ def export_onnx(
         if problem:
             raise ExportError(f'{type(module).__name__} cannot be exported: {problem}')
         drop_identities(model.graph)
-        if target_of(target).tiles:
+        if wants.tiles:
             names = to_depth_to_space(model.graph, names)
             drop_unused(model.graph)
         if not dynamic_batch:
@@ -139,18 +151,24 @@ def export_onnx(
         onnx.helper.set_model_props(model, props)
         if quantized:
             store_names(model, names)
-        if unsigned:
+        if wants.unsigned:
             to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges)
             drop_unused(model.graph)
+        strong = fp16 and wants.strong
+        if strong:
+            round_scales(model.graph, names, LEAST)
         if weights == 'int8':
             store_int8_weights(model.graph)
+        if strong:
+            round_scales(model.graph, names)
         model = to_opset(model, opset_version)
+        examples = {n: t.cpu().numpy() for n, t in strict_zip(input_names, tensors(inputs))}
         if fp16:
-            model = to_half(model)
+            model = to_strong(model, peaks(model, examples)) if strong else to_half(model)
         onnx.save(model, str(tmp))
         _check(model, tmp, type(module).__name__, len(names))
         if dynamic_batch:
-            _check_batch(tmp, dict(strict_zip(input_names, tensors(inputs))))
+            _check_batch(tmp, examples)
     left = kept_batch_norms(model)
     if left and quantized:
         reasons = '\n'.join(f'  {name}: {reason}' for name, reason in left.items())
@@ -180,19 +198,15 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module
 
 
-def _check_arguments(
-    inputs: Sequence[Any],
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    opset_version: int,
-    weights: str,
-    layernorm: str,
-) -> None:
-    if opset_version not in OPSETS:
+def _check_arguments(opset_version: int, weights: str, layernorm: str, target: Target) -> None:
+    first, last = target.opsets
+    if not first <= opset_version <= last:
         raise ValueError(
-            f'opset_version must be {OPSETS[0]} (the first with per-channel Q/DQ) to {OPSETS[-1]}, '
+            f'opset_version must be {first} (the first with {FIRST[first]}) to {last}, '
             f'not {opset_version}'
         )
+    if layernorm in LAYERNORMS and layernorm not in target.layernorms:
+        raise ValueError(f'{target.name} has no {layernorm} layer norm: take tensorrt8')
     if layernorm == 'custom' and opset_version > TORCH_OPSET:
         raise ValueError(
             f'the custom layer norm goes up to opset {TORCH_OPSET}, not {opset_version}: '
@@ -201,7 +215,6 @@ def _check_arguments(
     for name, value, known in (('weights', weights, WEIGHTS), ('layernorm', layernorm, LAYERNORMS)):
         if value not in known:
             raise ValueError(f'{name} must be {" or ".join(known)}, not {value!r}')
-    check_inputs(inputs, input_names, output_names)
 
 
 def _check_module(module: nn.Module, quantized: bool, fp16: bool) -> None:
@@ -263,11 +276,10 @@ def _check(model: onnx.ModelProto, path: Path, name: str, pairs: int) -> None:
         )
 
 
-def _check_batch(path: Path, inputs: dict[str, Tensor]) -> None:
+def _check_batch(path: Path, one: dict[str, np.ndarray]) -> None:
     """Runs a file on one sample and on the same twice."""
     from mmdet3d_quant.engines import EngineError, ONNXRuntime
 
-    one = {n: t.cpu().numpy() for n, t in inputs.items()}
     two = {n: np.concatenate([a, a]) for n, a in one.items()}
     try:
         engine = ONNXRuntime(path)

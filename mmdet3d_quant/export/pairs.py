@@ -48,8 +48,8 @@ def stored_names(model: onnx.ModelProto) -> dict[str, str] | None:
 
 
 def count_pairs(model: onnx.ModelProto) -> int:
-    """Counts the DequantizeLinear nodes, of which every Q/DQ pair and stored integer has one."""
-    return sum(node.op_type == 'DequantizeLinear' for node in model.graph.node)
+    """Counts the integer tensors that are dequantized, one of every Q/DQ pair or stored."""
+    return len({n.input[0] for n in model.graph.node if n.op_type == 'DequantizeLinear'})
 
 
 def require_pairs(

@@ -14,9 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from mmdet3d_quant.core.formats import STORED
 from mmdet3d_quant.export.graph import axis_of, names_read, opset, stored_tensors
-
-#: Opsets that can be written: the first with per-channel Q/DQ, the last with plain INT8 Q/DQ.
-OPSETS = range(13, 22)
+from mmdet3d_quant.export.half import require_weights
 
 
 def drop_identities(graph: onnx.GraphProto) -> None:
@@ -179,9 +177,14 @@ def _is_stored(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bo
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Converts weights and arithmetic to FP16 by ONNX Runtime's tool; inputs and outputs stay."""
+    """Converts weights and arithmetic to FP16 by ONNX Runtime's tool; inputs and outputs stay.
+
+    Raises:
+        ExportError: If FP16 cannot hold a weight.
+    """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    require_weights(model.graph)  # the tool would clip them
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about values that are clamped to FP16's least
         converted = convert_float_to_float16(model, keep_io_types=True)

@@ -27,6 +27,7 @@ from mmdet3d_quant.export.manifest import (
 from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms, uncompiled
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import DEFAULT, target_of
+from mmdet3d_quant.export.typed import is_strong, kept_float32
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files.outputs import sha256, whole_folder
 
@@ -40,11 +41,11 @@ def export_suite(
     out_dir: str | Path,
     provenance: dict[str, Any],
     quantized: bool = True,
-    opset_version: int = 17,
+    opset_version: int | None = None,
     tell: Callable[[str], None] = print,
     target: str = DEFAULT,
     only: Collection[str] = (),
-    fp16: bool = False,
+    fp16: bool | None = None,
     check: Callable[[list[Cut], dict[str, Any], Path], None] = lambda cuts, manifest, folder: None,
     **options: Any,
 ) -> tuple[list[Cut], dict[str, Any]]:
@@ -59,11 +60,11 @@ def export_suite(
         out_dir: Folder to write to; files of the same names are replaced.
         provenance: Plain dict to put into the manifest.
         quantized: False exports float graphs.
-        opset_version: ONNX opset.
+        opset_version: ONNX opset; None: the target's.
         tell: Called with the name of each file before it is made.
         target: Engine that the files are for, as ``export_onnx`` takes it.
         only: Stems of the files to write, such as ``fuser`` or ``lidar.backbone``; none: all.
-        fp16: Store the weights of float files in FP16.
+        fp16: Store the weights of float files in FP16; None: as the target has it.
         check: Called with the cuts, the manifest and the folder where the files lie before they are
             moved to ``out_dir``; if it raises, nothing is.
         **options: ``dynamic_batch``, ``weights`` and ``layernorm``, as ``export_onnx`` takes them.
@@ -71,7 +72,8 @@ def export_suite(
     Returns:
         The cuts, with modules that compute what the files do (unsigned activations for a target
         that takes them), and the manifest: per file its inputs, outputs, shapes, node counts and
-        SHA-256, and ``batch_norm`` that could not be folded, with reasons; ``scales`` by group;
+        SHA-256, ``batch_norm`` that could not be folded, with reasons, and for a strongly typed
+        target the nodes that stay ``float32``, with reasons; ``scales`` by group;
         ``kept_float`` with reasons; ``coverage``, the layers of the detector that are
         quantized, unless the graphs are float.
 
@@ -113,7 +115,7 @@ def export_suite(
                 opset_version,
                 quantized,
                 target,
-                fp16=fp16 and not ranged,
+                fp16=fp16 if wants.strong else fp16 and not ranged,
                 metadata={BOXES_KEY: cut.boxes.name} if cut.boxes else None,
                 **options,
             )
@@ -130,6 +132,8 @@ def export_suite(
             left = kept_batch_norms(model)
             if left:
                 files[path.name]['batch_norm'] = left
+            if is_strong(model):
+                files[path.name]['float32'] = kept_float32(model)
             if quantized:
                 files[path.name].update(describe_pairs(model, cut.module))
         if encoder is not None and (not only or LIDAR in only):

@@ -3,48 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 
 from mmdet3d_quant.export.boxes import BOXES_KEY, CODINGS, CUDA_BEVFUSION, MMDET3D, BoxCoding
+from mmdet3d_quant.files.metadata import STRONG
+
+#: How an engine chooses the type of a layer that no Q/DQ pair surrounds: freely, by the flags it
+#: is built with, or as the file says.
+WEAK = 'weak'
 
 
 @dataclass(frozen=True)
 class Target:
-    """An engine that a graph is written for.
+    """A generation of an engine that a graph is written for.
 
     Attributes:
         name: Value of ``--target``.
+        typing: :data:`WEAK`: files are float32 outside of Q/DQ; :data:`STRONG`: FP16, but for what
+            FP16 cannot hold, their inputs, outputs and scales, too.
+        opset: ONNX opset of the files, unless another is asked for.
+        opsets: The first and the last opset that may be.
+        weights: How quantized weights are stored, unless asked for otherwise.
+        layernorms: Forms of the layer norm that may be.
         unsigned: Whether activations may be UINT8 (zero point 0). A tensor that is never negative
             then has twice as many steps in the same range, ``amax / 255`` instead of
             ``amax / 127``.
         libspconv: Whether the set has the sparse LiDAR encoder, as libspconv reads it.
         script: Whether the set has ``build_engines.sh``.
+        flags: Those of ``trtexec`` in it that choose types, for every file.
+        flags_by_format: Whether a file with Q/DQ wants the name of its number format as one more.
+        formats: Type and layout of inputs and outputs that ``trtexec`` is told; empty where the
+            file says them.
+        compiled: Whether NVIDIA's compiler judges the files.
         boxes: How the outputs of the head code boxes.
         tiles: Whether a transposed convolution with a kernel as large as its stride becomes a 1x1
             convolution and DepthToSpace, which runs in INT8 where the other may not.
     """
 
     name: str
+    typing: str = WEAK
+    opset: int = 17
+    opsets: tuple[int, int] = (13, 21)
+    weights: str = 'float'
+    layernorms: tuple[str, ...] = ('standard', 'custom')
     unsigned: bool = False
     libspconv: bool = False
     script: bool = False
+    flags: tuple[str, ...] = ()
+    flags_by_format: bool = False
+    formats: str = ''
+    compiled: bool = False
     boxes: BoxCoding = MMDET3D
     tiles: bool = False
 
+    @property
+    def strong(self) -> bool:
+        """Whether engines compute in the types that the file says."""
+        return self.typing == STRONG
 
-#: By name; the first is the default.
-TARGETS = {
+
+#: What strongly typed targets have in common: FP16 scales are of opset 19, to which ONNX cannot
+#: convert the custom layer norm.
+_STRONG = Target(
+    '',
+    typing=STRONG,
+    opset=19,
+    opsets=(19, 21),
+    weights='int8',
+    layernorms=('standard',),
+    compiled=True,
+    tiles=True,
+)
+_DEPLOYED = replace(_STRONG, libspconv=True, script=True, boxes=CUDA_BEVFUSION)
+
+#: By name, oldest first.
+TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target('tensorrt', libspconv=True, script=True, boxes=CUDA_BEVFUSION, tiles=True),
+        Target(
+            'tensorrt8',
+            libspconv=True,
+            script=True,
+            flags=('--fp16',),
+            flags_by_format=True,
+            formats='fp16:chw',
+            compiled=True,
+            boxes=CUDA_BEVFUSION,
+            tiles=True,
+        ),
+        replace(_DEPLOYED, name='tensorrt10', flags=('--stronglyTyped',)),
+        replace(_DEPLOYED, name='tensorrt11'),
+        replace(_STRONG, name='tensorrt-rtx'),
         Target('openvino', unsigned=True),
     )
 }
-DEFAULT = next(iter(TARGETS))
+#: Other names of targets.
+ALIASES = {'tensorrt': 'tensorrt8'}
+DEFAULT = 'tensorrt'
 #: Key of the target's name in a file's ``metadata_props``.
 TARGET_KEY = 'mmdet3d_quant.target'
+
+
+def target_names() -> list[str]:
+    """Lists all values of ``--target``, the other names last."""
+    return [*TARGETS, *ALIASES]
 
 
 def target_of(name: str) -> Target:
@@ -53,9 +117,10 @@ def target_of(name: str) -> Target:
     Raises:
         ValueError: If there is none of that name.
     """
-    if name not in TARGETS:
-        raise ValueError(f'there is no target {name!r}; there are {", ".join(TARGETS)}')
-    return TARGETS[name]
+    found = TARGETS.get(ALIASES.get(name, name))
+    if found is None:
+        raise ValueError(f'there is no target {name!r}; there are {", ".join(target_names())}')
+    return found
 
 
 def target_in(model: onnx.ModelProto) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +13,13 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
 from mmdet3d_quant.engines.openvino.graph import prepare
+from mmdet3d_quant.engines.typed import is_strong, to_float32
 
 
 class OpenVINO:
     """OpenVINO on the CPU; runs Q/DQ graphs with INT8 kernels where the CPU has them.
+
+    FP16 tensors are computed in float32.
 
     Args:
         path: ONNX file, or OpenVINO's own ``.xml``.
@@ -30,7 +35,7 @@ class OpenVINO:
 
         core = ov.Core()
         with reading(path, 'OpenVINO'):
-            model = core.read_model(str(path))
+            model = _read(core, path)
             # Two outputs that become one tensor would lose a name.
             self._names = [output.get_names() for output in model.outputs]
             if Path(path).suffix != '.xml':  # OpenVINO's own runs as it is
@@ -98,6 +103,16 @@ class OpenVINO:
             LayerTime(name, *kinds[name], float(np.median(seconds)))
             for name, seconds in counts.items()
         ]
+
+
+def _read(core: Any, path: str | Path) -> Any:
+    """Reads a model; one that is strongly typed as float32, which the transformations want."""
+    if Path(path).suffix == '.xml' or not is_strong(path):
+        return core.read_model(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / 'float32.onnx'
+        plain.write_bytes(to_float32(path).SerializeToString())
+        return core.read_model(str(plain))
 
 
 @dataclass(frozen=True)
