@@ -87,3 +87,40 @@ def test_a_build_and_a_run_that_fail_are_errors(work, monkeypatch):
     monkeypatch.setattr(tensorrt_api.Builder, 'build_serialized_network', build)
     with pytest.raises(EngineError, match='net.onnx: the engine could not be built'):
         TensorRT(work[0])
+
+
+@pytest.mark.parametrize(
+    'network, builder, strong, bits',
+    [
+        (['EXPLICIT_BATCH'], ['FP16', 'INT8'], False, 1),  # TensorRT 8
+        (['EXPLICIT_BATCH', 'STRONGLY_TYPED'], ['FP16', 'INT8'], False, 1),  # 10
+        (['EXPLICIT_BATCH', 'STRONGLY_TYPED'], ['FP16', 'INT8'], True, 3),
+        ([], ['TF32'], True, 0),  # 11
+    ],
+)
+def test_flags_of_networks_by_version(network, builder, strong, bits):
+    known = SimpleNamespace(**{name: i for i, name in enumerate(network)})
+    flags = SimpleNamespace(**dict.fromkeys(builder, 0))
+    trt = SimpleNamespace(
+        NetworkDefinitionCreationFlag=known, BuilderFlag=flags, __version__='8.6.1'
+    )
+    assert engine_module._network_flags(trt, strong) == bits
+    if 'FP16' not in builder:
+        with pytest.warns(UserWarning, match='export with --target tensorrt11'):
+            engine_module._network_flags(trt, False)
+    elif len(network) == 1:
+        with pytest.raises(ValueError, match='misreads its FP16 scales: .*--target tensorrt8'):
+            engine_module._network_flags(trt, True)
+
+
+@pytest.mark.usefixtures('on_cpu')
+def test_a_strongly_typed_file_is_built_without_flags_of_types(work, tmp_path, monkeypatch):
+    model = onnx.load(work[0])
+    onnx.helper.set_model_props(model, {'mmdet3d_quant.typing': 'strong'})
+    onnx.save(model, tmp_path / 'net.onnx')
+    seen = []
+    build = lambda self, network, config: seen.append(set(config.flags))  # noqa: E731
+    monkeypatch.setattr(tensorrt_api.Builder, 'build_serialized_network', build)
+    with pytest.raises(EngineError, match='could not be built'):
+        TensorRT(tmp_path / 'net.onnx')
+    assert seen == [set()]

@@ -18,7 +18,7 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import bevfusion_cuts, export_suite
 from mmdet3d_quant.export.boxes import BOXES_KEY, CUDA_BEVFUSION, MMDET3D, BoxCoding
-from mmdet3d_quant.export.targets import TARGETS, Target, coding_in, coding_of
+from mmdet3d_quant.export.targets import TARGETS, Target, coding_in, coding_of, target_of
 from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT
 
@@ -151,7 +151,7 @@ def test_cuda_bevfusion_reads_the_boxes_right(target, tmp_path):
     else:  # mmdet3d's own coding, which that decoder would misread
         assert np.mean(overlap) < 0.9
     manifest = json.loads((tmp_path / 'manifest.json').read_text())
-    wanted = TARGETS[target].boxes
+    wanted = target_of(target).boxes
     assert manifest['files']['head.bbox.onnx']['boxes'] == dict(
         coding=wanted.name, text=wanted.text
     )
