@@ -36,7 +36,8 @@ examples:
   python tools/parity.py $CONFIG int8.pth onnx/int8 --engines onnxruntime openvino tensorrt
 
 The steps: float, fake-quant, reloaded (weights saved, model built anew and loaded), folded (batch
-norm), and the engines, each on the same inputs. Every layer is also compared by itself, with
+norm), the engines, and FP16 (every tensor outside of Q/DQ pairs rounded to it, as engines of the
+file's target may), each on the same inputs. Every layer is also compared by itself, with
 equal inputs, except across a quantizer that is not found in the file, which another tool may have
 renamed; the range of each quantizer is held against its tensor. Exit code: 0 all steps agree,
 1 they do not, 2 the comparison cannot be made.
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     rungs: list[Rung] = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task('', total=len(cuts) * (4 + len(engines)))
+        task = progress.add_task('', total=len(cuts) * (5 + len(engines)))
         for cut in cuts:
 
             def tell(stage: str, name: str = cut.name) -> None:

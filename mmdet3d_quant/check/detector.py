@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Engine, OpenVINO
 from mmdet3d_quant.export.boxes import BoxCoding
 from mmdet3d_quant.export.cuts import bevfusion_cuts
+from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnNetwork
 from mmdet3d_quant.export.targets import coding_in
+from mmdet3d_quant.export.typed import is_strong
 from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
 from mmdet3d_quant.files.checkpoint import CheckpointError
 from mmdet3d_quant.files.outputs import sha256
@@ -87,25 +90,29 @@ def engine_detector(
 
 
 def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
-    """Copies a detector with those quantizers unsigned that are unsigned in its files.
+    """Copies a detector with the grids of its files: unsigned ones, and scales that FP16 has.
 
     Args:
         detector: The BEVFusion detector; left unchanged.
         folder: Its files, from ``export_suite``.
 
     Returns:
-        The copy, or the detector itself if no quantizer is unsigned.
+        The copy, or the detector itself if it has the grids of its files.
     """
-    unsigned = {
-        cut.name: unsigned_names(onnx.load(str(path), load_external_data=False))
+    files = {
+        cut.name: onnx.load(str(path), load_external_data=False)
         for cut in bevfusion_cuts(detector, {})
         if (path := Path(folder) / f'{cut.name}.onnx').is_file()
     }
-    if not any(unsigned.values()):
+    unsigned = {name: unsigned_names(file) for name, file in files.items()}
+    strong = {name for name, file in files.items() if is_strong(file)}
+    if not strong and not any(unsigned.values()):
         return detector
     result = copy.deepcopy(detector)
     for cut in bevfusion_cuts(result, {}):
         make_unsigned(cut.module, unsigned.get(cut.name, ()))
+        if cut.name in strong:
+            round_ranges(cut.module)
     return result
 
 
@@ -157,8 +164,8 @@ class EnginePart(nn.Module):
             **inputs: Tensors (B, ...) by name of the graph's input.
 
         Returns:
-            Dict of tensors by name of the graph's output, on the device of the inputs; those of the
-            samples are joined along the first axis.
+            Dict of tensors by name of the graph's output, on the device of the inputs, float32 for
+            FP16; those of the samples are joined along the first axis.
 
         Raises:
             ExportError: If an output is NaN or infinite.
@@ -172,9 +179,14 @@ class EnginePart(nn.Module):
             if odd:
                 raise ExportError(f'{odd}; tools/parity.py names the layer')
         return {
-            name: torch.cat([torch.from_numpy(sample[name]) for sample in samples]).to(device)
+            name: torch.cat([_float32(sample[name]) for sample in samples]).to(device)
             for name in samples[0]
         }
+
+
+def _float32(array: np.ndarray) -> Tensor:
+    """Converts an output of an engine, FP16 to float32: decoders run in torch, on a CPU, too."""
+    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array)
 
 
 class _View(nn.Module):

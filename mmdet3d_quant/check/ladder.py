@@ -1,7 +1,8 @@
 """Parity ladder: finds the step from float model to engine, and the layer, where results diverge.
 
-The steps are float, fake-quant, reloaded, folded, and one per engine. From fake-quant on all of
-them should compute the same. Two checks are made:
+The steps are float, fake-quant, reloaded, folded, one per engine, and FP16, where every tensor
+outside of Q/DQ pairs is rounded to FP16, as engines of the file's target may. From fake-quant on
+all of them should compute the same. Two checks are made:
 
 * Outputs. A rounding tie that falls the other way in one layer spreads in a deep network (see
   docs/design.md), so two correct runs differ there, but by less than quantization costs: an output
@@ -28,21 +29,27 @@ from typing import Any
 import onnx
 from torch import nn
 
-from mmdet3d_quant.check.align import align
+from mmdet3d_quant.check.align import SPARE, align
 from mmdet3d_quant.check.fit import range_fits
 from mmdet3d_quant.check.probes import cut_at_points, makers_of, points_of, torch_points
 from mmdet3d_quant.check.runs import run_torch, sqnr
 from mmdet3d_quant.check.verify import cost_fault, least_of, nonfinite, require_outputs, swapped
-from mmdet3d_quant.engines import Arrays, Engine
+from mmdet3d_quant.engines import Arrays, Engine, ONNXRuntime
 from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.half import LARGEST, beyond, round_half
+from mmdet3d_quant.export.ranges import peaks
+from mmdet3d_quant.export.targets import target_in, target_of
 from mmdet3d_quant.export.typed import is_strong
+from mmdet3d_quant.files.typed import to_float32
 from mmdet3d_quant.layers.fold import fold_bn
 
 #: Least SQNR of a layer with equal inputs. Correct layers reach 67 dB or more, even with a weight
 #: on a rounding tie that folding or an engine rounds the other way.
 LAYER_DB = 55.0
-#: The same in a file typed FP16, whose roundings move values across ties.
+#: The same where tensors are rounded to FP16, which moves values across ties: 46 dB is seen.
 HALF_LAYER_DB = 40.0
+#: Name of the step where they are.
+HALF = 'FP16'
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Rung:
 
     Attributes:
         cut: Name of the cut.
-        stage: ``float``, ``fake-quant``, ``reloaded``, ``folded`` or an engine.
+        stage: ``float``, ``fake-quant``, ``reloaded``, ``folded``, an engine or ``FP16``.
         to_previous: SQNR of every output against the step before, in dB.
         to_float: SQNR of every output against float, in dB.
         layers: SQNR of every layer with equal inputs, in dB, by the point that its output arrives
@@ -140,20 +147,26 @@ def climb(
     }
     if not quantized:
         steps.pop('fake-quant')
+    strong, target = is_strong(graph), target_of(target_in(graph))
+    plain = to_float32(graph) if strong else graph
     for name, make in engines.items():
-        steps[name] = partial(_engine_run, make, path, graph, cut, fed)
+        steps[name] = partial(_engine_run, make, plain, cut, fed)
+    if strong or (target.half and not target.strong):
+        half = graph if strong else round_half(graph)
+        steps[HALF] = partial(_engine_run, ONNXRuntime, half, cut, fed)
 
     last, cost = Run(first, {}), {}
     for stage, step in steps.items():
         tell(stage)
         run = step()
         require_outputs(cut, path, run.outputs)
-        raw, run = run.outputs, Run(align(first, run.outputs), run.layers)
+        spare = SPARE if stage == HALF else 0
+        raw, run = run.outputs, Run(align(first, run.outputs, spare), run.layers)
         to_previous = {n: sqnr(last.outputs[n], run.outputs[n]) for n in cut.output_names}
         to_float = {n: sqnr(first[n], run.outputs[n]) for n in cut.output_names}
         names = [n for n in makers if n in last.layers and n in run.layers and n not in across]
         layers = {n: sqnr(last.layers[n], run.layers[n]) for n in names}
-        at_engine = stage in engines
+        at_engine = stage in (*engines, HALF)
         if stage == 'fake-quant':
             cost = to_previous
             odd = (nonfinite('torch', n, v) for n, v in run.outputs.items())
@@ -161,8 +174,19 @@ def climb(
             spoiled = (cost_fault(n, c, fits) for n, c in cost.items())
             fault = next(filter(None, (*odd, *spoiled)), '')
         else:
-            half = at_engine and is_strong(graph)
-            fault = _fault(to_previous, layers, cost, makers, len(missing), last.outputs, raw, half)
+            fault = _fault(
+                to_previous,
+                layers,
+                cost,
+                makers,
+                len(missing),
+                last.outputs,
+                raw,
+                HALF_LAYER_DB if stage == HALF else LAYER_DB,
+                stage == HALF or (strong and at_engine),
+            )
+            if stage == HALF and not strong:
+                fault = _overflow(fault, plain, cut)
         points = (len(fed) - len(missing) * at_engine, len(fed))
         lost = missing if at_engine else ()
         rungs.append(Rung(cut.name, stage, to_previous, to_float, layers, points, lost, fault))
@@ -178,10 +202,10 @@ def _fault(
     missing: int,
     expected: Arrays,
     found: Arrays,
+    limit: float,
     half: bool,
 ) -> str:
     """Describes the first layer, else the first output, below its limit; empty if none is."""
-    limit = HALF_LAYER_DB if half else LAYER_DB
     for name, value in layers.items():
         if not value >= limit:  # NaN is off too
             made = ', '.join(makers[name]) or 'no layer'  # each of them found in the file
@@ -201,24 +225,34 @@ def _fault(
     return ''
 
 
+def _overflow(fault: str, graph: onnx.ModelProto, cut: Cut) -> str:
+    """Adds the stored number, or else the first tensor, that FP16 cannot hold.
+
+    A tensor is no fault by itself: it may be a mask, or limited by what reads it.
+    """
+    stored = [f'{node.name or node.op_type}: {what}' for node, what in beyond(graph.graph)]
+    if fault and not stored:
+        sizes = peaks(graph, {n: t.cpu().numpy() for n, t in cut.inputs.items()})
+        stored = [f'{n} reaches {size:.3g}' for n, size in sizes.items() if not size <= LARGEST]
+    return '; '.join(
+        filter(None, (fault, *(f'{s}; FP16 ends at {LARGEST:.0f}' for s in stored[:1])))
+    )
+
+
 def _engine_run(
-    make: Callable[[Path], Engine],
-    path: str | Path,
-    graph: onnx.ModelProto,
-    cut: Cut,
-    fed: Arrays,
+    make: Callable[[Path], Engine], graph: onnx.ModelProto, cut: Cut, fed: Arrays
 ) -> Run:
-    """Runs the file, and the graph cut at its points, in an engine."""
+    """Runs a graph, and the same cut at its points, in an engine."""
     inputs = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
-    outputs = make(Path(path))(inputs)
-    if not fed:
-        return Run(outputs, {})
-    cutting, replaced, arriving = cut_at_points(graph, fed)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / 'pieces.onnx'
+        file = Path(folder) / f'{cut.name}.onnx'
+        onnx.save(graph, str(file))
+        outputs = make(file)(inputs)
+        if not fed:
+            return Run(outputs, {})
+        cutting, replaced, arriving = cut_at_points(graph, fed)
         onnx.save(cutting, str(file))
-        engine = make(file)
-        pieces = engine({**inputs, **{name: fed[point] for name, point in replaced.items()}})
+        pieces = make(file)({**inputs, **{name: fed[point] for name, point in replaced.items()}})
     return Run(outputs, {point: pieces[tensor] for point, tensor in arriving.items()})
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdet3d_quant.check.align import align
+from mmdet3d_quant.check.align import SPARE, align
 from mmdet3d_quant.check.fit import Fit, range_fault, range_fits, worst_fits
 from mmdet3d_quant.check.runs import run_torch, sqnr
 from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
-from mmdet3d_quant.engines.typed import is_strong
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import coding_of
+from mmdet3d_quant.files.typed import is_strong
 
 #: Least SQNR of an output where nothing is quantized.
 FLOAT_DB = 60.0
@@ -85,7 +85,8 @@ def verify(
         require_outputs(cut, path, outputs)
     results, half = [], is_strong(path)
     fits = range_fits(cut) if quantized and real else {}
-    aligned = {engine: align(expected, outputs) for engine, outputs in found.items()}
+    spare = SPARE if half else 0
+    aligned = {engine: align(expected, outputs, spare) for engine, outputs in found.items()}
     for name in cut.output_names:
         cost = sqnr(plain[name], expected[name])
         closeness = {e: sqnr(expected[name], a[name]) for e, a in aligned.items()}
@@ -200,7 +201,7 @@ def swapped(name: str, expected: Arrays, found: Arrays, cost: float, half: bool 
     """
     for a, b in combinations(expected, 2):
         if name in (a, b) and expected[a].shape == expected[b].shape:
-            back = align(expected, {**found, a: found[b], b: found[a]})
+            back = align(expected, {**found, a: found[b], b: found[a]}, SPARE if half else 0)
             if all(sqnr(expected[n], back[n]) >= least_of(cost, expected, half) for n in (a, b)):
                 return f'; {a} and {b} are swapped'
     return ''

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
+from mmdet3d_quant.files.typed import emulated, is_strong
 
 
 class ONNXRuntime:
     """ONNX Runtime on the CPU, without graph optimisations: the arithmetic as written.
 
+    Of a strongly typed file, every FP16 tensor is rounded to it (``files/typed.py``).
+
     Args:
         path: ONNX file.
         num_threads: CPU threads.
         optimized: Optimise the graph as ONNX Runtime does by default: INT8 kernels where it has
-            them, whose INT32 biases and fused products differ from the arithmetic as written.
+            them, whose INT32 biases and fused products differ from the arithmetic as written, and
+            no rounding to FP16 between kernels that it has in float32 only.
 
     Raises:
         EngineError: If the file cannot be read.
@@ -33,9 +39,10 @@ class ONNXRuntime:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         with reading(path, 'ONNX Runtime'):
-            self._session = ort.InferenceSession(
-                str(path), options, providers=['CPUExecutionProvider']
-            )
+            model: Any = str(path)
+            if not optimized and is_strong(path):
+                model = emulated(onnx.load(str(path))).SerializeToString()
+            self._session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
         self.input_shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         halves = [i.name for i in self._session.get_inputs() if i.type == 'tensor(float16)']
         self._dtypes = dict.fromkeys(halves, np.float16)

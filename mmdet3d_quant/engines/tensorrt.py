@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from mmdet3d_quant.engines.files import EngineError, check_inputs, reading
-from mmdet3d_quant.engines.typed import is_strong
 from mmdet3d_quant.files.outputs import whole
+from mmdet3d_quant.files.typed import is_strong
 
 
 class TensorRT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -11,6 +11,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mmdet3d_quant.export.graph import axis_of, stored_tensors
 from mmdet3d_quant.export.pairs import ExportError
+from mmdet3d_quant.files.typed import round_tensors, tensor_types
 
 #: FP16's largest number and its least normal one.
 LARGEST, LEAST = 65504.0, 2.0**-14
@@ -101,6 +102,29 @@ def beyond(graph: onnx.GraphProto) -> Iterator[tuple[NodeProto, str]]:
                 yield node, f'{channel}{name} reaches {size.max():.4g}'
 
 
+def round_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Rounds the tensors and weights of a graph to FP16, as an engine may that chooses types.
+
+    Args:
+        model: A graph typed float32, without subgraphs; left unchanged.
+
+    Returns:
+        A new model, typed float32. Q/DQ pairs and their scales stay, so do stored numbers of a node
+        with one beyond FP16, for which there is :func:`beyond`.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    wide = {node.output[0] for node, _ in beyond(model.graph)}
+    read = {i for n in model.graph.node if n.op_type not in (*_PAIR, *_LIMITS) for i in n.input}
+    kept = {i for n in model.graph.node if n.output[0] in wide for i in n.input}
+    for tensor in result.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and tensor.name in read - kept:
+            value = numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    floats = (n for n, t in tensor_types(model).items() if t.elem_type == TensorProto.FLOAT)
+    return round_tensors(result, list(floats))
+
+
 def require_weights(graph: onnx.GraphProto, layers_only: bool = False) -> None:
     """Checks that FP16 can hold the weights of a graph.
 
@@ -124,6 +148,7 @@ def sum_bound(
     sizes: Mapping[str, float],
     shapes: Mapping[str, list[int]],
     weight: np.ndarray | None,
+    shares: Collection[str] = (),
 ) -> tuple[float, str]:
     """Computes the most that partial sums inside a node can reach, if all terms have one sign.
 
@@ -132,6 +157,7 @@ def sum_bound(
         sizes: Largest magnitudes by tensor.
         shapes: Shapes by tensor; a size that varies is 1.
         weight: Second operand of a convolution or product, if it is stored.
+        shares: Tensors that sum up to one along their last axis, as of a softmax.
 
     Returns:
         The bound, 0 if the node sums nothing, and how it was computed.
@@ -160,6 +186,8 @@ def sum_bound(
         return number * size**power, f'{number} terms of up to {size**power:.3g}'
     if kind not in LAYERS:
         return 0.0, ''
+    if weight is None and first in shares:
+        return sizes.get(node.input[1], 0.0), 'a mean'
     if weight is None:
         inner, other = (shape or [1])[-1], sizes.get(node.input[1], 0.0)
         return inner * size * other, f'{inner} terms of up to {size * other:.3g}'

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto
 
 from mmdet3d_quant.export.graph import opset, stored_tensors
 from mmdet3d_quant.export.half import LARGEST, LAYERS, LEAST, sum_bound, weight_of
-from mmdet3d_quant.export.ranges import tensor_types
+from mmdet3d_quant.files.typed import tensor_types
 
 #: How many times larger than on the example inputs a tensor may become.
 MARGIN = 8
@@ -49,6 +49,12 @@ def float32_nodes(model: onnx.ModelProto, peaks: Mapping[str, float]) -> dict[in
     shapes.update((n, list(t.dims)) for n, t in stored.items())
     floats = {n for n, t in types.items() if t.elem_type == TensorProto.FLOAT}
     found = {}
+    shares = set()
+    for node in graph.node:
+        axis = next((a.i for a in node.attribute if a.name == 'axis'), -1)
+        rank = len(shapes.get(node.output[0], ()))
+        if node.op_type == 'Softmax' and rank and axis % rank == rank - 1:
+            shares.add(node.output[0])
     for number, node in enumerate(graph.node):
         if node.op_type in ('Constant', 'QuantizeLinear', 'DequantizeLinear'):
             continue
@@ -78,7 +84,7 @@ def float32_nodes(model: onnx.ModelProto, peaks: Mapping[str, float]) -> dict[in
             n in makers and makers[n].op_type == 'DequantizeLinear' for n in node.input[:2]
         )
         if not reason and not in_int8:
-            bound, how = sum_bound(node, peaks, shapes, constants.get(1))
+            bound, how = sum_bound(node, peaks, shapes, constants.get(1), shares)
             reason = f'sums up to {bound:.3g}: {how}' if bound > LARGEST else ''
         if reason:
             found[number] = reason

@@ -12,13 +12,7 @@ from onnx import TensorProto, helper
 
 from mmdet3d_quant.export.graph import opset
 from mmdet3d_quant.export.pairs import ExportError
-
-
-def tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
-    """Infers type and shape of inputs, outputs and what nodes make, by name."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    values = (*graph.value_info, *graph.input, *graph.output)
-    return {v.name: v.type.tensor_type for v in values}
+from mmdet3d_quant.files.typed import tensor_types
 
 
 def peaks(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:

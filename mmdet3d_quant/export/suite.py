@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mod
 from mmdet3d_quant.export.boxes import BOXES_KEY
 from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
 from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
+from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.manifest import (
     MANIFEST,
     describe_graph,
@@ -71,11 +73,11 @@ def export_suite(
 
     Returns:
         The cuts, with modules that compute what the files do (unsigned activations for a target
-        that takes them), and the manifest: per file its inputs, outputs, shapes, node counts and
-        SHA-256, ``batch_norm`` that could not be folded, with reasons, and for a strongly typed
-        target the nodes that stay ``float32``, with reasons; ``scales`` by group;
-        ``kept_float`` with reasons; ``coverage``, the layers of the detector that are
-        quantized, unless the graphs are float.
+        that takes them, scales as FP16 has them for a strongly typed one), and the manifest: per
+        file its inputs, outputs, shapes, node counts and SHA-256, ``batch_norm`` that could not be
+        folded, with reasons, and for a strongly typed target the nodes that stay ``float32``, with
+        reasons; ``scales`` by group; ``kept_float`` with reasons; ``coverage``, the layers of the
+        detector that are quantized, unless the graphs are float.
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
@@ -83,9 +85,13 @@ def export_suite(
         UncalibratedError: If a quantizer of a cut has no range.
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
-    detector = uncompiled(detector)
+    detector, wants = uncompiled(detector), target_of(target)
+    half = wants.strong and fp16 is not False
+    if half:
+        detector = copy.deepcopy(detector)  # for the files, ranges as they hold them
     cuts = bevfusion_cuts(detector, inputs, target)
-    wants = target_of(target)
+    for cut in cuts if half else ():
+        round_ranges(cut.module)
     encoder = getattr(detector, 'pts_middle_encoder', None) if wants.libspconv else None
     stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])
     if not stems:
@@ -115,7 +121,7 @@ def export_suite(
                 opset_version,
                 quantized,
                 target,
-                fp16=fp16 if wants.strong else fp16 and not ranged,
+                fp16=half or (fp16 and not wants.strong and not ranged),
                 metadata={BOXES_KEY: cut.boxes.name} if cut.boxes else None,
                 **options,
             )

@@ -63,6 +63,11 @@ class Target:
         """Whether engines compute in the types that the file says."""
         return self.typing == STRONG
 
+    @property
+    def half(self) -> bool:
+        """Whether engines may compute what has no Q/DQ in FP16."""
+        return self.strong or '--fp16' in self.flags
+
 
 #: What strongly typed targets have in common: FP16 scales are of opset 19, to which ONNX cannot
 #: convert the custom layer norm.

@@ -15,12 +15,12 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mmdet3d_quant.export.graph import names_read, opset, stored_tensors
-from mmdet3d_quant.export.half import require_weights
+from mmdet3d_quant.export.half import LARGEST, require_weights
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.passes import drop_unused
-from mmdet3d_quant.export.pinned import float32_nodes, odd_tensors, takes_half
-from mmdet3d_quant.export.ranges import tensor_types
+from mmdet3d_quant.export.pinned import float32_nodes, takes_half
 from mmdet3d_quant.files.metadata import STRONG, TYPING_KEY
+from mmdet3d_quant.files.typed import tensor_types
 
 #: Key of the file's metadata, where the nodes that stay float32 are listed with their reasons.
 FLOAT32_KEY = 'mmdet3d_quant.float32'
@@ -40,7 +40,8 @@ def to_strong(model: onnx.ModelProto, peaks: Mapping[str, float]) -> onnx.ModelP
         A new model. Its metadata say that it is strongly typed, and which nodes stay float32.
 
     Raises:
-        ExportError: If FP16 cannot hold a weight, or the graph has branches or loops.
+        ExportError: If FP16 cannot hold a weight, an input or an output, or the graph has branches
+            or loops.
     """
     for node in model.graph.node:
         if names_read(node) != set(node.input):
@@ -49,11 +50,17 @@ def to_strong(model: onnx.ModelProto, peaks: Mapping[str, float]) -> onnx.ModelP
                 'with --target tensorrt8'
             )
     require_weights(model.graph, layers_only=True)
+    for value in (*model.graph.input, *model.graph.output):
+        if not peaks.get(value.name, 0.0) <= LARGEST:
+            raise ExportError(
+                f'{value.name} reaches {peaks[value.name]:.3g}, beyond the {LARGEST:.0f} of FP16, '
+                'which inputs and outputs have: scale it, or export with --target tensorrt8'
+            )
     reasons = float32_nodes(model, peaks)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     del result.graph.value_info[:]
-    _Writer(model, reasons, odd_tensors(peaks)).write(result.graph)
+    _Writer(model, reasons).write(result.graph)
     drop_unused(result.graph)
     told = {
         node.name or node.output[0]: reasons[i]
@@ -83,13 +90,10 @@ class _Writer:
     Args:
         model: The graph, typed float32.
         reasons: Numbers of the nodes that stay float32.
-        odd: Names of tensors that do.
     """
 
-    def __init__(
-        self, model: onnx.ModelProto, reasons: Mapping[int, str], odd: Mapping[str, str]
-    ) -> None:
-        self.old, self.reasons, self.odd, self.version = model.graph, reasons, odd, opset(model)
+    def __init__(self, model: onnx.ModelProto, reasons: Mapping[int, str]) -> None:
+        self.old, self.reasons, self.version = model.graph, reasons, opset(model)
         self.stored = stored_tensors(model.graph)
         self.floats = {n for n, t in tensor_types(model).items() if t.elem_type == FLOAT}
         self.floats |= {n for n, t in self.stored.items() if t.data_type == FLOAT}
@@ -102,9 +106,8 @@ class _Writer:
         """Replaces the nodes, stored tensors, inputs and outputs of a graph."""
         for value in graph.input:
             if value.name in self.floats:
-                kind = FLOAT if value.name in self.odd else HALF
-                value.type.tensor_type.elem_type = kind
-                self.names[value.name] = {kind: value.name}
+                value.type.tensor_type.elem_type = HALF
+                self.names[value.name] = {HALF: value.name}
         wanted = self._wanted()
         for number, node in enumerate(self.old.node):
             if node.op_type == 'Constant' and node.output[0] in self.floats:
@@ -115,9 +118,8 @@ class _Writer:
                 self._write(node, FLOAT if number in self.reasons else HALF)
         for value in graph.output:
             if value.name in self.floats:
-                kind = FLOAT if value.name in self.odd else HALF
-                value.type.tensor_type.elem_type = kind
-                self._name_output(value.name, kind)
+                value.type.tensor_type.elem_type = HALF
+                self._name_output(value.name)
         kept = [i for i in self.old.initializer if i.data_type != FLOAT]
         del graph.node[:], graph.initializer[:]
         graph.node.extend(self.nodes)
@@ -191,12 +193,12 @@ class _Writer:
             self.nodes.append(cast)
         return there[kind]
 
-    def _name_output(self, name: str, kind: int) -> None:
-        """Gives an output of the graph the name that it had."""
-        now = self._typed(name, kind)
+    def _name_output(self, name: str) -> None:
+        """Gives an output of the graph, FP16, the name that it had."""
+        now = self._typed(name, HALF)
         if now == name:
             return
-        other = f'{name}_{_NAMES[FLOAT if kind == HALF else HALF]}'
+        other = f'{name}_{_NAMES[FLOAT]}'
         renamed = {name: other, now: name}
         for node in self.nodes:
             node.input[:] = [renamed.get(i, i) for i in node.input]

@@ -16,7 +16,9 @@ from mmdet3d_quant.check.probes import module_name, points_of, torch_points
 from mmdet3d_quant.check.verify import require_agreement, verify
 from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
 from mmdet3d_quant.export import Cut, ExportError, export_onnx
+from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.pairs import store_names, stored_names
+from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d
 
 ENGINES = dict(onnxruntime=ONNXRuntime, openvino=OpenVINO)
@@ -77,7 +79,7 @@ def test_nothing_is_found_where_nothing_is_wrong(work):
     cut, path = work
     rungs = climb(cut, copy.deepcopy(cut.module), path, ENGINES)
     assert [r.stage for r in rungs] == [
-        'float', 'fake-quant', 'reloaded', 'folded', 'onnxruntime', 'openvino'
+        'float', 'fake-quant', 'reloaded', 'folded', 'onnxruntime', 'openvino', 'FP16'
     ]  # fmt: skip
     assert first_fault(rungs) is None
     for rung in rungs[2:]:
@@ -106,6 +108,46 @@ def test_a_scale_that_is_five_percent_off_is_named(work, tmp_path, kind, part, i
     broken = changed(path, tmp_path, name, index, lambda v: (v * 1.05).astype(v.dtype))
     first = first_fault(climb(cut, copy.deepcopy(cut.module), broken, ENGINES))
     assert first.stage == 'onnxruntime' and first.fault.startswith(f'{layer}:'), first
+
+
+class Wide(nn.Module):
+    """Two convolutions, and between them a factor that the second undoes."""
+
+    def __init__(self, factor):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = QuantConv2d(3, 8, 3, padding=1), QuantConv2d(8, 4, 1)
+        self.factor = factor
+
+    def forward(self, x):
+        return self.last(self.first(x).relu() * self.factor / self.factor)
+
+
+@pytest.mark.parametrize('target', ['tensorrt8', 'tensorrt11', 'openvino'])
+@pytest.mark.parametrize('factor', [1.0, 6e4, 1e6])
+def test_what_overflows_in_fp16_is_found_where_the_engine_may_compute_in_it(
+    tmp_path, target, factor
+):
+    """The file for TensorRT 11 keeps it float32, and OpenVINO on a CPU computes in float32."""
+    net, x = Wide(factor).eval(), 4 * torch.randn(1, 3, 24, 24)
+    calibrate(net, [x], 'max')
+    path = tmp_path / 'net.onnx'
+    export_onnx(net, [x], path, ['x'], ['y'], target=target)
+    module = copy.deepcopy(net)
+    if target == 'tensorrt11':
+        round_ranges(module)
+    elif target == 'openvino':
+        make_unsigned(module, unsigned_names(onnx.load(path)))
+    cut = Cut('net', module, dict(x=x), ('y',))
+    rungs = climb(cut, copy.deepcopy(module), path, ENGINES)
+    first = first_fault(rungs)
+    if target == 'tensorrt8' and factor > 1:
+        assert (
+            first.stage == 'FP16' and 'FP16 ends at 65504' in first.fault and '/Mul' in first.fault
+        ), first
+    else:
+        assert first is None, first
+    assert ('FP16' in [r.stage for r in rungs]) == (target != 'openvino')
 
 
 def test_one_weight_is_named(work, tmp_path):
@@ -168,7 +210,7 @@ def test_a_file_whose_tensors_were_renamed_is_judged_by_its_outputs_and_that_is_
     cut, path = work
     rungs = climb(cut, copy.deepcopy(cut.module), renamed(path, tmp_path, 't'), ENGINES)
     assert first_fault(rungs) is None
-    assert [r.points for r in rungs[1:]] == [(6, 6)] * 3 + [(0, 6)] * 2
+    assert [r.points for r in rungs[1:]] == [(6, 6)] * 3 + [(0, 6)] * 3
     (text,) = missing_points(rungs)
     assert text.startswith('net: 0 of 6 quantizers were found in the file; layers across'), text
     name = node(path, 'QuantizeLinear', '/last/_input_quantizer')
@@ -226,7 +268,8 @@ def test_a_float_file_has_outputs_to_compare_only(work, tmp_path):
     path = tmp_path / 'float.onnx'
     export_onnx(cut.module, list(cut.inputs.values()), path, ['x'], ['y'], quantized=False)
     rungs = climb(cut, copy.deepcopy(cut.module), path, ENGINES, quantized=False)
-    assert [r.stage for r in rungs] == ['float', 'reloaded', 'folded', 'onnxruntime', 'openvino']
+    stages = ['float', 'reloaded', 'folded', 'onnxruntime', 'openvino', 'FP16']
+    assert [r.stage for r in rungs] == stages
     assert first_fault(rungs) is None and all(r.layers == {} for r in rungs)
 
 

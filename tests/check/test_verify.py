@@ -38,6 +38,17 @@ def test_outputs_that_are_nan_do_not_stop_the_matching():
     assert np.isnan(align(expected, found)['reg']).sum() == 2
 
 
+@pytest.mark.parametrize('moved', [0, 2, 3])
+def test_few_queries_may_lie_elsewhere_where_told_and_the_others_are_compared(moved):
+    expected, found = queries(), queries()
+    found['reg'][..., :moved] += 7
+    found['dim'][..., 9] += 0.5
+    aligned = align(expected, found, spare=0.05)  # 2 of 40
+    assert np.array_equal(aligned['reg'], expected['reg']) == (moved < 3)
+    assert np.array_equal(aligned['dim'], found['dim'])
+    assert np.array_equal(align(expected, found)['reg'], found['reg'])
+
+
 class Head(nn.Module):
     """A head's outputs, each a convolution of a map."""
 

@@ -2,12 +2,13 @@
 
 import copy
 
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from mmdet3d_quant import calibrate, quantizers, set_mode, ties
-from mmdet3d_quant.check.detector import engine_detector
+from mmdet3d_quant.check.detector import as_exported, engine_detector
 from mmdet3d_quant.check.verify import run_torch, sqnr
 from mmdet3d_quant.core.compat import removesuffix
 from mmdet3d_quant.engines import ONNXRuntime
@@ -135,6 +136,31 @@ def test_only_some_files(small, tmp_path):
     assert sqnr(run_torch(cuts[0], 'quant')['middle'], found['middle']) > 40
     unsigned = [s for s in manifest['scales'] if s['dtype'] == 'uint8']
     assert unsigned and all(s['scale'] == pytest.approx(s['amax'] / 255) for s in unsigned)
+
+
+def test_strongly_typed_files_hold_the_scales_that_their_modules_and_the_manifest_have(
+    small, tmp_path
+):
+    model = fc.build_model(small[0]).eval()
+    calibrate(model, [small[1]], 'max')
+    inputs = capture_inputs(model, small[1])
+    before = {n: float(q.amax) for n, q in quantizers(model).items() if q.spec.axis is None}
+    cuts, manifest = export_suite(
+        model, inputs, tmp_path, {}, only=['fuser'], target='tensorrt11', tell=lambda name: None
+    )
+    told = as_exported(model, tmp_path)
+    (again,) = (c for c in bevfusion_cuts(told, inputs, 'tensorrt11') if c.name == 'fuser')
+    assert before == {n: float(q.amax) for n, q in quantizers(model).items() if n in before}
+    graph = onnx.load(tmp_path / 'fuser.onnx').graph
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    in_file = {
+        float(stored[n.input[1]]) for n in graph.node
+        if n.op_type == 'QuantizeLinear' and stored[n.input[1]].size == 1
+    }  # fmt: skip
+    for module in (cuts[0].module, again.module):
+        ranges = [q.amax for q in quantizers(module).values() if q.spec.axis is None]
+        assert in_file == {float(a / 127) for a in ranges}
+    assert in_file <= {s['scale'] for s in manifest['scales'] if s['dtype'] == 'int8'}
 
 
 def test_generated_inputs_have_the_shapes_of_real_ones(small):

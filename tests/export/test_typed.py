@@ -12,9 +12,11 @@ from torch import nn
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.check.lint import lint, read_graph
 from mmdet3d_quant.check.verify import sqnr
+from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
 from mmdet3d_quant.engines.tensorrt_rtx import compile_onnx, is_installed
 from mmdet3d_quant.export import ExportError, export_onnx
+from mmdet3d_quant.export.half_ranges import half_range
 from mmdet3d_quant.export.typed import kept_float32
 from mmdet3d_quant.layers import QuantConv2d
 
@@ -75,6 +77,60 @@ def test_what_fp16_cannot_hold_stays_float32_with_its_reason(factor, word, tmp_p
             layer._input_quantizer.mode = layer._weight_quantizer.mode = 'float'
         wanted = expected(torch.from_numpy(inputs['x']))
     assert all(sqnr(w, f) > 50 for w, f in zip(wanted, found.values()))
+
+
+def test_inputs_and_outputs_are_fp16_and_beyond_it_an_error(tmp_path):
+    """The runtime hands over FP16 whatever the file would rather have."""
+
+    class Scaled(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return x * self.factor
+
+    def made_with(factor):
+        return export_onnx(
+            Scaled(factor), [torch.ones(1, 3) * 9000], tmp_path / 'm.onnx', ['x'], ['y'],
+            quantized=False, target='tensorrt11',
+        )  # fmt: skip
+
+    model = made_with(2.0)
+    assert kinds([*model.graph.input, *model.graph.output]) == [HALF] * 2
+    assert any(
+        'reaches 1.8e' in text or 'reaches 9e' in text for text in kept_float32(model).values()
+    )
+    assert ONNXRuntime(tmp_path / 'm.onnx')(dict(x=np.full((1, 3), 9000.0)))['y'].max() == 18000
+    with pytest.raises(ExportError, match='y reaches 9e.04, beyond the 65504 of FP16'):
+        made_with(10.0)
+
+
+def test_attention_over_a_large_map_is_a_mean_and_stays_fp16(tmp_path):
+    """A row of a softmax sums to one, so 70,000 keys of values up to 4 stay within 4."""
+
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return (q @ k.transpose(1, 2)).softmax(-1) @ v
+
+    keys = 20000
+    inputs = [torch.randn(1, 4, 8), torch.randn(1, keys, 8), torch.randn(1, keys, 8)]
+    model = export_onnx(
+        Attention(), inputs, tmp_path / 'm.onnx', ['q', 'k', 'v'], ['y'],
+        quantized=False, target='tensorrt11',
+    )  # fmt: skip
+    assert kept_float32(model) == {}
+
+
+@pytest.mark.parametrize('amax', [1e-7, 0.3, 4.0, 123.456, 6e6, 1e9])
+def test_a_range_is_moved_to_the_nearest_scale_of_fp16(amax):
+    amax = torch.tensor([amax])
+    expected = np.float32(amax.item() / 127).astype(np.float16)
+    found = half_range(amax, INT8)
+    if 0 < expected < np.inf:
+        assert (found / 127).item() == float(expected)  # to the bit, so the file has it
+    else:
+        assert found.item() == amax.item()
 
 
 def test_the_compiler_takes_it_with_both_convolutions_in_int8(tmp_path):

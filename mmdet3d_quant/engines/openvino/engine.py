@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
 from mmdet3d_quant.engines.openvino.graph import prepare
-from mmdet3d_quant.engines.typed import is_strong, to_float32
+from mmdet3d_quant.files.typed import is_strong, to_float32
 
 
 class OpenVINO:
@@ -111,7 +112,7 @@ def _read(core: Any, path: str | Path) -> Any:
         return core.read_model(str(path))
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / 'float32.onnx'
-        plain.write_bytes(to_float32(path).SerializeToString())
+        plain.write_bytes(to_float32(onnx.load(str(path))).SerializeToString())
         return core.read_model(str(plain))
 
 
