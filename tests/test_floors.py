@@ -41,7 +41,7 @@ ONLY = {
 }
 #: Packages that few know.
 KNOWN_TO = {
-    'onnx': ('engines', 'export', 'check'),
+    'onnx': ('files/typed.py', 'engines', 'export', 'check'),
     'onnxruntime': ('engines/onnxruntime.py', 'export/passes.py'),  # its FP16 converter
     'openvino': ('engines/openvino',),
     'tensorrt': ('engines/tensorrt.py',),

@@ -75,10 +75,10 @@ def round_tensors(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelP
 
 
 def _casts(source: str, result: str) -> list[NodeProto]:
-    half = f'{source}_half'
+    half = f'{result}_in_half'
     return [
-        helper.make_node('Cast', [source], [half], f'{half}_cast', to=TensorProto.FLOAT16),
-        helper.make_node('Cast', [half], [result], f'{result}_cast', to=TensorProto.FLOAT),
+        helper.make_node('Cast', [source], [half], f'{result}_to_half', to=TensorProto.FLOAT16),
+        helper.make_node('Cast', [half], [result], f'{result}_from_half', to=TensorProto.FLOAT),
     ]
 
 
