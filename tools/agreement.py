@@ -7,9 +7,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from mmdet3d_quant.check.verify import Agreement, require_agreement, verify
 from mmdet3d_quant.export import Cut
+from mmdet3d_quant.export.suite import LIDAR
 
 
 def verify_files(
@@ -19,8 +21,23 @@ def verify_files(
     manifest: dict[str, Any],
     quantized: bool,
     real: bool,
+    model: nn.Module,
+    inputs: dict[str, Tensor],
 ) -> list[Agreement]:
     """Verifies the files of a folder and prints the table.
+
+    Args:
+        console: Where to tell.
+        folder: The folder.
+        cuts: Its files that ONNX Runtime reads, with their modules and inputs.
+        manifest: Of the folder.
+        quantized: Whether the files are.
+        real: Whether the inputs are data.
+        model: The detector, for the LiDAR encoder's file.
+        inputs: Of the files, by name; ``voxels`` and ``coors`` of the LiDAR encoder.
+
+    Returns:
+        List of :class:`Agreement`, one per output.
 
     Raises:
         QuantError: If one does not agree, or its numbers are not finite.
@@ -33,9 +50,32 @@ def verify_files(
             console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
             continue
         results += verify(cut, path, quantized, real)
+    results += _verify_lidar(console, folder, manifest, quantized, real, model, inputs)
     console.print(agreement_table(results))
     require_agreement(results)
     return results
+
+
+def _verify_lidar(
+    console: Console,
+    folder: Path,
+    manifest: dict[str, Any],
+    quantized: bool,
+    real: bool,
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+) -> list[Agreement]:
+    """Verifies the LiDAR encoder's file, if there is one and voxels to run it on."""
+    path = next((folder / name for name in manifest['files'] if name.startswith(LIDAR)), None)
+    if path is None:
+        return []
+    if 'voxels' not in inputs:
+        console.print(f'{path.name}: not run, since its voxels cannot be generated; give data')
+        return []
+    from mmdet3d_quant.check.sparse import judge_lidar  # which needs spconv
+
+    encoder, voxels, coors = model.pts_middle_encoder, inputs['voxels'], inputs['coors']
+    return [judge_lidar(encoder, path, voxels, coors, quantized, real)]
 
 
 def agreement_table(results: list[Agreement]) -> Table:
@@ -43,13 +83,16 @@ def agreement_table(results: list[Agreement]) -> Table:
     table = Table(title='Signal-to-quantization-noise ratio, dB')
     for heading in ('file', 'output', 'INT8 convs in OpenVINO'):
         table.add_column(heading, no_wrap=True)
-    for run in ('torch fake-quant\nvs torch float', 'ONNX Runtime\nvs torch', 'OpenVINO\nvs torch'):
+    runs = ['torch fake-quant\nvs torch float', 'ONNX Runtime\nvs torch', 'OpenVINO\nvs torch']
+    lidar = any(r.libspconv is not None for r in results)
+    for run in [*runs, *['libspconv in torch\nvs torch'] * lidar]:
         table.add_column(run, justify='right')
     for r in results:
+        values = [r.fake_quant, r.onnxruntime, r.openvino, *[r.libspconv] * lidar]
         table.add_row(
             f'{r.cut}.onnx',
             r.output,
-            f'{r.int8_convs} of {r.all_convs}',
-            *(f'{v:.1f}' for v in (r.fake_quant, r.onnxruntime, r.openvino)),
+            f'{r.int8_convs} of {r.all_convs}' + ' (libspconv)' * (r.libspconv is not None),
+            *('' if v is None else f'{v:.1f}' for v in values),
         )
     return table

@@ -29,7 +29,8 @@ examples:
   python tools/check_scn.py lidar.backbone.xyz.onnx --points LIDAR_TOP.bin \\
       --range -36 -36 -5 36 36 3 --voxel-size 0.25 0.25 0.25
 
-exit code: 0 it runs, 1 numbers leave FP16's range, 2 the file or the points cannot be read
+exit code: 0 it runs, 1 numbers leave FP16's range or a layer has more voxels than its output_bound,
+2 the file or the points cannot be read
 """
 #: CUDA-BEVFusion's.
 RANGE, VOXEL_SIZE = [-54.0, -54.0, -5.0, 54.0, 54.0, 3.0], [0.075, 0.075, 0.2]
@@ -85,12 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         )
     feats, coors = read_points(program, args) if args.points else generated(program)
     console.print(f'Running on {len(feats):,} voxels, tensors in FP16 as libspconv keeps them')
-    dense = ScnNetwork(program, fp16_tensors=True)(feats, coors)
+    network = ScnNetwork(program, fp16_tensors=True)
+    dense = network(feats, coors)
     describe(dense, console)
+    crowded = describe_voxels(network, console)
     if args.save:
         with whole(args.save) as part, open(part, 'wb') as file:
             np.save(file, dense.numpy())
-    return 0 if bool(torch.isfinite(dense).all()) else 1
+    return 1 if crowded or not bool(torch.isfinite(dense).all()) else 0
 
 
 def layers(program: Program) -> list[SparseConv | Add]:
@@ -174,6 +177,17 @@ def describe(dense: Tensor, console: Console) -> None:
     odd = int((~torch.isfinite(dense)).sum())
     if odd:
         console.print(f'[red]{odd:,} values are not finite: FP16 ends at 65504')
+
+
+def describe_voxels(network: ScnNetwork, console: Console) -> bool:
+    """Prints which layer comes closest to its bound; returns whether one is beyond."""
+    bounds = {op.name: op.output_bound for op in network.program.convs}
+    name, count = max(network.voxels.items(), key=lambda item: item[1] / bounds[item[0]])
+    console.print(f'Fullest: {name}, {count:,} voxels of its output_bound of {bounds[name]:,}')
+    crowded = network.crowded()
+    for line in crowded:
+        console.print(f'[red]{line}')
+    return bool(crowded)
 
 
 if __name__ == '__main__':

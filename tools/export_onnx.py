@@ -134,7 +134,9 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
 
     def check(cuts: list[Cut], manifest: dict[str, Any], folder: Path) -> None:
         if not args.no_verify:
-            results.extend(verify_files(console, folder, cuts, manifest, not args.float, real))
+            results.extend(
+                verify_files(console, folder, cuts, manifest, not args.float, real, model, inputs)
+            )
 
     _, manifest = export_suite(
         model,

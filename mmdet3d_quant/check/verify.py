@@ -41,21 +41,24 @@ class Agreement:
         cut: Name of the cut.
         output: Name of the output.
         fake_quant: Torch fake-quant against torch float: what quantization costs.
-        onnxruntime: ONNX Runtime against the torch model that was exported.
-        openvino: OpenVINO against the torch model that was exported.
-        int8_convs: Convolutions that OpenVINO runs in INT8.
-        all_convs: All convolutions of the graph in OpenVINO.
+        onnxruntime: ONNX Runtime against the torch model that was exported; None for the LiDAR
+            encoder's file, which it does not read.
+        openvino: The same of OpenVINO.
+        int8_convs: Convolutions that OpenVINO or libspconv runs in INT8.
+        all_convs: All convolutions of the graph there.
         fault: Description of what is wrong with the output, or empty.
+        libspconv: What libspconv computes, in torch, against the torch model; None for other files.
     """
 
     cut: str
     output: str
     fake_quant: float
-    onnxruntime: float
-    openvino: float
+    onnxruntime: float | None
+    openvino: float | None
     int8_convs: int
     all_convs: int
     fault: str = ''
+    libspconv: float | None = None
 
 
 def verify(

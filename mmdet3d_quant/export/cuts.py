@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.core.modes import evaluating, set_mode
 from mmdet3d_quant.export.boxes import MMDET3D, BoxCoding
 from mmdet3d_quant.export.inputs import random_input
 from mmdet3d_quant.export.targets import DEFAULT, target_of
@@ -184,14 +184,15 @@ def _exported_head(detector: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """Runs the detector on a batch and keeps the inputs of the cuts.
+    """Runs the detector on a batch and keeps the inputs of the cuts and of the LiDAR encoder.
 
     Args:
         detector: A BEVFusion detector in eval mode.
         batch: One batch of its data loader, of one sample.
 
     Returns:
-        Tensors by input name, on the detector's device.
+        Tensors by input name, on the detector's device; those of the LiDAR encoder are ``voxels``
+        (N, C) and their ``coors`` (N, 4).
 
     Raises:
         ValueError: If the batch has more than one sample.
@@ -199,7 +200,7 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
     seen: dict[str, Any] = {}
 
     def keep(name: str):
-        return lambda module, args: seen.setdefault(name, args[0])
+        return lambda module, args: seen.setdefault(name, args)
 
     view = getattr(detector, 'view_transform', None)
     watched = {
@@ -208,6 +209,7 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
         'feat_in': getattr(view, 'downsample', None),
         'fused': getattr(detector, 'fusion_layer', None) or getattr(detector, 'pts_backbone', None),
         'middle': getattr(_exported_head(detector), 'shared_conv', None),
+        'voxels': getattr(detector, 'pts_middle_encoder', None),
     }
     hooks = [m.register_forward_pre_hook(keep(n)) for n, m in watched.items() if m is not None]
     try:
@@ -217,6 +219,10 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
             hook.remove()
     if samples != 1:
         raise ValueError(f'expected a batch of one sample, got {samples}: set batch_size=1')
+    voxels = seen.get('voxels')
+    seen = {name: args[0] for name, args in seen.items()}
+    if voxels is not None:
+        seen['coors'] = voxels[1]
     if 'fused' in seen:
         maps = seen.pop('fused')
         maps = [maps] if isinstance(maps, Tensor) else maps
@@ -269,21 +275,15 @@ def generate_inputs(detector: nn.Module, num_cams: int = 6, seed: int = 0) -> di
 def _output_shape(module: nn.Module, x: Tensor) -> tuple[int, ...]:
     """Shape of a module's float output, by running it in eval mode on its device."""
     device = next((p.device for p in module.parameters()), x.device)
-    modes = {m: m.training for m in module.modules()}
-    try:
-        module.eval()
-        with set_mode(module, 'float'):
-            return tuple(module(x.to(device)).shape)
-    finally:
-        for part, training in modes.items():
-            part.training = training
+    with evaluating(module), set_mode(module, 'float'):
+        return tuple(module(x.to(device)).shape)
 
 
 @torch.no_grad()
 def _lidar_shape(encoder: nn.Module) -> tuple[int, ...]:
-    """Shape of a sparse encoder's map, from a cloud of one voxel."""
+    """Shape of a sparse encoder's map, from a cloud of one voxel in eval mode."""
     device = next(encoder.parameters()).device
-    with set_mode(encoder, 'float'):
+    with evaluating(encoder), set_mode(encoder, 'float'):
         bev = encoder(
             torch.ones(1, encoder.in_channels, device=device),
             torch.zeros(1, 4, dtype=torch.int32, device=device),

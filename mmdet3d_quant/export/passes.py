@@ -132,12 +132,14 @@ def _alone(node: onnx.NodeProto, imported: onnx.OperatorSetIdProto) -> onnx.Mode
 
 
 def to_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
-    """Converts a model to another opset by ONNX's own converter."""
+    """Converts a model to another opset by ONNX's own converter; the IR version follows."""
     if opset(model) == version:
         return model
     props = {p.key: p.value for p in model.metadata_props}
     converted = onnx.version_converter.convert_version(model, version)
     onnx.helper.set_model_props(converted, props)
+    needed = onnx.helper.find_min_ir_version_for(converted.opset_import)
+    converted.ir_version = max(model.ir_version, needed)
     return converted
 
 

@@ -178,7 +178,7 @@ def _problem_alone(module: nn.Module) -> str | None:
         if module.running_mean is None or module.running_var is None:
             return (
                 'it keeps no running statistics (track_running_stats=False) and normalises by '
-                'those of its input'
+                'those of its input; train it with track_running_stats=True'
             )
         if type(module).forward not in (_BatchNorm.forward, SyncBatchNorm.forward):
             return f'{forward_owner(module)} has a forward of its own'

@@ -10,7 +10,9 @@ import mmdet3d_quant as mq
 from mmdet3d_quant.check.lint import layers, lint, read_graph
 from mmdet3d_quant.check.lint.layers import coverage
 from mmdet3d_quant.core.compat import removesuffix, strict_zip
+from mmdet3d_quant.engines.tensorrt_rtx import compile_onnx, is_installed
 from mmdet3d_quant.export import export_suite, generate_inputs
+from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.runs import from_config as fc
 from tests.small import INT8
 
@@ -43,10 +45,13 @@ CONTRACT = {
 LIDAR = 'lidar.backbone.xyz.onnx'
 
 
+#: Files in INT8, and how many convolutions they have.
+CONVOLUTIONS = {'camera.backbone.onnx': 63, 'fuser.onnx': 15}
+
+
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """The set of a model with random weights and made-up ranges."""
-    out = tmp_path_factory.mktemp('full')
+def detector():
+    """A model with random weights and made-up ranges, and its inputs."""
     torch.manual_seed(0)
     model = fc.build_model(fc.read_config(INT8)).eval()
     for module in model.modules():
@@ -55,7 +60,14 @@ def folder(tmp_path_factory):
     for quantizer in mq.quantizers(model).values():
         if quantizer.float_reason is None and not quantizer.calibrated:
             quantizer.amax = 4.0
-    export_suite(model, generate_inputs(model), out, {}, tell=lambda name: None)
+    return model, generate_inputs(model)
+
+
+@pytest.fixture(scope='module')
+def folder(detector, tmp_path_factory):
+    """Its set."""
+    out = tmp_path_factory.mktemp('full')
+    export_suite(*detector, out, {}, tell=lambda name: None)
     return out
 
 
@@ -85,7 +97,7 @@ def test_nothing_is_found_and_the_work_is_in_int8(folder, name):
     assert not {'Shape', 'Gather', 'If', 'Loop'} & {node.op_type for node in graph}
     # All shapes are known: a convolution of unknown size would count for one position.
     assert all(layer.macs > 1000 for layer in layers(graph))
-    if name in ('camera.backbone.onnx', 'fuser.onnx'):
+    if name in CONVOLUTIONS:
         assert coverage(layers(graph)) >= 0.99
     else:
         assert coverage(layers(graph)) == 0
@@ -95,6 +107,19 @@ def test_nothing_is_found_and_the_work_is_in_int8(folder, name):
 def test_the_script_builds_what_is_there(folder):
     script = (folder / 'build_engines.sh').read_text()
     for name in CONTRACT:
-        flags = '--fp16 --int8 ' if name in ('camera.backbone.onnx', 'fuser.onnx') else '--fp16 '
+        flags = '--fp16 --int8 ' if name in CONVOLUTIONS else '--fp16 '
         assert f'build {removesuffix(name, ".onnx")} {flags}--inputIOFormats=fp16:chw' in script
     assert 'build lidar' not in script
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed(), reason='TensorRT for RTX is not installed')
+@pytest.mark.parametrize('target', [t.name for t in TARGETS.values() if not t.unsigned])
+def test_nvidias_compiler_runs_every_convolution_in_int8(detector, target, tmp_path):
+    only = [removesuffix(name, '.onnx') for name in CONVOLUTIONS]
+    export_suite(*detector, tmp_path, {}, tell=lambda name: None, target=target, only=only)
+    for name, count in CONVOLUTIONS.items():
+        for sm, verdict in compile_onnx(tmp_path / name).items():
+            assert verdict.accepted, (name, sm, verdict.error)
+            assert [p.name for p in verdict.products if p.runs_in != 'Int8'] == [], (name, sm)
+            assert len(verdict.products) == count

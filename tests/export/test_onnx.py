@@ -182,12 +182,15 @@ def test_unequal_ties_are_refused(tmp_path):
         export_onnx(pair, [x], tmp_path / 'm.onnx', ['x'], ['y'])
 
 
-@pytest.mark.parametrize('opset', [13, 17])
-def test_opsets(opset, tmp_path):
+@pytest.mark.parametrize(('opset', 'ir'), [(13, 7), (17, 8), (18, 8), (19, 9), (20, 9), (21, 10)])
+def test_opsets(opset, ir, tmp_path):
+    """And the version of the format that came with each, by ONNX's own table."""
     conv, x = QuantConv2d(3, 4, 1), torch.randn(1, 3, 8, 8)
     calibrate(conv, [x])
     model = export_onnx(conv, [x], tmp_path / 'm.onnx', ['x'], ['y'], opset)
     assert model.opset_import[0].version == opset
+    assert model.ir_version == onnx.load(tmp_path / 'm.onnx').ir_version == ir
+    ONNXRuntime(tmp_path / 'm.onnx')({'x': x.numpy()})
 
 
 def test_sqnr():

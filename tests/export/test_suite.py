@@ -17,6 +17,7 @@ from mmdet3d_quant.export.cuts import bevfusion_cuts
 from mmdet3d_quant.models.view_transform import QuantLSSTransform
 from mmdet3d_quant.runs import from_config as fc
 from tests.export.detectors import exported, files_with_swin, small_detector
+from tests.export.sparse.encoders import build, cloud
 from tests.small import ROOT
 
 
@@ -167,6 +168,8 @@ def test_generated_inputs_have_the_shapes_of_real_ones(small):
     model = fc.build_model(small[0])
     calibrate(model, [small[1]], 'max')
     real, generated = capture_inputs(model, small[1]), generate_inputs(model)
+    voxels, coors = real.pop('voxels'), real.pop('coors')  # which are not generated
+    assert coors.shape == (len(voxels), 4) and voxels.shape[1] == 5
     assert {k: v.shape for k, v in real.items()} == {k: v.shape for k, v in generated.items()}
 
 
@@ -192,6 +195,17 @@ def test_generated_maps_have_odd_sizes_where_the_model_has(cells, downsample):
     assert pooled.shape == inputs['feat_in'].shape
     assert inputs['camera'].shape == made.shape
     assert inputs['img'].shape == (1, 2, 3, 33, 65)
+
+
+@pytest.mark.parametrize('grid', [[48, 40, 21], [49, 41, 22], [45, 43, 25]])
+def test_generated_lidar_maps_have_odd_sizes_where_the_encoder_has(grid):
+    encoder = build('bevfusion', sparse_shape=grid)
+    detector = nn.Module()
+    detector.pts_middle_encoder = encoder.train()  # as it is built; one voxel is no batch
+    made = generate_inputs(detector)['lidar']
+    assert all(m.training for m in encoder.modules())
+    with torch.no_grad():
+        assert made.shape == encoder.eval()(*cloud(encoder), 1).shape
 
 
 def test_a_batch_of_two_is_refused(small):

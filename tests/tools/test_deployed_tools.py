@@ -233,6 +233,27 @@ def test_files_of_a_range_that_does_not_fit_are_not_written(work, tmp_path):
     assert parity.main([str(a) for a in parity_args]) == 1
 
 
+def test_the_file_of_the_lidar_encoder_is_verified(work, tmp_path, capsys):
+    args = [work / 'int8.py', work / 'int8.pth', '--only', 'lidar.backbone', '--out-dir']
+    (found,) = export_onnx.main([str(a) for a in (*args, tmp_path / 'out')])
+    assert (found.cut, found.fault) == ('lidar.backbone.xyz', '') and found.libspconv > 50
+    shown = capsys.readouterr().out
+    assert 'lidar.backbone.xyz.onnx' in shown and f'{found.libspconv:.1f}' in shown
+    export_onnx.main([str(a) for a in (*args, tmp_path / 'out', '--inputs', 'generated')])
+    assert 'lidar.backbone.xyz.onnx: not run' in capsys.readouterr().out
+
+
+def test_files_of_a_lidar_encoder_that_leaves_fp16_are_not_written(work, tmp_path):
+    data = torch.load(work / 'int8.pth', weights_only=False)
+    for name in ('weight', 'bias'):
+        data['state_dict'][f'pts_middle_encoder.conv_out.1.{name}'] *= 1e4
+    torch.save(data, tmp_path / 'hot.pth')
+    args = [work / 'int8.py', tmp_path / 'hot.pth', '--only', 'lidar.backbone', '--out-dir']
+    with pytest.raises(ExportError, match=r'lidar.backbone.xyz.onnx: libspconv: .*NaN or infinite'):
+        export_onnx.main([str(a) for a in (*args, tmp_path / 'out')])
+    assert list((tmp_path / 'out').iterdir()) == []
+
+
 def test_parity_of_no_file_is_an_error(work):
     args = [work / 'int8.py', work / 'int8.pth', work / 'int8', '--files', 'fuser', 'nothing']
     with pytest.raises(ExportError, match='no file of the detector is among nothing'):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,10 @@ from mmdet3d_quant.export.sparse.program import (
 class ProgramBuilder:
     """The operators so far, and the grid and voxels of each tensor."""
 
-    def __init__(self, grid: Axes, flip: bool, quantized: bool, output_bound: int):
+    def __init__(
+        self, grid: Axes, flip: bool, quantized: bool, output_bound: int, kept: Mapping[str, str]
+    ):
+        self.kept = kept
         self.flip = flip
         self.quantized = quantized
         self.output_bound = output_bound

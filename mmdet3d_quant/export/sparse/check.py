@@ -99,7 +99,9 @@ def _check_conv(op: SparseConv, walk: _Walk) -> _Sparse:
         raise ScnError(f'input_spatial_shape {op.grid}, but its input has {x.grid}')
     if math.prod(op.kernel) == 1:
         raise ScnError(
-            'kernels of 1x1x1 are computed wrongly by libspconv (Lidar_AI_Solution, issue 302)'
+            'kernels of 1x1x1 are computed wrongly by libspconv (Lidar_AI_Solution, issue 302); a '
+            'submanifold kernel of 3x3x3 that is zero but for its centre computes the same, if the '
+            'stride is 1'
         )
     if op.subm and (set(op.stride) != {1} or any(k % 2 == 0 for k in op.kernel)):
         raise ScnError('a submanifold convolution needs stride 1 and odd kernels')

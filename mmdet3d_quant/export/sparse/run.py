@@ -40,6 +40,9 @@ class ScnNetwork(nn.Module):
         fp16_tensors: Round what is kept in FP16 between layers, as libspconv keeps it. The sums
             themselves are not those of its kernels.
         dtype: Floating type of the computation.
+
+    Attributes:
+        voxels: Number of voxels that each convolution made in the last run, by name of its node.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ScnNetwork(nn.Module):
         self.fp16_tensors = fp16_tensors
         self.dtype = dtype
         self.convs = nn.ModuleDict({op.name: _conv(op, dtype) for op in program.convs})
+        self.voxels: dict[str, int] = {}
 
     @torch.no_grad()
     def forward(self, features: Tensor, coors: Tensor) -> Tensor:
@@ -72,6 +76,7 @@ class ScnNetwork(nn.Module):
         """
         program = self.program
         _check_voxels(program, features, coors)
+        self.voxels = {}
         if len(features) == 0:
             return features.new_zeros(program.output_shape, dtype=self.dtype)
         x = SparseConvTensor(
@@ -82,12 +87,23 @@ class ScnNetwork(nn.Module):
             tensors[op.output] = self._run(op, [tensors[name] for name in op.inputs])
         return tensors[program.output]
 
+    def crowded(self) -> list[str]:
+        """Tells which convolutions made more voxels in the last run than the file has room for."""
+        return [
+            f'{op.name} ({op.layer}) makes {self.voxels[op.name]:,} voxels, and its output_bound, '
+            f'for which libspconv reserves memory, is {op.output_bound:,}: call export_lidar '
+            'with a larger output_bound, or crop the points'
+            for op in self.program.convs
+            if self.voxels.get(op.name, 0) > op.output_bound
+        ]
+
     def _run(self, op: Op, inputs: list[Any]) -> Any:
         x = inputs[0]
         if isinstance(op, SparseConv):
             if op.precision == 'int8':
                 x = x.replace_feature(_rounded(x.features, op.input_range))
             y = self.convs[op.name](x)
+            self.voxels[op.name] = len(y.features)
             return self._sparse(op, y, y.features.relu() if op.relu else y.features)
         if isinstance(op, Add):
             a, b = (t.features for t in inputs)

@@ -6,6 +6,7 @@ import copy
 
 from torch import nn
 
+from mmdet3d_quant.core.joined import untouched
 from mmdet3d_quant.core.modes import require_calibrated
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.builder import ProgramBuilder
@@ -14,7 +15,7 @@ from mmdet3d_quant.export.sparse.precision import with_precisions
 from mmdet3d_quant.export.sparse.program import Axes, Program
 from mmdet3d_quant.export.sparse.walk import owner, walk
 from mmdet3d_quant.export.weight_scales import raise_scales
-from mmdet3d_quant.layers.fold import fold_bn
+from mmdet3d_quant.layers.fold import fold_known
 
 #: Class whose `forward` an encoder has -> order of its axes. Another forward is another network.
 _ORDERS = {'SparseEncoder': 'zyx', 'PortableSparseEncoder': 'zyx', 'BEVFusionSparseEncoder': 'xyz'}
@@ -62,10 +63,12 @@ def trace(
         )
     if quantized:
         require_calibrated(encoder)
+    _refuse_hooks(encoder)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
-    fold_bn(encoder)
+    kept, _ = fold_known(encoder, quantized=quantized)
     raise_scales(encoder)
-    builder = ProgramBuilder(tuple(encoder.sparse_shape), order != native, quantized, output_bound)
+    grid = tuple(encoder.sparse_shape)
+    builder = ProgramBuilder(grid, order != native, quantized, output_bound, kept)
     x = walk(builder, 'conv_input', encoder.conv_input, '0')
     for name, stage in encoder.encoder_layers.named_children():
         x = walk(builder, f'encoder_layers.{name}', stage, x)
@@ -75,6 +78,16 @@ def trace(
         program = with_precisions(program)
     check(program)
     return program
+
+
+def _refuse_hooks(encoder: nn.Module) -> None:
+    """Refuses modules that compute more than their class says, which a walk does not see."""
+    for name, module in encoder.named_modules():
+        if not untouched(module):
+            raise ExportError(
+                f'{name or type(encoder).__name__} has forward hooks, or another forward put in, '
+                'which a file for libspconv would not have: remove them before the export'
+            )
 
 
 def order_of(encoder: nn.Module) -> str:

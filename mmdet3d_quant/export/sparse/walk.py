@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Callable
 
-import torch
 from mmcv.ops import SparseSequential as MMCVSequential
 from mmdet3d.models.layers import SparseBasicBlock
 from torch import Tensor, nn
@@ -32,10 +31,12 @@ def walk(builder: ProgramBuilder, name: str, module: nn.Module, x: str) -> str:
     for types, handle in _HANDLERS:
         if isinstance(module, types):
             return handle(builder, name, module, x)
-    hint = ' (batch norm is folded only into the convolution before it)'
-    norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    kind = type(module).__name__
+    if name in builder.kept:
+        raise ExportError(f'{name} is a {kind} that cannot be folded: {builder.kept[name]}')
     raise ExportError(
-        f'{name} is a {type(module).__name__}, which libspconv does not have{hint * norm}'
+        f'{name} is a {kind}, which libspconv does not have: train with convolutions, batch norm '
+        'behind them, ReLU and basic blocks only'
     )
 
 
@@ -96,7 +97,9 @@ def _refuse_odd(name: str, conv: nn.Module) -> None:
     }
     reasons = [what for what, is_so in problems.items() if is_so]
     if reasons:
-        raise ExportError(f'{name} has what cannot be exported to libspconv: {", ".join(reasons)}')
+        raise ExportError(
+            f'{name} has what libspconv does not have: {", ".join(reasons)}; train it without'
+        )
 
 
 def _ranges(
@@ -108,12 +111,18 @@ def _ranges(
     if not builder.quantized or of_input is None or of_weight is None:
         return None, None
     if (of_input.float_reason is None) != (of_weight.float_reason is None):
-        raise ExportError(f'{name} quantizes only one of input and weight: libspconv cannot')
+        raise ExportError(
+            f'{name} quantizes only one of input and weight, which libspconv cannot: keep both '
+            'float (skip) or none'
+        )
     if of_input.float_reason is not None:
         return None, _floats(raised(conv, conv.weight_amax()))
     for quantizer in (of_input, of_weight):
         if quantizer.spec.format != INT8:
-            raise ExportError(f'{name} has {quantizer.spec.format.name}; libspconv has int8')
+            raise ExportError(
+                f'{name} has {quantizer.spec.format.name}; libspconv has int8: set '
+                'num_bits = 8 and calibrate again'
+            )
     return _floats(of_input.amax)[0], _floats(of_weight.amax)
 
 
@@ -123,10 +132,14 @@ def _floats(amax: Tensor) -> tuple[float, ...]:
 
 def _half(name: str, values: Tensor) -> Tensor:
     half = values.half().contiguous()
-    if not bool(torch.isfinite(half).all()):
+    wrong = [i for i, of_channel in enumerate(half) if not bool(of_channel.isfinite().all())]
+    if wrong:
+        more = f', and {len(wrong) - 1} more channel(s) are as large' if wrong[1:] else ''
         raise ExportError(
-            f'{name}, batch norm folded, has values up to {values.abs().max():g}; '
-            'the file holds FP16, which ends at 65504'
+            f'{name}, batch norm folded, reaches {values[wrong[0]].abs().max():g} in channel '
+            f'{wrong[0]}{more}; the file holds FP16, which ends at 65504. See whether the '
+            'running_var of its batch norm is next to zero there, or the weight diverged; train '
+            'on with weight decay, or from an earlier checkpoint'
         )
     return half
 

@@ -101,6 +101,19 @@ def test_values_that_leave_fp16(points, tmp_path):
     assert run(tmp_path / 'hot.onnx', '--points', points, *GRID) == 1
 
 
+def test_more_voxels_than_the_file_has_room_for(file, tmp_path, capsys):
+    model = onnx.load(file)
+    found = []
+    for bound in (10**6, 100):
+        next(a for a in model.graph.node[1].attribute if a.name == 'output_bound').i = bound
+        onnx.save(model, tmp_path / 'narrow.onnx')
+        found.append((run(tmp_path / 'narrow.onnx'), capsys.readouterr().out))
+    assert [code for code, _ in found] == [0, 1]
+    name = model.graph.node[1].name
+    assert f'{name} (' not in found[0][1] and 'Fullest: ' in found[0][1]
+    assert f'{name} (' in found[1][1] and 'a larger output_bound' in found[1][1].replace('\n', ' ')
+
+
 def test_bad_points(file, tmp_path):
     (tmp_path / 'odd.bin').write_bytes(b'1234' * 7)
     with pytest.raises(ScnError, match='7 numbers, no multiple of 5'):

@@ -83,6 +83,24 @@ def huge(model):
     model.encoder_layers.encoder_layer2[0].conv2.weight.data[3] *= 1e8
 
 
+def no_statistics(model):
+    norm = model.encoder_layers.encoder_layer2[0].norm1
+    norm.running_mean = norm.running_var = None
+
+
+def hooked(model):
+    model.encoder_layers.encoder_layer2[0].conv1.register_forward_hook(lambda m, i, o: o)
+
+
+def hooked_before(model):
+    model.conv_out.register_forward_pre_hook(lambda m, i: i)
+
+
+def put_in(model):
+    conv = model.encoder_layers.encoder_layer1[0].conv2
+    conv.forward = conv.forward
+
+
 def other_block(model):
     block = model.encoder_layers.encoder_layer3[1]
     block.__class__ = type('MyBlock', (type(block),), dict(forward=lambda self, x: x))
@@ -92,10 +110,17 @@ def other_block(model):
     ('spoil', 'says'),
     [
         (leaky, r'encoder_layers\.encoder_layer1\.2\.2 is a LeakyReLU'),
-        (norm_first, r'encoder_layer1\.2\.0 is a BatchNorm1d.*folded only into'),
-        (grouped, r'conv_out\.0 .*groups'),
-        (pointwise, r'conv\d+ \(conv_out\.0\).*1x1x1'),
-        (huge, r'encoder_layers\.encoder_layer2\.0\.conv2\.weight.*65504'),
+        (norm_first, r'encoder_layer1\.2\.0 is a BatchNorm1d that cannot be folded: what it reads'),
+        (no_statistics, r'encoder_layer2\.0\.bn1 is.*folded: .*train it with track_running_stats'),
+        (grouped, r'conv_out\.0 .*groups; train it without'),
+        (pointwise, r'conv\d+ \(conv_out\.0\).*1x1x1.*3x3x3 that is zero but for its centre'),
+        (
+            huge,
+            r'encoder_layers\.encoder_layer2\.0\.conv2\.weight.*channel 3;.*65504.*weight decay',
+        ),
+        (hooked, r'encoder_layers\.encoder_layer2\.0\.conv1 has forward hooks.*remove'),
+        (hooked_before, r'conv_out has forward hooks'),
+        (put_in, r'encoder_layers\.encoder_layer1\.0\.conv2 has .*another forward put in'),
         (other_block, r'encoder_layers\.encoder_layer3\.1 computes what MyBlock\.forward'),
     ],
 )
