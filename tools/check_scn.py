@@ -181,6 +181,8 @@ def describe(dense: Tensor, console: Console) -> None:
 
 def describe_voxels(network: ScnNetwork, console: Console) -> bool:
     """Prints which layer comes closest to its bound; returns whether one is beyond."""
+    if not network.voxels:
+        return False
     bounds = {op.name: op.output_bound for op in network.program.convs}
     name, count = max(network.voxels.items(), key=lambda item: item[1] / bounds[item[0]])
     console.print(f'Fullest: {name}, {count:,} voxels of its output_bound of {bounds[name]:,}')

@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from mmdet3d.models.layers import SparseBasicBlock
@@ -19,6 +20,7 @@ from mmdet3d_quant.export.sparse.run import ScnNetwork
 from mmdet3d_quant.export.targets import TARGETS
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.export.weight_scales import raise_scales
+from mmdet3d_quant.files.typed import to_float32
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d, QuantLinear
 from mmdet3d_quant.models.resnet import QuantBasicBlock
 from tests.export.sparse.encoders import build, cloud
@@ -208,3 +210,25 @@ def test_channels_of_sparse_convolutions_that_die_by_folding(kill):
     ranges = [limit for op in program.convs for limit in op.weight_ranges or ()]
     assert ranges and (np.float16(np.array(ranges) / 127) > 0).all()
     assert sqnr(wanted, ScnNetwork(program)(*voxels)) > 40  # weights are stored in FP16
+
+
+@pytest.mark.parametrize('bias', [1, -1e4])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_scales_survive_in_files_typed_fp16(kind, bias, tmp_path):
+    """Engines are at most a step of the rounding behind apart from fake quantization.
+
+    ONNX Runtime's default level gets it in float32: it divides FP16 biases in FP16, where those
+    beyond 65504 steps saturate, of dead channels or not.
+    """
+    path, plain = tmp_path / 'x.onnx', tmp_path / 'plain.onnx'
+    for death in DEATHS[:2] if kind in ('linear of tokens', 'transposed grouped') else DEATHS:
+        net, x = dying(kind, death, bias)
+        step = float(net[1].amax) / 127
+        with torch.no_grad():
+            wanted = net(x).numpy()
+        for target in [t.name for t in TARGETS.values() if t.strong]:
+            onnx.save(to_float32(export_onnx(net, [x], path, ['x'], ['y'], target=target)), plain)
+            for run in (ONNXRuntime(path), OpenVINO(path), ONNXRuntime(plain, optimized=True)):
+                found = run({'x': x.numpy()})['y'].astype(np.float32)
+                error = np.abs(found - wanted).max()
+                assert error <= 1.01 * step + np.abs(wanted).max() / 1024, (death, target, run)
