@@ -29,6 +29,7 @@ FLOORS = {
     'calibration': 3,
     'qat': 4,
     'export': 4,
+    'improve': 4,
     'check': 5,
     'report': 5,
     'jobs': 6,  # from files to files: what a tool does, with what all others offer

@@ -42,6 +42,9 @@ examples:
   torchrun --nproc-per-node 4 tools/calibrate.py $CONFIG float.pth --out int8.pth \\
       --launcher pytorch
 
+  # branches of a concat that differ in size, scaled alike; the float model stays as it is
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --equalize-concats
+
   # keep the first convolution float
   python tools/calibrate.py $CONFIG float.pth --out int8.pth \\
       --cfg-options model.img_backbone.skip="['conv1']"
@@ -76,6 +79,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--until-stable', nargs='?', type=float, const=TOLERANCE, metavar='TOLERANCE',
         help='stop when 95%% of the ranges moved less than this share while the batches doubled, '
         'twice in a row; default: %(const)s')  # fmt: skip
+    add('--equalize-concats', action='store_true',
+        help='scale inputs of a concat that differ much in size to one size, by powers of two '
+        'that go into the batch norm before and out of the convolution behind: the float model '
+        'stays as it is')  # fmt: skip
     add('--resume', action='store_true', help='go on where an interrupted run stopped')
     add('--strict', action='store_true', help='a warning is an error: nothing is written')
     add('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
@@ -142,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         until_stable=args.until_stable,
         resume=args.resume,
         strict=args.strict,
+        equalize=args.equalize_concats,
         launcher=args.launcher,
         device=args.device,
         overrides=args.cfg_options,

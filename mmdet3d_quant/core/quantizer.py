@@ -114,6 +114,13 @@ class Quantizer(Switches):
             self._amax.copy_(new.reshape(self._amax.shape))
         self._calibrated = True
 
+    def forget(self) -> None:
+        """Drops the range: the quantizer is uncalibrated again."""
+        if self._amax is not None:
+            with torch.no_grad():
+                self._amax.fill_(float('nan'))
+            self._calibrated = False
+
     @property
     def calibrated(self) -> bool:
         """True when a finite range is set or loaded."""

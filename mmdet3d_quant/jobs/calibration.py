@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,31 @@ from mmdet3d_quant.calibration import (
     Calibration,
     CalibrationError,
     Calibrator,
-    Plan,
     Progress,
     ResumeError,
     Stability,
     Strata,
-    by_distance,
 )
+from mmdet3d_quant.calibration.health import LEAST_BITS
 from mmdet3d_quant.calibration.stability import TOLERANCE
-from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.coverage import coverage, float_parts
 from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.spec import QuantSpec
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
+from mmdet3d_quant.improve import Equalization, equalize_concats
+from mmdet3d_quant.jobs.distance import sensor_of as sensor_of
+from mmdet3d_quant.jobs.distance import strata_of
 from mmdet3d_quant.jobs.outliers import outliers
+from mmdet3d_quant.jobs.plan import read_plan
 from mmdet3d_quant.jobs.share import Share, hold_out
 from mmdet3d_quant.report.calibration import write_ranges
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs import processes
 from mmdet3d_quant.runs.listener import Listener
 from mmdet3d_quant.runs.provenance import provenance
+
+#: Batches that the sizes of a concat's inputs are measured on.
+EQUALIZED_ON = 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ def calibrate_checkpoint(
     until_stable: float | None = None,
     resume: bool = False,
     strict: bool = False,
+    equalize: bool = False,
     launcher: str = 'none',
     device: str | None = None,
     overrides: dict[str, Any] | None = None,
@@ -88,6 +95,8 @@ def calibrate_checkpoint(
             are used.
         resume: Go on from the statistics that an interrupted run left beside ``out``.
         strict: A warning is an error: nothing is written.
+        equalize: Scale the inputs of each concat to one size first, see
+            :func:`mmdet3d_quant.improve.equalize_concats`.
         launcher: Launcher that started the processes, one of ``processes.LAUNCHERS``; they are
             joined here.
         device: ``'cpu'`` or ``'cuda:N'``; by default a GPU where there is one.
@@ -126,10 +135,11 @@ def calibrate_checkpoint(
     seen, held_out = hold_out(batches) if calibrator.needs_held_out else (batches, {})
     data = Share(name, loader, seen, held_out, rank, world)
     key = dict(checkpoint=sha256(checkpoint), config=cfg.pretty_text)
-    key.update(data=name, batches=list(seen.values()))
+    key.update(data=name, batches=list(seen.values()), equalize=equalize)
     saved = Progress(out, key, rank)
     told = _Told(Listener() if rank > 0 or listener is None else listener, strict)
     _introduce(calibrator, data, cfg, place, told)
+    equalized = _equalize(model, data, told) if equalize else None
     done = _go_on(calibrator, saved, resume, rank)
     _observe(calibrator, data, done, saved, bool(until_stable), told.listener)
     try:
@@ -141,18 +151,26 @@ def calibrate_checkpoint(
     if rank > 0:
         return Calibrated(result, [], page)
     about = provenance(cfg, checkpoint)
-    strata = _by_distance(model, data, cfg)
+    strata = strata_of(model, data, cfg)
     shown = {k: v for k, v in about.items() if k != 'cfg'}
     shown.update({'command': command} if command else {}, loader=name, warnings=told.warnings)
-    write_ranges(page, result, shown, strata)
+    write_ranges(page, result, shown, strata, equalized)
     odd = [r.name for r in result.ranges if r.health.flags]
     if odd:
         told.warn(f'{len(odd)} quantizers are odd, see {page}: {", ".join(odd[:3])}, ...')
+    narrow = [r.name for r in result.ranges if 'narrow' in r.health.flags]
+    if narrow and not equalize:
+        told.warn(
+            f'{len(narrow)} quantizers have an input with few bits left: {", ".join(narrow[:3])}, '
+            '...; where it is that of a concat, --equalize-concats scales its inputs to one size'
+        )
     for warning in outliers(result, data.seen):
         told.warn(warning)
     calibration = dict(method=result.method, num_batches=result.num_batches, loader=name)
     meta.update(about, calibration=calibration, kept_float=result.kept_float)
     meta.update(macs={k.name: k.macs for k in result.coverage.layers if k.macs is not None})
+    if equalized is not None:
+        meta['equalized'] = [*meta.get('equalized', ()), *(m.plain() for m in equalized.moves)]
     with whole(out) as path:
         torch.save(dict(state_dict=model.cpu().state_dict(), meta=meta), path)
     saved.clear()
@@ -170,36 +188,6 @@ class _Told:
             raise CalibrationError(f'{text} (--strict)')
         self.warnings.append(text)
         self.listener.warn(text)
-
-
-def read_plan(cfg: Config, methods: Sequence[str] = (), weights: str | None = None) -> Plan:
-    """Reads the plan of a config, then what a caller adds.
-
-    Args:
-        cfg: The config; its ``calibration`` may hold ``method``, ``overrides`` and ``weights``.
-        methods: They follow those of the config.
-        weights: Instead of the config's.
-
-    Raises:
-        ConfigError: If the config's ``calibration`` has an unknown entry.
-        ValueError: If a method is unknown.
-    """
-    own = cfg.get('calibration') or {}
-    overrides = own.get('overrides') or {} if isinstance(own, Mapping) else None
-    if not isinstance(overrides, Mapping):
-        raise fc.ConfigError(
-            f'{cfg.filename}: `calibration` and its `overrides` must be dicts, got {own!r}'
-        )
-    own = {key: value for key, value in own.items() if key != 'overrides'}
-    texts = [own.pop('method', 'mse')]
-    texts += [f'{pattern}={method}' for pattern, method in overrides.items()]
-    default = own.pop('weights', None)
-    if own:
-        raise fc.ConfigError(
-            f'{cfg.filename}: `calibration` has unknown entries {", ".join(own)}; it takes method, '
-            'overrides and weights'
-        )
-    return Plan.parse([*texts, *methods], default if weights is None else weights)
 
 
 def _introduce(
@@ -222,6 +210,22 @@ def _introduce(
         )
     for warning in float_parts(calibrator.model, coverage(calibrator.model)):
         told.warn(warning)
+
+
+def _equalize(model: nn.Module, data: Share, told: _Told) -> Equalization:
+    """Equalizes concats on the first batches, the same in all processes; reports what it did."""
+    first = dict(list(data.seen.items())[:EQUALIZED_ON])
+    batches = (batch for _, batch in fc.numbered_batches(data.loader, first))
+    result = equalize_concats(model, batches)
+    told.listener.note(
+        f'{result.num_concats} concats are quantized; {len(result.moves)} of their inputs equalized'
+    )
+    for move in result.moves:
+        told.listener.note(str(move))
+    for left in result.left:
+        few = left.refused and left.bits > QuantSpec().num_bits - LEAST_BITS
+        (told.warn if few else told.listener.note)(str(left))
+    return result
 
 
 def _go_on(calibrator: Calibrator, saved: Progress, resume: bool, rank: int) -> list[int]:
@@ -271,24 +275,3 @@ def _observe(
             if statistics.batches:
                 saved.save(statistics, stability, now=True)
             raise
-
-
-def _by_distance(model: nn.Module, data: Share, cfg: Config) -> list[Strata]:
-    """Measures how inputs of sparse layers fit near the sensor and far from it, on one batch."""
-    if not any(hasattr(m, 'height_axis') for m in model.modules()):
-        return []
-    first = dict(list(data.seen.items())[:1])
-    _, batch = next(fc.numbered_batches(data.loader, first))
-    return by_distance(model, batch, sensor=sensor_of(cfg))
-
-
-def sensor_of(cfg: Config) -> tuple[float, float]:
-    """Reads where the sensor is in the voxel grid, as a share of it along x and y."""
-    own = cfg.model.get('data_preprocessor') or {}
-    layers = (own.get(key) or {} for key in ('voxelize_cfg', 'voxel_layer'))
-    ranges = [layer['point_cloud_range'] for layer in layers if 'point_cloud_range' in layer]
-    if not ranges:
-        return 0.5, 0.5
-    low, high = ranges[0][:2], ranges[0][3:5]
-    x, y = (-a / (b - a) for a, b in strict_zip(low, high))
-    return x, y

@@ -82,7 +82,7 @@ def find_pairs(model: nn.Module, run: Run | None = None, quantized: bool = True)
     norms = [m for m in names if isinstance(m, _BatchNorm)]
     if not norms:
         return Pairs()
-    own = {m: _problem_alone(m) for m in names if isinstance(m, (*CONVS, _BatchNorm))}
+    own = {m: problem_alone(m) for m in names if isinstance(m, (*CONVS, _BatchNorm))}
     model = getattr(model, '_orig_mod', model)  # of torch.compile, whose graphs cannot be watched
     unsure: dict[nn.Module, str] = {}
     if run is None or any(_compiled(m) for m in model.modules()):
@@ -172,8 +172,13 @@ def _reason(
     return None, conv
 
 
-def _problem_alone(module: nn.Module) -> str | None:
-    """Reason why nothing is folded into, or of, a module, whatever its neighbours."""
+def problem_alone(module: nn.Module) -> str | None:
+    """Finds the reason why a layer's weight and bias must stay as they are, or None.
+
+    Args:
+        module: A convolution, linear layer or norm, whatever its neighbours; without hooks of
+            whoever asks.
+    """
     if isinstance(module, _BatchNorm):
         if module.running_mean is None or module.running_var is None:
             return (
@@ -225,6 +230,15 @@ def output_axis(conv: nn.Module) -> int:
     if isinstance(conv, OUTPUTS_LAST):
         return conv.weight.dim() - 1
     return 1 if isinstance(conv, TRANSPOSED) else 0
+
+
+def input_axis(conv: nn.Module) -> int:
+    """Axis of the weight that indexes input channels (those of a group, if not transposed)."""
+    if isinstance(conv, OUTPUTS_LAST):
+        return conv.weight.dim() - 2
+    if isinstance(conv, SPARSE_CONVS):
+        return conv.weight.dim() - 1
+    return 0 if isinstance(conv, TRANSPOSED) else 1
 
 
 def _channels(conv: nn.Module) -> int:

@@ -64,7 +64,7 @@ class Watch(TorchDispatchMode):
             watched = isinstance(module, (*self._makers, self._readers))
             if watched:
                 for parameter in module.parameters(recurse=False):
-                    self._owners.setdefault(_storage(parameter), set()).add(module)
+                    self._owners.setdefault(storage_of(parameter), set()).add(module)
             if watched or not (list(module.children()) or _hands_on(module)):
                 enter, leave = self._entering, self._leaving
                 self._handles += [
@@ -90,8 +90,8 @@ class Watch(TorchDispatchMode):
                 self._spoil(output.conv, 'its output is kept or returned')
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in _tensors((args, kwargs or {})):
-            key = _storage(x)
+        for x in tensors_in((args, kwargs or {})):
+            key = storage_of(x)
             output = self._live.get(key)
             reader = self._inside[-1] if self._inside else None
             if output is not None and not isinstance(reader, self._readers):
@@ -105,8 +105,8 @@ class Watch(TorchDispatchMode):
         return not self._owners.get(key, set()).intersection(self._inside)
 
     def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        for x in _tensors((args, kwargs)):
-            output = self._live.get(_storage(x))
+        for x in tensors_in((args, kwargs)):
+            output = self._live.get(storage_of(x))
             if isinstance(module, self._readers):
                 self.sources.setdefault(module, set()).add(None if output is None else output.conv)
             elif output is not None:
@@ -117,13 +117,13 @@ class Watch(TorchDispatchMode):
         while self._inside and self._inside.pop() is not module:
             pass  # what an exception left behind
         if isinstance(module, self._makers):
-            for x in _tensors(result):
+            for x in tensors_in(result):
                 self._add(module, x)
                 if x.dim() != self._dims(module):
                     self._spoil(module, f'its output has {x.dim()} axes')
 
     def _add(self, conv: nn.Module, x: Tensor) -> None:
-        key = _storage(x)
+        key = storage_of(x)
         output = self._live[key] = _Output(conv, x)
 
         def forget(ref: Any) -> None:
@@ -141,20 +141,20 @@ def _hands_on(module: nn.Module) -> bool:
     return kept_float or isinstance(module, KEEPING)
 
 
-def _storage(x: Tensor) -> int:
-    """What tensors that share memory have in common."""
+def storage_of(x: Tensor) -> int:
+    """Key that tensors have in common iff they share memory, while one of them lives."""
     return x.untyped_storage()._cdata
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
-    """The dense tensors in arguments or results, those of sparse convolutions included."""
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """Yields the dense tensors in arguments or results, features of sparse ones included."""
     if isinstance(x, Tensor):
         if x.layout == torch.strided:
             yield x
     elif isinstance(x, (list, tuple)):
         for value in x:
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(x, dict):
-        yield from _tensors(list(x.values()))
+        yield from tensors_in(list(x.values()))
     elif isinstance(getattr(x, 'features', None), Tensor):
         yield x.features

@@ -30,6 +30,7 @@ from mmdet3d_quant.calibration.health import (
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.files.outputs import whole
 from mmdet3d_quant.files.plain import finite_or_none
+from mmdet3d_quant.improve import Equalization
 
 _TEMPLATE = Path(__file__).with_name('calibration.html')
 #: Bars of a drawn histogram.
@@ -50,7 +51,8 @@ ADVICE = {
     'their units differ, as in features of points or a depth map. Keep the layer float, or '
     'scale the channels alike.',
     'narrow': f'One input of the add or concat keeps fewer than {LEAST_BITS:g} bits, since '
-    'another one is much larger: scale the branches alike, or keep the join float.',
+    'another one is much larger. Inputs of a concat: tools/calibrate.py --equalize-concats scales '
+    'them alike and leaves the float model as it is. Else keep the join float.',
 }
 
 
@@ -59,6 +61,7 @@ def write_ranges(
     calibration: Calibration,
     about: Mapping[str, Any],
     strata: Sequence[Strata] = (),
+    equalized: Equalization | None = None,
 ) -> Path:
     """Writes an HTML page that needs no other file, and the JSON behind it.
 
@@ -67,6 +70,7 @@ def write_ranges(
         calibration: Calibration to show.
         about: Plain facts to show at the end: config, checkpoint, command, versions.
         strata: Fit of the sparse layers by distance, if the model has some.
+        equalized: What was done to concats before, if that was asked for.
 
     Returns:
         ``path``.
@@ -75,7 +79,7 @@ def write_ranges(
         OSError: If one of the files cannot be written.
     """
     path = Path(path)
-    facts = range_facts(calibration, about, strata)
+    facts = range_facts(calibration, about, strata, equalized)
     pictures = dict(sqnr=_svg(draw_sqnr(facts)))
     if len(calibration.looks) > 1:
         pictures['looks'] = _svg(draw_looks(facts))
@@ -92,14 +96,17 @@ def write_ranges(
 
 
 def range_facts(
-    calibration: Calibration, about: Mapping[str, Any], strata: Sequence[Strata] = ()
+    calibration: Calibration,
+    about: Mapping[str, Any],
+    strata: Sequence[Strata] = (),
+    equalized: Equalization | None = None,
 ) -> dict[str, Any]:
     """Collects all numbers of the page, as plain values that JSON takes.
 
     Returns:
         ``ranges`` (per quantizer, worst SQNR first), ``flags`` (number of quantizers by flag),
-        ``coverage``, ``looks``, ``strata`` (per sparse layer, in the order of the model), and the
-        rest of the calibration.
+        ``coverage``, ``looks``, ``strata`` (per sparse layer, in the order of the model),
+        ``equalized`` (None if not asked for), and the rest of the calibration.
     """
     histograms = calibration.statistics.histograms
     rows = [
@@ -124,6 +131,7 @@ def range_facts(
         looks=looks,
         ranges=rows,
         strata=[dict(name=s.name, amax=s.amax, bands=[_band(b) for b in s.bands]) for s in strata],
+        equalized=None if equalized is None else equalized.plain(),
         about=dict(about),
     )
 

@@ -223,6 +223,46 @@ def test_python_calls_it_with_plain_arguments(work, tmp_path):
     assert facts['about']['warnings'] == heard.warnings[:2] and 'command' not in facts['about']
 
 
+@pytest.mark.slow
+def test_a_small_branch_is_told_with_the_option_that_scales_it(work, tmp_path):
+    """The camera's map at 1 % of its size, which changes nothing in float."""
+    weights = read_checkpoint(work / 'float.pth')['state_dict']
+    norm, conv = 'view_transform.downsample.7', 'fusion_layer.0.weight'
+    for name in (f'{norm}.weight', f'{norm}.bias'):
+        weights[name].mul_(0.01)
+    weights[conv][:, :16].mul_(100)
+    torch.save(dict(state_dict=weights), tmp_path / 'damaged.pth')
+
+    def run(source, out, **more):
+        heard = Heard()
+        job.calibrate_checkpoint(
+            work / 'int8.py', source, out, num_batches=2, listener=heard, **more
+        )
+        return heard, read_checkpoint(out), json.loads(out.with_suffix('.json').read_text())
+
+    heard, checkpoint, facts = run(tmp_path / 'damaged.pth', tmp_path / 'damaged_int8.pth')
+    (warning,) = (w for w in heard.warnings if '--equalize-concats' in w)
+    assert 'fusion_layer.0._input_quantizer' in warning
+    assert facts['equalized'] is None and 'equalized' not in checkpoint['meta']
+    heard, checkpoint, facts = run(tmp_path / 'damaged.pth', tmp_path / 'o.pth', equalize=True)
+    assert not any('--equalize-concats' in w for w in heard.warnings)
+    moves = {move['concat']: move for move in checkpoint['meta']['equalized']}
+    assert [{k: m[k] for k in m if k != 'text'} for m in facts['equalized']['moves']] == (
+        checkpoint['meta']['equalized']
+    )
+    factor = moves['fusion_layer']['factor']
+    text = f'{norm} x {factor:g}, fusion_layer.0[:, 0:16] / {factor:g}'
+    assert factor >= 4 and any(note.endswith(text) for note in heard.notes)
+    assert text in (tmp_path / 'o.html').read_text()
+    for move in moves.values():  # what it says is what was done, and nothing else
+        for name in (f'{move["source"]}.weight', f'{move["source"]}.bias'):
+            weights[name].mul_(move['factor'])
+        for reader in move['readers']:
+            first, last = reader['channels']
+            weights[f'{reader["layer"]}.weight'][:, first:last].div_(move['factor'])
+    assert all(torch.equal(checkpoint['state_dict'][name], weights[name]) for name in weights)
+
+
 def test_processes_that_joined_before_are_refused(work, tmp_path, monkeypatch):
     """The samplers of the data set would split the batches, which the job does itself."""
     monkeypatch.setattr(job, 'is_distributed', lambda: True)
