@@ -143,7 +143,9 @@ class Demo:
             **json.loads(self.speed.read_text()),
             sizes=file_sizes(self.folders),
             weights=facts.weight_bytes(self.model),
-            calibration=facts.calibration_facts(self.model, self.meta['calibration']),
+            calibration=facts.calibration_facts(
+                self.model, self.meta['calibration'], self.meta.get('macs')
+            ),
             provenance=self.source,
             seconds=dict(self.steps.seconds),
         )

@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
     )
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
     if manifest['coverage']:
-        console.print(manifest['coverage']['text'])
+        for line in (manifest['coverage']['text'], *manifest['coverage']['lines']):
+            console.print(line, markup=False)
     compile_exported(console, args.out_dir, manifest, args.compile)
     return results
 

@@ -17,6 +17,8 @@ from mmdet3d_quant.core.skip import WHY, covering, skip_lines
 
 #: Parts of a detector that stay float without a word: there is no Quant type of them.
 HEADS = '*_head'
+#: How many modules a line names.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,17 @@ class Coverage:
         return text + (f' (without {len(left)} layer(s) that could not be counted)' if left else '')
 
     def lines(self) -> list[str]:
-        """Tells what stays float and why, a line a module."""
-        lines = []
+        """Tells what stays float and why, a line a reason."""
+        by_reason: dict[str, list[dict[str, Any]]] = {}
         for group in self.float_groups():
-            count, share = len(group['layers']), group['share']
-            macs = '' if share is None else f', {100 * share:.1f} %'
+            by_reason.setdefault(group['reason'], []).append(group)
+        lines = []
+        for reason, groups in by_reason.items():
+            count = sum(len(group['layers']) for group in groups)
+            shares = [group['share'] for group in groups if group['share'] is not None]
+            macs = f', {100 * sum(shares):.1f} %' if shares else ''
             layers = f'{count} layer{"s" if count > 1 else ""}'
-            lines.append(f'float: {group["module"]} ({layers}{macs}): {group["reason"]}')
+            lines.append(f'float: {_some(groups)} ({layers}{macs}): {reason}')
         return lines
 
     def plain(self) -> dict[str, Any]:
@@ -113,7 +119,15 @@ class Coverage:
             uncounted=self.uncounted,
             float=self.float_groups(),
             text=self.summary(),
+            lines=self.lines(),
         )
+
+
+def _some(groups: list[dict[str, Any]]) -> str:
+    """Names of the first modules of some groups, and how many more there are."""
+    more = len(groups) - _SHOWN
+    names = ', '.join(group['module'] for group in groups[:_SHOWN])
+    return names + (f' and {more} more' if more > 0 else '')
 
 
 def _reason(layers: list[Layer]) -> str:

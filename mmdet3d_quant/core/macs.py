@@ -15,12 +15,15 @@ _SPARSE = 'SparseConvolution'
 
 
 def weighted(model: nn.Module) -> dict[str, nn.Module]:
-    """Finds the layers with weights, by name: convolutions, sparse ones too, and linear layers."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _DENSE) or any(c.__name__ == _SPARSE for c in type(module).__mro__)
-    }
+    """Finds the layers with weights, by name: linear layers and convolutions of all kinds."""
+    return {name: module for name, module in model.named_modules() if _has_weights(module)}
+
+
+def _has_weights(module: nn.Module) -> bool:
+    if isinstance(module, _DENSE) or _SPARSE in (c.__name__ for c in type(module).__mro__):
+        return True
+    weight = module._parameters.get('weight')  # deformable convolutions and other own ones
+    return weight is not None and weight.dim() > 2 and not isinstance(module, nn.LayerNorm)
 
 
 class counting(AbstractContextManager):  # noqa: N801 - reads as a function

@@ -49,7 +49,8 @@ def skip_lines(model: nn.Module, skip: Mapping[str, str]) -> str:
         model: The model.
         skip: Reason by pattern, relative to ``model``.
     """
-    if 'skip' in signature(type(model).__init__).parameters:
+    own = getattr(model, 'takes_skip', False)  # built by a type that does
+    if own or 'skip' in signature(type(model).__init__).parameters:
         return f'skip={dict(skip)}'
     return f"model = dict(type='Quantized', of={type(model).__name__!r}, skip={dict(skip)})"
 

@@ -41,9 +41,18 @@ class Link:
     target: str
 
 
-#: `img_backbone` feeds `img_neck`, `pts_backbone` feeds `pts_neck`, `backbone` feeds `neck`.
-#: The parts of `export/cuts.py` are called so, too.
-LINKS: list[Link] = [Link(r'(.*\.)?(\w+_)?backbone', r'\g<1>\g<2>neck')]
+#: `img_backbone` feeds `img_neck`, `pts_backbone` feeds `pts_neck`, `backbone` feeds `neck`, and
+#: each neck its head. The parts of `export/cuts.py` are called so, too.
+LINKS: list[Link] = [
+    Link(r'(.*\.)?(\w+_)?backbone', r'\g<1>\g<2>neck'),
+    Link(r'(.*\.)?(\w+_)?neck', r'\g<1>\g<2>bbox_head'),
+]
+
+
+def fed_by(source: str) -> list[str]:
+    """Names of the modules that get the outputs of a module, as :data:`LINKS` says."""
+    matches = ((link, re.fullmatch(link.source, source)) for link in LINKS)
+    return [match.expand(link.target) for link, match in matches if match is not None]
 
 
 def ties(model: nn.Module) -> list[tuple[str, ...]]:
@@ -88,11 +97,7 @@ def _declared(model: nn.Module) -> Iterable[list[str]]:
     for name, module in modules.items():
         if hasattr(module, 'quant_ties'):
             yield from (_full(name, group) for group in module.quant_ties())
-        for link in LINKS:
-            match = re.fullmatch(link.source, name)
-            if match is None or not hasattr(module, 'output_readers'):
-                continue
-            target_name = match.expand(link.target)
+        for target_name in fed_by(name) if hasattr(module, 'output_readers') else ():
             target = modules.get(target_name)
             if target is None or not hasattr(target, 'input_readers'):
                 continue

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from mmdet3d_quant.core.joined import untouched
 from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.layers.joining import Joining
 from mmdet3d_quant.layers.sparse import OUTPUTS_LAST, SPARSE_CONVS
 from mmdet3d_quant.layers.watch import KEEPING, Watch
 
@@ -247,7 +248,7 @@ def _channels(conv: nn.Module) -> int:
 
 def forward_owner(module: nn.Module, method: str = 'forward') -> str:
     """Path of the class that says what a module computes; empty if none has the method."""
-    owners = (t for t in type(module).__mro__ if method in vars(t))
+    owners = (t for t in type(module).__mro__ if method in vars(t) and Joining not in t.__bases__)
     owner = next(owners, None)
     return '' if owner is None else f'{owner.__module__}.{owner.__name__}'
 

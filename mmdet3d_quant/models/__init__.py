@@ -2,6 +2,7 @@
 
 from mmdet3d_quant.models.fuser import QuantConvFuser
 from mmdet3d_quant.models.lss_fpn import QuantGeneralizedLSSFPN
+from mmdet3d_quant.models.quant import Quant
 from mmdet3d_quant.models.quantized import Quantized
 from mmdet3d_quant.models.resnet import QuantBasicBlock, QuantBottleneck, QuantResNet
 from mmdet3d_quant.models.second import QuantSECOND, QuantSECONDFPN
@@ -13,6 +14,7 @@ from mmdet3d_quant.models.sparse_encoder import (
 from mmdet3d_quant.models.view_transform import QuantDepthLSSTransform, QuantLSSTransform
 
 __all__ = [
+    'Quant',
     'QuantBEVFusionSparseEncoder',
     'QuantBasicBlock',
     'QuantBottleneck',

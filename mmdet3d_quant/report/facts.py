@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.data.evaluation import Scores, bootstrap
@@ -79,16 +80,19 @@ def difference_facts(
     return result
 
 
-def calibration_facts(model: Any, calibration: Mapping[str, Any]) -> dict[str, Any]:
+def calibration_facts(
+    model: Any, calibration: Mapping[str, Any], macs: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Collects the numbers of quantizers, scale groups and float layers of a calibrated model.
 
     Args:
         model: The calibrated model.
         calibration: ``method``, ``num_batches`` and ``loader`` of the checkpoint's ``meta``.
+        macs: Multiply-accumulates by layer, which the ``meta`` has, too.
 
     Returns:
         Dict of the entries of ``calibration``, the counts of quantizers, ``groups`` that share a
-        scale, and ``kept_float`` with reasons.
+        scale, ``kept_float`` with reasons, and ``coverage``, how much of the model is quantized.
     """
     by_name = quantizers(model)
     active = {n: q for n, q in by_name.items() if q.float_reason is None}
@@ -99,6 +103,7 @@ def calibration_facts(model: Any, calibration: Mapping[str, Any]) -> dict[str, A
         weight_quantizers=weights,
         groups=[list(group) for group in ties(model)],
         kept_float={n: q.float_reason for n, q in by_name.items() if q.float_reason is not None},
+        coverage=coverage(model, macs).plain(),
     )
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv.ops import ModulatedDeformConv2dPack
 from mmcv.ops import SubMConv3d as MMCVSubMConv3d
 from spconv.pytorch import SparseConvTensor
 from torch import nn
@@ -109,6 +110,35 @@ def test_calibration_tells_the_share_and_what_stays_float():
         'float: bbox_head (1 layer, 0.8 %): its type is not quantized (Linear)',
     ]
     assert found.plain()['float'][0]['layers'] == ['img_backbone.0', 'img_backbone.1']
+
+
+def test_modules_that_stay_float_for_one_reason_are_one_line():
+    model = nn.Sequential(*(QuantConv2d(1, 1, 1) for _ in range(10)))
+    keep_float(model, {f'{i}': 'odd' for i in (1, 3, 5, 7, 9)})
+    found = coverage(model, {str(i): 10 for i in range(10)})
+    assert found.lines() == ['float: 1, 3, 5 and 2 more (5 layers, 50.0 %): odd']
+    assert found.plain()['lines'] == found.lines() and len(found.plain()['float']) == 5
+
+
+class Own(nn.Module):
+    """A convolution of no known type."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+def test_convolutions_that_derive_from_none_count_as_float():
+    model = nn.Sequential(
+        ModulatedDeformConv2dPack(4, 4, 3, padding=1), Own(), nn.LayerNorm([6, 3, 3])
+    )
+    with counting(model) as counted, torch.no_grad():
+        model(torch.zeros(1, 4, 5, 5))
+    assert counted.macs == {'0': 4 * 25 * 36, '0.conv_offset': 27 * 25 * 36, '1': 6 * 9 * 36}
+    assert [layer.reason is None for layer in coverage(model).layers] == [False] * 3
 
 
 def test_a_float_part_is_warned_of_until_it_is_meant():

@@ -89,6 +89,26 @@ CASES = {
         dict(in_channels=3, out_channels=4, kernel_size=3, stride=2, output_padding=1),
         [image()],
     ),
+    'QuantConv1d': (
+        nn.Conv1d,
+        dict(in_channels=4, out_channels=6, kernel_size=3, stride=2, groups=2),
+        [torch.randn(2, 4, 9)],
+    ),
+    'QuantConv3d': (
+        nn.Conv3d,
+        dict(in_channels=2, out_channels=3, kernel_size=3, padding=1, padding_mode='circular'),
+        [torch.randn(2, 2, 5, 4, 3)],
+    ),
+    'QuantConvTranspose1d': (
+        nn.ConvTranspose1d,
+        dict(in_channels=3, out_channels=4, kernel_size=3, stride=2, output_padding=1),
+        [torch.randn(2, 3, 5)],
+    ),
+    'QuantConvTranspose3d': (
+        nn.ConvTranspose3d,
+        dict(in_channels=4, out_channels=6, kernel_size=2, stride=2, groups=2),
+        [torch.randn(2, 4, 3, 4, 5)],
+    ),
     'QuantLinear': (nn.Linear, dict(in_features=5, out_features=4), [torch.randn(7, 5)]),
     'QuantBasicBlock': (BasicBlock, dict(inplanes=8, planes=8), [image(8)]),
     'QuantBottleneck': (Bottleneck, dict(inplanes=16, planes=4), [image(16)]),
@@ -181,13 +201,15 @@ WRAPPERS = {
 ELSEWHERE = {
     'QuantConcat': 'tests/layers/test_layers.py',
     'QuantAdd': 'tests/layers/test_layers.py',
+    'Quant': 'tests/models/test_quant.py',
     'Quantized': 'tests/models/test_quantized.py',
 }
 #: Layers and blocks: the model that contains them lets ranges be learned.
 PARTS = {
     name
     for name in CASES
-    if name.startswith(('QuantConv2d', 'QuantConvT', 'QuantLinear', 'QuantMMCV'))
+    if name.startswith(('QuantConv1d', 'QuantConv2d', 'QuantConv3d', 'QuantConvT'))
+    or name.startswith(('QuantLinear', 'QuantMMCV'))
     or name.endswith(('Block', 'Bottleneck', 'Conv3d'))
 }
 

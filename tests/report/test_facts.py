@@ -94,6 +94,8 @@ def test_what_is_calibrated_and_what_is_not(model):
         '1._input_quantizer': 'a reason',
         '1._weight_quantizer': 'a reason',
     }
+    assert found['coverage']['text'].startswith('1 of 3 layers quantized')
+    assert 'float: 1 (1 layer): a reason' in found['coverage']['lines']
     assert json.loads(json.dumps(found)) == found
 
 

@@ -79,6 +79,7 @@ def facts():
             weight_quantizers=74,
             groups=[['one', 'two']],
             kept_float={'conv1': 'skipped by name'},
+            coverage=dict(text='73 of 74 layers quantized', lines=['float: conv1: too wide']),
         ),
         seconds={'first step': 12.4},
         provenance=dict(
@@ -110,7 +111,15 @@ def test_every_number_is_in_its_place(facts):
     assert rows['all files'] == ['133.4', '61.1', '2.18x', '']
     assert [row[1:] for row in page.tables['sizes'][1:]] == [['7.18', '7.39'], ['4.56', '1.14']]
     calibration = ' '.join(sum(page.tables['calibration'], []))
-    for told in ('mse', '17 batches', '92 of activations', '74 of weights', 'two', 'by name'):
+    for told in (
+        'mse',
+        '17 batches',
+        '92 of activations',
+        '74 of weights',
+        'two',
+        'by name',
+        '73 of 74',
+    ):
         assert told in calibration
     source = ' '.join(sum(page.tables['provenance'], []))
     for told in ('configs/some.py', 'some.pth', '0123abcd', 'tools/demo.py', 'torch 2.1.2'):
