@@ -7,10 +7,12 @@ READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: help setup demo test test-slow test-frame test-matrix lint format wheel bench
-.PHONY: bench-engines files clean
+.PHONY: bench-engines bench-peers files clean
 
 # NNCF, the peer in INT8, wants a newer torch: an environment of its own.
 NNCF ?= .venv-nncf
+# Model-Optimizer and NNCF for bench-peers, each in an environment of its own.
+PEERS ?= .venv-peers
 
 help:
 	@echo 'make demo       a small BEVFusion from float to INT8: scores, speed, report'
@@ -22,6 +24,7 @@ help:
 	@echo 'make files      docs/files.md: every module in a sentence'
 	@echo 'make bench      the measurements in benchmarks/'
 	@echo 'make bench-engines  speed of the INT8 files against float and NNCF'
+	@echo 'make bench-peers  INT8 files by Model-Optimizer and NNCF beside ours'
 	@echo 'make format     rewrite the code in the project style'
 
 setup: $(READY)
@@ -90,5 +93,8 @@ $(NNCF)/bin/nncf-ready:
 bench-engines: $(READY) $(NNCF)/bin/nncf-ready
 	$(BIN)/python benchmarks/engine_speed.py --nncf-python $(NNCF)/bin/python
 
+bench-peers: $(READY) data/synthetic/synthetic.json
+	$(BIN)/python benchmarks/peers.py --setup $(PEERS)
+
 clean:
-	rm -rf $(VENV) $(NNCF) .venv-matrix work_dirs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(NNCF) $(PEERS) .venv-matrix work_dirs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

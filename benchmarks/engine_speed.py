@@ -81,16 +81,8 @@ def main() -> None:
 @torch.no_grad()
 def make_files(cut: Cut, inputs: dict[int, dict[str, torch.Tensor]], folder: Path) -> None:
     """Weights and ranges for a part, and its files."""
-    norms = [m for m in cut.module.named_modules() if hasattr(m[1], 'running_mean')]
-    for name, norm in norms:
-        if name.endswith('bn3'):
-            nn.init.constant_(norm.weight, 0.3)  # zero-initialised; trained ones are small
-        norm.momentum = 1.0
-        norm.train()
     samples = {seed: [found[n] for n in cut.inputs] for seed, found in inputs.items()}
-    with mq.set_mode(cut.module, 'float'):
-        cut.module(*samples[CALIBRATION[0]])
-    cut.module.eval()
+    settle_norms(cut.module, samples[CALIBRATION[0]])
     if mq.quantizers(cut.module):
         mq.calibrate(cut.module, [samples[seed] for seed in CALIBRATION], 'mse')
     for name, (quantized, target) in VARIANTS.items():
@@ -103,6 +95,20 @@ def make_files(cut: Cut, inputs: dict[int, dict[str, torch.Tensor]], folder: Pat
             quantized=quantized,
             target=target,
         )
+
+
+@torch.no_grad()
+def settle_norms(module: nn.Module, inputs: list[torch.Tensor]) -> None:
+    """Gives the batch norms of random weights the statistics of some inputs."""
+    norms = [m for m in module.named_modules() if hasattr(m[1], 'running_mean')]
+    for name, norm in norms:
+        if name.endswith('bn3'):
+            nn.init.constant_(norm.weight, 0.3)  # zero-initialised; trained ones are small
+        norm.momentum = 1.0
+        norm.train()
+    with mq.set_mode(module, 'float'):
+        module(*inputs)
+    module.eval()
 
 
 if __name__ == '__main__':
