@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from terminal import open_console, run_tool
 
+from mmdet3d_quant.check.compiled import beside
 from mmdet3d_quant.check.lint import (
     RULES,
     Finding,
+    Graph,
     Layer,
     LintError,
     Reformat,
@@ -27,11 +29,11 @@ from mmdet3d_quant.check.lint import (
 )
 from mmdet3d_quant.check.lint.layers import coverage
 from mmdet3d_quant.check.lint.picture import draw
+from mmdet3d_quant.check.lint.profiles import profile_names
 from mmdet3d_quant.check.lint.reformat import TO_FLOAT, TO_INT8
 from mmdet3d_quant.check.lint.rules import is_quantized
-from mmdet3d_quant.engines.tensorrt_rtx import compile_onnx
+from mmdet3d_quant.engines.tensorrt_rtx import Compiled, compile_onnx
 from mmdet3d_quant.engines.tensorrt_rtx.compiler import check_installed
-from mmdet3d_quant.export.targets import target_names
 from mmdet3d_quant.files.outputs import check_writable, whole
 
 #: Findings of one rule that are shown; the JSON has all.
@@ -41,12 +43,12 @@ examples:
   python tools/lint_onnx.py onnx/int8/camera.backbone.onnx
   python tools/lint_onnx.py onnx/int8/*.onnx --min-coverage 0.99 --json lint.json
   python tools/lint_onnx.py model.onnx --picture model.png --ignore Q11 Q14
-  python tools/lint_onnx.py model.onnx --target openvino
+  python tools/lint_onnx.py model.onnx --target tensorrt8
   python tools/lint_onnx.py model.onnx --compile
   python tools/lint_onnx.py --rules
 
-exit code: 0 nothing found, 1 something found, or refused by the compiler, 2 a file that cannot be
-checked
+exit code: 0 nothing found, or only notes, 1 something found, or refused by the compiler, 2 a file
+that cannot be checked; docs/lint.md tells what each engine does about each rule
 """
 
 
@@ -57,7 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('files', nargs='*', metavar='FILE', help='ONNX files')
     parser.add_argument(
         '--target',
-        choices=target_names(),
+        choices=profile_names(),
         help='engine that the files are for; default: what a file says, else tensorrt, which is '
         'tensorrt8',
     )
@@ -112,9 +114,12 @@ def main(argv: list[str] | None = None) -> int:
         findings, convolutions = lint(graph, args.ignore), layers(graph)
         share = coverage(convolutions)
         low = is_quantized(graph) and not math.isnan(share) and share < args.min_coverage
-        failed |= bool(findings) or low
+        verdicts = compile_onnx(file) if args.compile else {}
+        failed |= any(finding.counts for finding in findings) or low
         between = reformats(graph)
-        tell(console, file, findings, convolutions, between)
+        console.rule(file, align='left')
+        tell(console, graph, findings, convolutions, between)
+        tell_findings(console, graph, findings, next(iter(verdicts.values()), None))
         if low:
             console.print(f'[red]Less than {args.min_coverage:.1%} in INT8 (--min-coverage)')
         report[str(file)] = dict(
@@ -124,7 +129,6 @@ def main(argv: list[str] | None = None) -> int:
             reformats=[asdict(x) for x in between],
         )
         if args.compile:
-            verdicts = compile_onnx(file)
             failed |= not all(verdict.accepted for verdict in verdicts.values())
             tell_compiled(console, graph, verdicts)
             report[str(file)]['compiled'] = {sm: v.summary() for sm, v in verdicts.items()}
@@ -142,32 +146,43 @@ def main(argv: list[str] | None = None) -> int:
 
 def tell(
     console: Console,
-    file: str,
+    graph: Graph,
     findings: list[Finding],
     convolutions: list[Layer],
     between: list[Reformat],
 ) -> None:
-    """One file, for people."""
+    """The layers of one file and the conversions between them, for people."""
     int8 = sum(layer.int8 for layer in convolutions)
     share = coverage(convolutions)
     work = '' if math.isnan(share) else f', {share:.1%} of their multiply-accumulates'
-    console.rule(file, align='left')
-    console.print(
-        f'{int8} of {len(convolutions)} convolutions in INT8{work}; {len(findings)} findings'
-    )
+    told = f'; the file says {graph.told}' if graph.told else ''
+    console.print(f'for {graph.profile.title}{told}', highlight=False)
+    notes = sum(not finding.counts for finding in findings)
+    counted = f'{len(findings) - notes} findings{f", {notes} notes" if notes else ""}'
+    console.print(f'{int8} of {len(convolutions)} convolutions in INT8{work}; {counted}')
     for kind in (TO_INT8, TO_FLOAT):
         same_kind = [x for x in between if x.kind == kind]
-        names = ', '.join(x.tensor for x in same_kind[:SHOWN])
         if same_kind:
-            more = ', ...' if same_kind[SHOWN:] else ''
-            console.print(f'{len(same_kind)} conversions {kind}: {names}{more}', highlight=False)
+            names = [x.tensor for x in same_kind[:SHOWN]] + ['...'] * (len(same_kind) > SHOWN)
+            told = f'{len(same_kind)} conversions {kind}: {", ".join(names)}'
+            console.print(told, highlight=False)
+
+
+def tell_findings(
+    console: Console, graph: Graph, findings: list[Finding], compiled: Compiled | None
+) -> None:
+    """What is wrong with one file, what it leads to, and what the compiler makes of it."""
     for rule in RULES:
         same = [finding for finding in findings if finding.rule is rule]
         if not same:
             continue
-        table = Table(title=f'{rule.id} {rule.title}', title_justify='left', show_header=False)
+        table = Table(title=f'{rule.id} {rule.title}', title_justify='left')
+        for heading in ('', '', graph.profile.title, *(['compiler'] if compiled else [])):
+            table.add_column(heading)
         for finding in same[:SHOWN]:
-            table.add_row(finding.node, finding.detail)
+            effect = f'{finding.severity}: {finding.effect.what} ({finding.effect.seen})'
+            runs = [beside(graph, finding, compiled)] if compiled else []
+            table.add_row(finding.node, finding.detail, effect, *runs)
         if same[SHOWN:]:
             table.add_row(f'and {len(same) - SHOWN} more', '')
         console.print(table)
@@ -175,7 +190,6 @@ def tell(
 
 
 def list_rules(console: Console) -> None:
-    """All rules."""
     table = Table('id', 'what is wrong', 'why it matters', 'what to do')
     for rule in RULES:
         table.add_row(rule.id, rule.title, rule.why, rule.mend)

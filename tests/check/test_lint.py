@@ -24,6 +24,7 @@ from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export import onnx as exporter
 from mmdet3d_quant.export.tracing import TRACED
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from tests.check.planted import PLANTED
 from tests.small import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -336,6 +337,10 @@ DEFECTS = {
 }
 
 
+#: Their cases are in `test_lint_engines.py`.
+ONLY_TENSORRT8 = {'Q35', 'Q40'}
+
+
 def test_the_good_graph_has_no_findings_and_is_int8_throughout(good):
     graph = read_graph(good)
     assert lint(graph) == []
@@ -344,7 +349,8 @@ def test_the_good_graph_has_no_findings_and_is_int8_throughout(good):
 
 
 def test_every_rule_has_a_defect():
-    assert {wanted for wanted, _ in DEFECTS.values()} == {rule.id for rule in RULES}
+    found = {wanted for wanted, _ in DEFECTS.values()} | {case.rule for case in PLANTED.values()}
+    assert found | ONLY_TENSORRT8 == {rule.id for rule in RULES}
 
 
 @pytest.mark.parametrize('name', DEFECTS)
@@ -357,6 +363,7 @@ def test_a_planted_defect_is_found_by_its_rule(name, good):
     # Few others: what follows from the same defect.
     assert len({f.rule.id for f in found}) <= 3
     assert all(f.node and f.rule.why and f.rule.mend for f in found)
+    assert all(f.effect is f.rule.effects[f.case]['tensorrt8'] for f in found)
     assert wanted not in {f.rule.id for f in lint(Graph(edit.model), ignore=[wanted])}
 
 
@@ -596,4 +603,5 @@ def test_linear_layers_are_layers(shape, tmp_path):
 
     assert planted(float_input) == ({'Q02'}, [True, False])
     assert planted(float_weight) == ({'Q03'}, [True, False])
-    assert 'Q28' in planted(other_axis)[0]
+    found, int8 = planted(other_axis)
+    assert 'Q28' in found and int8 == [True, False]

@@ -13,10 +13,15 @@ CHANNELS, SIZE = 8, 16
 
 @dataclass
 class QDQ:
-    """A graph that grows; ``x`` is its input, of shape (batch, 8, 16, 16)."""
+    """A graph that grows; ``x`` is its input, of shape (batch, channels, 16, 16).
+
+    ``half`` makes its reals FP16: weights, scales, input and output.
+    """
 
     batch: int | str = 1
     dtype: int = TensorProto.INT8
+    channels: int = CHANNELS
+    half: bool = False
     nodes: list = field(default_factory=list)
     stored: list = field(default_factory=list)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -26,8 +31,12 @@ class QDQ:
         self.stored.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
+    @property
+    def real(self) -> type:
+        return np.float16 if self.half else np.float32
+
     def weight(self, *shape: int) -> str:
-        return self.constant(self.rng.normal(size=shape).astype(np.float32))
+        return self.constant(self.rng.normal(size=shape).astype(self.real))
 
     def node(self, kind: str, *inputs: str, name: str = '', **attributes) -> str:
         out = f't{len(self.nodes)}'
@@ -37,7 +46,7 @@ class QDQ:
     def qdq(self, x: str, scale=0.1, zero: int = 0, axis: int | None = None) -> str:
         """Q and DQ; ``scale`` is a number, numbers per channel, or the name of a tensor."""
         if not isinstance(scale, str):
-            shape, scale = np.shape(scale), self.constant(np.asarray(scale, np.float32))
+            shape, scale = np.shape(scale), self.constant(np.asarray(scale, self.real))
         else:
             shape = ()
         name = f'z{len(self.stored)}'
@@ -49,23 +58,27 @@ class QDQ:
 
     def conv(self, x: str, name: str, quantized: bool = True, **qdq) -> str:
         """A 3x3 convolution, its input and weight quantized or not."""
-        w = self.weight(CHANNELS, CHANNELS, 3, 3)
+        w = self.weight(self.channels, self.channels, 3, 3)
         if quantized:
-            x, w = self.qdq(x, **qdq), self.qdq(w, [0.01] * CHANNELS, axis=0)
+            x, w = self.qdq(x, **qdq), self.qdq(w, [0.01] * self.channels, axis=0)
         return self.node('Conv', x, w, name=name, pads=[1] * 4)
 
-    def save(self, path, y: str, opset: int = 17):
-        """Writes the graph with output ``y``, of any shape; returns the path."""
+    def model(self, y: str, opset: int | None = None, real: int | None = None):
+        """The graph with output ``y``, of any shape; by default of opset 17, with FP16 19."""
         info = helper.make_tensor_value_info
-        shape = [self.batch, CHANNELS, SIZE, SIZE]
+        real = real or (TensorProto.FLOAT16 if self.half else TensorProto.FLOAT)
         graph = helper.make_graph(
             self.nodes,
             'small',
-            [info('x', TensorProto.FLOAT, shape)],
-            [info(y, TensorProto.FLOAT, None)],
+            [info('x', real, [self.batch, self.channels, SIZE, SIZE])],
+            [info(y, real, None)],
             self.stored,
         )
-        opsets = [helper.make_opsetid('', opset)]
+        opsets = [helper.make_opsetid('', opset or (19 if self.half else 17))]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-        onnx.save(onnx.shape_inference.infer_shapes(model), path)
+        return onnx.shape_inference.infer_shapes(model)
+
+    def save(self, path, y: str, opset: int | None = None):
+        """Writes the graph with output ``y``; returns the path."""
+        onnx.save(self.model(y, opset), path)
         return path

@@ -137,7 +137,8 @@ def test_where_linter_and_compiler_differ(tmp_path):
     assert told('Float', 'Half') == ['a: INT8 for the linter, Float for the compiler']
     assert told('', 'Float') == ['a: INT8 for the linter, left out for the compiler']
     assert told('Int8', 'Int8') == ['b: float for the linter, Int8 for the compiler']
-    assert disagreements(graph, Compiled('SM86', False, 'no')) == []
+    refused = disagreements(graph, Compiled('SM86', False, 'no'))
+    assert refused == ['no rule of the linter says that the compiler refuses it']
     with pytest.raises(ValueError, match='a is no layer of the file that was compiled'):
         disagreements(graph, accepted('SM86'))
 

@@ -11,16 +11,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import NodeProto, numpy_helper
+from onnx import NodeProto, TensorProto
 
-from mmdet3d_quant.export.graph import axis_of, stored_tensors
-from mmdet3d_quant.export.targets import target_in, target_of
+from mmdet3d_quant.check.lint.constants import Constants
+from mmdet3d_quant.check.lint.moves import reached, source_of_weight, unpadded
+from mmdet3d_quant.check.lint.profiles import profile_of
+from mmdet3d_quant.export.graph import ONNX_DOMAINS, axis_of
+from mmdet3d_quant.export.targets import TARGET_KEY, target_in
 from mmdet3d_quant.files.limits import LARGEST
 
 #: Convolutions, and the axis of their weight that indexes output channels.
 CONVOLUTIONS = {'Conv': 0, 'ConvTranspose': 1}
 #: Products of matrices; layers where one of the two is a weight.
 PRODUCTS = ('Gemm', 'MatMul')
+#: Types of integers with which a layer runs in INT8; those of TensorRT take UINT8 for INT8.
+_BYTES = ('INT8', 'UINT8', '')
 
 
 class LintError(ValueError):
@@ -38,6 +43,9 @@ class Pair:
         scale: Flat float array, or None if it is no constant.
         zero: Zero points, flat, or None if absent or no constant.
         axis: Channel axis of ``scale``.
+        dims: Number of dimensions of ``scale``; 0 if it is no constant.
+        kind: Type of the integers in ONNX's words, such as ``INT8``; empty if it is not known.
+        blocks: Whether scales are those of blocks.
     """
 
     dq: NodeProto
@@ -46,6 +54,9 @@ class Pair:
     scale: np.ndarray | None
     zero: np.ndarray | None
     axis: int
+    dims: int = 0
+    kind: str = ''
+    blocks: bool = False
 
 
 class Graph:
@@ -53,18 +64,26 @@ class Graph:
 
     Args:
         model: The model, with its weights.
-        target: Engine that the graph is for, of ``export.targets.TARGETS``; None asks the file,
-            and takes TensorRT if it does not say.
+        target: Engine that the graph is for, of ``profiles.PROFILES``; None asks the file, and
+            takes TensorRT if it does not say.
 
     Attributes:
-        target: That engine.
+        profile: What that engine takes.
+        told: The engine that the file says it is for; empty if it does not.
+        opset: Version of ONNX's own operators.
 
     Raises:
         ValueError: If there is no such target.
     """
 
     def __init__(self, model: onnx.ModelProto, target: str | None = None) -> None:
-        self.target = target_of(target or target_in(model))
+        if model.functions:
+            from onnx.inliner import inline_local_functions  # of onnx 1.15
+
+            model = inline_local_functions(model)
+        self.profile = profile_of(target or target_in(model))
+        self.told = {p.key: p.value for p in model.metadata_props}.get(TARGET_KEY, '')
+        self.opset = next((o.version for o in model.opset_import if o.domain in ONNX_DOMAINS), 0)
         self.graph = model.graph
         self.nodes = [n for n in model.graph.node if n.op_type != 'Constant']
         self.outputs = {o.name for o in model.graph.output}
@@ -73,9 +92,13 @@ class Graph:
         for node in self.nodes:
             for i, name in enumerate(node.input):
                 self.readers[name].append((node, i))
-        self._stored = stored_tensors(model.graph)
+        self._constants = Constants(model)
         self._model = model
         self._number = {id(n): i for i, n in enumerate(self.nodes)}
+
+    def for_target(self, name: str) -> Graph:
+        """Looks at the same model as a file for another engine."""
+        return Graph(self._model, name)
 
     def __iter__(self) -> Iterator[NodeProto]:
         return iter(self.nodes)
@@ -96,54 +119,102 @@ class Graph:
         """Whether a node is a convolution, or a product with a stored matrix."""
         if node.op_type in CONVOLUTIONS:
             return True
-        return node.op_type in PRODUCTS and self.is_stored(self.weight(node))
+        return node.op_type in PRODUCTS and any(self._is_weight(t) for t in node.input[:2])
+
+    def data(self, layer: NodeProto) -> str:
+        """Name of the activation that a layer reads, zeros left out that it pads itself."""
+        if layer.op_type == 'Conv':
+            return unpadded(self, layer)
+        return layer.input[1 - self._weight_input(layer)]
 
     def weight(self, layer: NodeProto) -> str:
-        """Name of a layer's weight tensor; of a matrix product before it is transposed."""
-        tensor = layer.input[1]
-        maker = self.producer.get(tensor)
-        if layer.op_type in PRODUCTS and maker is not None and maker.op_type == 'Transpose':
-            return maker.input[0]
-        return tensor
+        """Name of a layer's weight tensor, before it is moved."""
+        return source_of_weight(self, layer.input[self._weight_input(layer)], 0)[0]
 
     def output_axis(self, layer: NodeProto) -> int:
-        """Axis of a layer's weight that indexes output channels."""
+        """Axis of a layer's weight, before it is moved, that indexes output channels."""
+        which = self._weight_input(layer)
         if layer.op_type in CONVOLUTIONS:
-            return CONVOLUTIONS[layer.op_type]
-        turned = any(a.name == 'transB' and a.i for a in layer.attribute)
-        return 0 if turned != (self.weight(layer) != layer.input[1]) else 1
+            axis = CONVOLUTIONS[layer.op_type]
+        else:
+            turned = any(a.name == ('transA', 'transB')[which] and a.i for a in layer.attribute)
+            axis = int(turned) if which == 0 else int(not turned)
+        return source_of_weight(self, layer.input[which], axis)[1]
+
+    def _weight_input(self, layer: NodeProto) -> int:
+        """Which input is the weight: the second, unless only the first of a product is stored."""
+        first = layer.op_type in PRODUCTS and not self._is_weight(layer.input[1])
+        return int(not (first and self._is_weight(layer.input[0])))
+
+    def _is_weight(self, tensor: str) -> bool:
+        return self.is_stored(source_of_weight(self, tensor, 0)[0])
 
     def is_stored(self, tensor: str) -> bool:
         """Whether a tensor is stored in the file, as it is or quantized."""
         pair = self.pair(tensor)
         return self.is_constant(pair.source if pair else tensor)
 
+    def read_pairs(self, layer: NodeProto) -> list[Pair]:
+        """Pairs whose integers a layer reads as its activation, moved or not."""
+        return reached(self, self.data(layer))
+
     def is_int8(self, node: NodeProto) -> bool:
-        """Whether both factors of a convolution or product are quantized."""
-        return self.pair(node.input[0]) is not None and self.weight_pair(node) is not None
+        """Whether both factors of a convolution or product are quantized as the engine wants."""
+        read, weight = self.read_pairs(node), self.weight_pair(node)
+        if node.op_type == 'ConvTranspose' and not self.profile.deconvolutions:
+            return False
+        if not read or weight is None or any(p.kind not in _BYTES for p in (*read, weight)):
+            return False
+        if any(self.is_per_channel(pair, node) for pair in read):
+            return False
+        one = weight.scale is None or weight.scale.size == 1 or node.op_type == 'ConvTranspose'
+        return one or weight.axis == self.output_axis(node)
+
+    def is_per_channel(self, pair: Pair, layer: NodeProto) -> bool:
+        """Whether the engine takes the scale of a layer's activation for scales per channel."""
+        if pair.scale is None or pair.scale.size > 1:
+            return pair.scale is not None
+        return self.profile.scalars and pair.dims > 0 and layer.op_type in CONVOLUTIONS
 
     def is_constant(self, tensor: str) -> bool:
-        """Whether a tensor is stored in the file."""
-        return tensor in self._stored
+        """Whether a tensor is stored in the file, or computed from stored ones only."""
+        return tensor in self._constants
+
+    def is_kept(self, tensor: str) -> bool:
+        """Whether a tensor is stored in the file, or a copy of a stored one."""
+        node = self.producer.get(tensor)
+        if node is not None and node.op_type == 'Identity':
+            return self.is_kept(node.input[0])
+        return tensor in self._constants.stored
 
     def constant(self, tensor: str) -> np.ndarray | None:
-        """Value of a stored tensor."""
-        found = self._stored.get(tensor)
-        return None if found is None else numpy_helper.to_array(found)
+        """Value of a constant tensor; None if it is none, or cannot be computed."""
+        return self._constants.value(tensor)
 
     @cached_property
     def shapes(self) -> dict[str, list[int]]:
         """Shapes as far as they are known; -1 for a dimension that is not."""
-        inferred = onnx.shape_inference.infer_shapes(self._model, data_prop=True).graph
-        values = [*inferred.value_info, *inferred.input, *inferred.output]
         known = {
-            v.name: [d.dim_value if d.HasField('dim_value') else -1 for d in t.shape.dim]
-            for v in values
-            for t in (v.type.tensor_type,)
+            name: [d.dim_value if d.HasField('dim_value') else -1 for d in t.shape.dim]
+            for name, t in self._inferred.items()
             if t.HasField('shape')
         }
-        known.update((name, list(i.dims)) for name, i in self._stored.items())
+        known.update((name, list(i.dims)) for name, i in self._constants.stored.items())
         return known
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """Types of tensors in ONNX's words, such as ``FLOAT16``, as far as they are known."""
+        known = {name: t.elem_type for name, t in self._inferred.items()}
+        known.update((name, i.data_type) for name, i in self._constants.stored.items())
+        return {name: TensorProto.DataType.Name(kind) for name, kind in known.items() if kind}
+
+    @cached_property
+    def _inferred(self) -> dict[str, onnx.TypeProto.Tensor]:
+        """Types and shapes that ONNX infers."""
+        inferred = onnx.shape_inference.infer_shapes(self._model, data_prop=True).graph
+        values = [*inferred.value_info, *inferred.input, *inferred.output]
+        return {v.name: v.type.tensor_type for v in values}
 
     def pair(self, tensor: str) -> Pair | None:
         """Finds the Q/DQ pair that makes a tensor; None if no DequantizeLinear does."""
@@ -154,12 +225,26 @@ class Graph:
         q = q if q is not None and q.op_type == 'QuantizeLinear' else None
         scale, zero = self.grid(dq)
         source = (q or dq).input[0]
-        return Pair(dq, q, source, scale, zero, self.axis(dq, source))
+        value = self.constant(dq.input[1])
+        dims = 0 if value is None else value.ndim
+        blocks = any(a.name == 'block_size' and a.i for a in dq.attribute)
+        axis = self.axis(dq, source)
+        return Pair(dq, q, source, scale, zero, axis, dims, self.kind(q or dq), blocks)
+
+    def kind(self, node: NodeProto) -> str:
+        """Type of the integers of a Q or DQ, in ONNX's words; empty if it is not known."""
+        for tensor in (*node.input[2:], *(node.input[:1] if node.op_type[0] == 'D' else ())):
+            if tensor in self.types:
+                return self.types[tensor]
+        given = next((a.i for a in node.attribute if a.name == 'output_dtype'), 0)
+        if given:
+            return TensorProto.DataType.Name(given)
+        return 'UINT8' if node.op_type == 'QuantizeLinear' else ''
 
     def axis(self, node: NodeProto, source: str) -> int:
-        """Axis of a Q or DQ of a stored tensor, counted from the front if it is there."""
-        axis, stored = axis_of(node), self._stored.get(source)
-        return axis + len(stored.dims) if axis < 0 and stored is not None else axis
+        """Axis of a Q or DQ, counted from the front if the rank of its tensor is known."""
+        axis, shape = axis_of(node), self.shapes.get(source)
+        return axis + len(shape) if axis < 0 and shape is not None else axis
 
     def grid(self, node: NodeProto) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Scale and zero point of a Q or DQ, flat; None where they are no constants."""

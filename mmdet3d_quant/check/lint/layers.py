@@ -48,7 +48,9 @@ def _macs(graph: Graph, node: NodeProto) -> int:
     batch, *_ = shape or [1]
     positions = math.prod(max(d, 1) for d in (batch, *shape[2:]))
     if node.op_type in PRODUCTS:
-        positions = math.prod(max(d, 1) for d in shape[:-1])
+        across = -2 if graph.data(node) == node.input[1] else -1  # the matrix's side of the output
+        sizes = [d for i, d in enumerate(shape) if i != len(shape) + across]
+        positions = math.prod(max(d, 1) for d in sizes)
     pair = graph.weight_pair(node)
     weight = graph.shapes.get(pair.source if pair else graph.weight(node), [])
     return positions * math.prod(max(d, 1) for d in weight)

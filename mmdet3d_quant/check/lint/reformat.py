@@ -53,7 +53,7 @@ def reformats(graph: Graph) -> list[Reformat]:
         else:
             needed, kind = not _to_int8(graph, node.output[0]), TO_FLOAT
         if needed and (source, step, kind) not in conversions:
-            layer = next(_convs_behind(graph, node.output[0]), None)
+            layer = next(layers_behind(graph, node.output[0]), None)
             layer = layer or _conv_before(graph, source)
             name = '' if layer is None else graph.name(layer)
             conversions[source, step, kind] = Reformat(graph.name(node), source, kind, name)
@@ -101,14 +101,14 @@ def _moves(node: NodeProto) -> bool:
     return node.op_type in MOVING and (node.op_type != 'Resize' or mode == b'nearest')
 
 
-def _convs_behind(graph: Graph, tensor: str, depth: int = 8) -> Iterator[NodeProto]:
-    """Convolutions that read a tensor, directly or through other ops."""
+def layers_behind(graph: Graph, tensor: str, depth: int = 8) -> Iterator[NodeProto]:
+    """Yields layers that read a tensor, directly or through at most so many other ops."""
     for node, _ in graph.readers[tensor]:
         if graph.is_layer(node):
             yield node
         elif depth:
             for out in node.output:
-                yield from _convs_behind(graph, out, depth - 1)
+                yield from layers_behind(graph, out, depth - 1)
 
 
 def _conv_before(graph: Graph, tensor: str) -> NodeProto | None:

@@ -15,6 +15,9 @@ PRODUCTS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 _WAITING = ('signal', 'wait')
 #: Kind of the kernels that are generated around a product: bias, activation, rounding.
 _POINTWISE = 'kgen'
+#: Kind of the kernels that are generated with a product in them. One that casts, which its name
+#: tells, reads integers and multiplies reals.
+_GENERATED = 'runtime_fusion'
 #: Bits of a number, by the name of its type in the log.
 _BITS = {
     'Float': 32,
@@ -37,8 +40,8 @@ class Kernel:
     Attributes:
         name: As the compiler calls it.
         kind: Such as ``correlation`` (a convolution), ``gemm`` or ``kgen`` (generated pointwise).
-        inputs: Types of the tensors it reads, in the compiler's words; of stored ones only the
-            first, where it reads no others.
+        inputs: Types of the tensors it reads, in the compiler's words, without vectors behind the
+            first, as a bias is; of stored ones only the first, where it reads no others.
         outputs: Types of the tensors it writes.
         made_of: Names of the nodes of the file that went into it.
         written: Bytes of its outputs; None if a type or a size is not known.
@@ -162,7 +165,8 @@ def read_products(model: ModelProto, layers: tuple[Kernel, ...]) -> tuple[Produc
     """Finds the type in which each product of a file runs.
 
     A product runs in the type of what is read by the kernels that multiply for it: those that name
-    its node as an origin and are not generated pointwise.
+    its node as an origin and are not generated pointwise. A generated kernel that casts what it
+    reads before it multiplies runs in the type of what it writes.
 
     Args:
         model: The file, with a name of its own for every node.
@@ -175,12 +179,19 @@ def read_products(model: ModelProto, layers: tuple[Kernel, ...]) -> tuple[Produc
     for layer in layers:
         if layer.kind != _POINTWISE:
             for node in layer.made_of:
-                types.setdefault(node, set()).update(layer.inputs)
+                types.setdefault(node, set()).update(_multiplied(layer))
     return tuple(
         Product(node.name, node.op_type, '+'.join(sorted(types.get(node.name, ()))), node.output[0])
         for node in model.graph.node
         if node.op_type in PRODUCTS
     )
+
+
+def _multiplied(layer: Kernel) -> tuple[str, ...]:
+    """Types in which a kernel multiplies."""
+    if layer.kind == _GENERATED and 'Cast' in layer.name:
+        return tuple(type_ for type_ in layer.outputs if type_ != 'Int8') or ('Float',)
+    return layer.inputs
 
 
 _LINE = re.compile(
@@ -204,11 +215,18 @@ def _kernel(line: str) -> Kernel:
     return Kernel(
         parts['name'],
         parts['kind'],
-        tuple(type_ for _, type_ in inputs or constants[:1]),
+        tuple(
+            t for i, (sizes, t) in enumerate(inputs or constants[:1]) if not (i and _thin(sizes))
+        ),
         tuple(type_ for _, type_ in outputs),
         tuple(_ORIGIN.findall(parts['made_of'].strip())),
         _bytes(outputs),
     )
+
+
+def _thin(sizes: str) -> bool:
+    """Whether a tensor has at most one size that is not 1."""
+    return sum(size != '1' for size in sizes.split(',')) <= 1
 
 
 def _bytes(tensors: list[tuple[str, str]]) -> int | None:

@@ -10,6 +10,7 @@ A new rule is one decorated function in the file of its group, and its planted d
 from mmdet3d_quant.check.lint.rules import (  # noqa: F401  each registers its rules
     channels,
     convolutions,
+    formats,
     joins,
     pairs,
     scales,

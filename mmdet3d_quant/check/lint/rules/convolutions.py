@@ -5,26 +5,27 @@ from __future__ import annotations
 from onnx import NodeProto
 
 from mmdet3d_quant.check.lint.graph import Graph
+from mmdet3d_quant.check.lint.moves import reached, scaled
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
 
-#: Ops that only pass or rearrange values; before a convolution they keep its DQ from it.
-PASSING = (
-    'Cast', 'Clip', 'Flatten', 'Identity', 'LeakyRelu', 'Mul', 'Pad', 'Relu', 'Reshape', 'Sigmoid',
-    'Slice', 'Squeeze', 'Transpose', 'Unsqueeze',
+#: Arithmetic on values; between a DQ and a layer it keeps the two from each other.
+BETWEEN = (
+    'Add', 'AveragePool', 'BatchNormalization', 'Cast', 'Clip', 'Div', 'GlobalAveragePool',
+    'LeakyRelu', 'Max', 'Min', 'Mul', 'Neg', 'Pad', 'Relu', 'Resize', 'Sigmoid', 'Sub', 'Upsample',
 )  # yapf: disable  # fmt: skip
 
 
 @rule(
     'Q01',
     'batch norm left behind a convolution',
-    'it runs in float between two INT8 layers, or keeps the convolution from INT8',
+    'engines fold it when they build; where one does not, it runs in float between two INT8 layers',
     'fold it into the convolution before exporting',
 )
 def _batch_norm(graph: Graph) -> Found:
     for node in graph.of('BatchNormalization'):
         before = graph.producer.get(node.input[0])
         if before is not None and graph.is_layer(before):
-            yield node, f'behind {graph.name(before)}'
+            yield node, f'behind {graph.name(before)}', ''
 
 
 @rule(
@@ -35,9 +36,8 @@ def _batch_norm(graph: Graph) -> Found:
 )
 def _input(graph: Graph) -> Found:
     for node in graph.layers():
-        open_ = graph.pair(node.input[0]) is None and not _behind_passing(graph, node.input[0])
-        if open_ and graph.weight_pair(node) is not None:
-            yield node, f'reads {node.input[0]}'
+        if _read(graph, node) == _OPEN and graph.weight_pair(node) is not None:
+            yield node, f'reads {graph.data(node)}', ''
 
 
 @rule(
@@ -48,9 +48,9 @@ def _input(graph: Graph) -> Found:
 )
 def _weight(graph: Graph) -> Found:
     for node in graph.layers():
-        open_ = graph.weight_pair(node) is None and not _behind_passing(graph, graph.weight(node))
-        if open_ and graph.pair(node.input[0]) is not None:
-            yield node, f'weight {node.input[1]}'
+        open_ = graph.weight_pair(node) is None and not _between(graph, graph.weight(node))
+        if open_ and _read(graph, node) == _QUANTIZED:
+            yield node, f'weight {graph.weight(node)}', ''
 
 
 @rule(
@@ -62,31 +62,31 @@ def _weight(graph: Graph) -> Found:
 def _island(graph: Graph) -> Found:
     before, behind = _reached(graph, forward=True), _reached(graph, forward=False)
     for node in graph.layers():
-        plain = graph.pair(node.input[0]) is None and graph.weight_pair(node) is None
-        factors = node.input[0], graph.weight(node)
-        plain = plain and not any(_behind_passing(graph, t) for t in factors)
+        plain = _read(graph, node) == _OPEN and graph.weight_pair(node) is None
+        plain = plain and not _between(graph, graph.weight(node))
         if plain and id(node) in before and id(node) in behind:
-            yield node, 'INT8 before and behind it: 2 reformats'
+            yield node, 'INT8 before and behind it: 2 reformats', ''
 
 
 @rule(
     'Q05',
     'something between DQ and layer',
-    'an engine fuses a DQ only with the layer that reads it',
+    'an engine joins a DQ with the layer that reads it, directly or behind ops that only move '
+    'values or scale them all',
     'move Q/DQ to directly before the layer',
 )
 def _blocked(graph: Graph) -> Found:
     for node in graph.layers():
-        for tensor, what in zip((node.input[0], graph.weight(node)), ('input', 'weight')):
-            between = _behind_passing(graph, tensor)
+        for tensor, what in ((graph.data(node), 'input'), (graph.weight(node), 'weight')):
+            between = _between(graph, tensor)
             if between is not None:
-                yield node, f'{graph.name(between)} ({between.op_type}) on its {what}'
+                yield node, f'{graph.name(between)} ({between.op_type}) on its {what}', what
 
 
 @rule(
     'Q06',
     'Q/DQ between a convolution and its activation',
-    'convolution and activation are no longer one kernel',
+    'convolution and activation may no longer be one kernel',
     'quantize behind the activation',
 )
 def _before_activation(graph: Graph) -> Found:
@@ -98,27 +98,81 @@ def _before_activation(graph: Graph) -> Found:
         if before is not None and (
             graph.is_layer(before) or before.op_type in ('Add', 'BatchNormalization')
         ):
-            yield pair.q, f'between {graph.name(before)} and {graph.name(node)}'
+            yield pair.q, f'between {graph.name(before)} and {graph.name(node)}', ''
 
 
 @rule(
     'Q07',
     'Q/DQ on a bias',
-    'biases are added in INT32 or float; TensorRT refuses or ignores their Q/DQ',
+    'biases are added in INT32 or float: TensorRT folds their Q/DQ, not beside a weight with one '
+    'scale, and refuses stored INT32',
     'leave the bias float',
 )
 def _bias(graph: Graph) -> Found:
     for node in graph.layers():
-        if len(node.input) > 2 and graph.pair(node.input[2]) is not None:
-            yield node, f'bias {node.input[2]}'
+        pair = graph.pair(node.input[2]) if len(node.input) > 2 else None
+        if pair is None:
+            continue
+        weight = graph.weight_pair(node)
+        one = weight is not None and weight.scale is not None and weight.scale.size == 1
+        case = 'integers' if pair.kind == 'INT32' else f'Q/DQ{", one weight scale" * one}'
+        yield node, f'bias {node.input[2]}, {case}', case
 
 
-def _behind_passing(graph: Graph, tensor: str) -> NodeProto | None:
-    """The op that makes a tensor, if it only passes on what a DQ made."""
+@rule(
+    'Q36',
+    'transposed convolution',
+    'it runs in float, whatever its scales are; TensorRT 8 reads INT8 but writes float '
+    '(NVIDIA/TensorRT#2597)',
+    'with a kernel as large as its stride it is a 1x1 convolution and DepthToSpace; else leave it '
+    'float',
+)
+def _transposed(graph: Graph) -> Found:
+    for node in graph.of('ConvTranspose'):
+        if graph.read_pairs(node) and graph.weight_pair(node) is not None:
+            yield node, 'with Q/DQ', ''
+
+
+_OPEN, _QUANTIZED, _SEVERAL, _BEHIND = 'open', 'quantized', 'on several grids', 'behind arithmetic'
+
+
+def _read(graph: Graph, layer: NodeProto) -> str:
+    """Tells how a layer's activation is quantized."""
+    tensor = graph.data(layer)
+    if graph.read_pairs(layer):
+        return _QUANTIZED
+    if _joined(graph, tensor):
+        return _SEVERAL  # which is Q12 or Q13
+    return _BEHIND if _between(graph, tensor) is not None else _OPEN
+
+
+def _joined(graph: Graph, tensor: str) -> bool:
+    """Whether a concat, moved or not, with a quantized input makes a tensor."""
+    node = _unmoved(graph, tensor)
+    return (
+        node is not None and node.op_type == 'Concat' and any(reached(graph, t) for t in node.input)
+    )
+
+
+def _unmoved(graph: Graph, tensor: str) -> NodeProto | None:
+    """The op that makes a tensor, those that only move its values left out."""
     node = graph.producer.get(tensor)
-    if node is None or node.op_type not in PASSING:
+    while node is not None:
+        moved, _ = scaled(graph, node)
+        if moved is None:
+            return node
+        node = graph.producer.get(moved)
+    return None
+
+
+def _between(graph: Graph, tensor: str) -> NodeProto | None:
+    """The arithmetic that keeps a layer from the DQ that a tensor comes from; None if none does."""
+    if graph.pair(tensor) is not None:
         return None
-    return node if any(graph.pair(t) is not None for t in node.input) else None
+    node = _unmoved(graph, tensor)
+    if node is None or node.op_type not in BETWEEN:
+        return None
+    return node if any(reached(graph, t) for t in node.input) else None
 
 
 def _reached(graph: Graph, forward: bool) -> set[int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mmdet3d_quant.check.lint.graph import Graph
+from mmdet3d_quant.check.lint.moves import MOVES
 from mmdet3d_quant.check.lint.rules.helpers import all_pairs, same_values
-from mmdet3d_quant.check.lint.rules.registry import Found, rule
+from mmdet3d_quant.check.lint.rules.registry import INTEGER_OPS, Found, rule
 
 
 @rule(
@@ -21,7 +22,7 @@ def _disagree(graph: Graph) -> Found:
         same = same_values(scale, pair.scale) and same_values(zero, pair.zero)
         per_channel = scale is not None and scale.size > 1
         if not same or (per_channel and graph.axis(pair.q, pair.source) != pair.axis):
-            yield pair.dq, f'and {graph.name(pair.q)}'
+            yield pair.dq, f'and {graph.name(pair.q)}', ''
 
 
 @rule(
@@ -32,8 +33,24 @@ def _disagree(graph: Graph) -> Found:
 )
 def _lonely(graph: Graph) -> Found:
     for node in graph.of('QuantizeLinear'):
-        readers = [n.op_type for n, _ in graph.readers[node.output[0]]]
-        if node.output[0] in graph.outputs:
-            yield node, 'is an output of the graph'
-        elif not readers or set(readers) != {'DequantizeLinear'}:
-            yield node, f'read by {", ".join(readers) or "nobody"}'
+        readers = sorted(_ends(graph, node.output[0]))
+        if OUTPUT in readers:
+            yield node, 'is an output of the graph', 'an output'
+        elif not readers:
+            yield node, 'read by nobody', 'read by nobody'
+        elif not set(readers) <= {'DequantizeLinear', *INTEGER_OPS}:
+            yield node, f'read by {", ".join(readers)}', 'read as numbers'
+
+
+OUTPUT = 'an output of the graph'
+
+
+def _ends(graph: Graph, tensor: str) -> set[str]:
+    """Operators that read integers in the end, behind those that move them."""
+    found = {OUTPUT} if tensor in graph.outputs else set()
+    for node, i in graph.readers[tensor]:
+        if node.op_type in MOVES and i == 0 and node.op_type not in ('Cast', 'Neg', 'Pad'):
+            found |= set().union(*(_ends(graph, out) for out in node.output))
+        else:
+            found.add(node.op_type)
+    return found

@@ -24,8 +24,10 @@ def _grids(graph: Graph) -> Iterator[tuple[NodeProto, np.ndarray | None, np.ndar
 
 
 def _scales(graph: Graph) -> Iterator[tuple[NodeProto, np.ndarray]]:
-    """Every Q and DQ whose scale is a constant, with it."""
-    return ((node, scale) for node, scale, _ in _grids(graph) if scale is not None)
+    """Every Q and DQ whose scale is a constant, with it, in float64."""
+    for node, scale, _ in _grids(graph):
+        if scale is not None:
+            yield node, scale.astype(np.float64)
 
 
 @rule(
@@ -37,7 +39,7 @@ def _scales(graph: Graph) -> Iterator[tuple[NodeProto, np.ndarray]]:
 def _zero_point(graph: Graph) -> Found:
     for node, _, zero in _grids(graph):
         if zero is not None and zero.any():
-            yield node, f'zero point {zero[zero != 0][0]}'
+            yield node, f'zero point {zero[zero != 0][0]}', ''
 
 
 @rule(
@@ -49,16 +51,18 @@ def _zero_point(graph: Graph) -> Found:
 )
 def _unsigned(graph: Graph) -> Found:
     for node in graph.of('QuantizeLinear', 'DequantizeLinear'):
-        if graph.target.unsigned and not graph.is_constant(node.input[0]):
+        stored = graph.is_constant(node.input[0])
+        if graph.kind(node) != 'UINT8' or (graph.profile.unsigned and not stored):
             continue
-        if len(node.input) < 3 or not node.input[2]:
-            # A DQ takes the type of its input: a QuantizeLinear decides for both.
-            if node.op_type == 'QuantizeLinear':
-                yield node, 'no zero point'
-            continue
-        zero = graph.constant(node.input[2])
-        if zero is not None and zero.dtype.kind == 'u':
-            yield node, f'zero point of type {zero.dtype}'
+        if node.op_type == 'DequantizeLinear' and stored:
+            yield node, f'{node.input[0]} is stored as UINT8', 'stored'
+        elif len(node.input) > 2 and node.input[2]:
+            weight = stored or graph.is_stored(node.output[0])
+            yield node, 'zero point of type uint8', 'weight' if weight else 'UINT8'
+        elif any(a.name == 'output_dtype' for a in node.attribute):
+            yield node, 'output_dtype is UINT8', 'output_dtype'
+        elif node.op_type == 'QuantizeLinear':  # a DQ takes the type of its input
+            yield node, 'no zero point', 'no zero point'
 
 
 @rule(
@@ -70,7 +74,8 @@ def _unsigned(graph: Graph) -> Found:
 def _not_finite(graph: Graph) -> Found:
     for node, scale in _scales(graph):
         if not np.isfinite(scale).all():
-            yield node, f'{(~np.isfinite(scale)).sum()} of {scale.size} scales'
+            case = 'NaN' if np.isnan(scale).any() else 'infinite'
+            yield node, f'{(~np.isfinite(scale)).sum()} of {scale.size} scales', case
 
 
 @rule(
@@ -82,7 +87,7 @@ def _not_finite(graph: Graph) -> Found:
 def _not_positive(graph: Graph) -> Found:
     for node, scale in _scales(graph):
         if (scale <= 0).any():
-            yield node, f'scale {scale[scale <= 0][0]:g}'
+            yield node, f'scale {scale[scale <= 0][0]:g}', ''
 
 
 @rule(
@@ -96,7 +101,7 @@ def _tiny(graph: Graph) -> Found:
     for node, scale in _scales(graph):
         small = scale[(scale > 0) & (scale <= LEAST_HALF / 2)]
         if len(small):
-            yield node, f'scale {small[0]:.3g}'
+            yield node, f'scale {small[0]:.3g}', ''
 
 
 @rule(
@@ -109,7 +114,7 @@ def _huge(graph: Graph) -> Found:
     for node, scale in _scales(graph):
         large = scale[np.isfinite(scale) & (scale > HUGE)]
         if len(large):
-            yield node, f'scale {large[0]:.3g}'
+            yield node, f'scale {large[0]:.3g}', ''
 
 
 @rule(
@@ -119,10 +124,10 @@ def _huge(graph: Graph) -> Found:
     'calibrate on data that reach the layer',
 )
 def _dead(graph: Graph) -> Found:
-    for node in graph.of('QuantizeLinear'):
-        scale, _ = graph.grid(node)
-        if scale is not None and ((scale >= 0.99 * DEAD) & (scale <= 1.01 * DEAD)).all():
-            yield node, f'scale {scale.flat[0]:.3g}'
+    for node, scale in _scales(graph):
+        dead = ((scale >= 0.99 * DEAD) & (scale <= 1.01 * DEAD)).all()
+        if node.op_type == 'QuantizeLinear' and dead:
+            yield node, f'scale {scale.flat[0]:.3g}', ''
 
 
 @rule(
@@ -136,19 +141,21 @@ def _odd_weight(graph: Graph) -> Found:
     for node, tensor, share in nonfinite_tensors(graph.graph):
         scales = node.input[1:] if node.op_type in ('QuantizeLinear', 'DequantizeLinear') else ()
         if tensor not in scales:  # which is Q22
-            yield node, f'{tensor}: {share}'
+            yield node, f'{tensor}: {share}', ''
 
 
 @rule(
     'Q27',
     'scale is not constant',
-    'engines need scales when they are built',
+    "engines need scales when they build; NVIDIA's compiler crashes on one that depends on data",
     'export with fixed ranges',
 )
 def _not_constant(graph: Graph) -> Found:
-    for node, scale, _ in _grids(graph):
-        if scale is None:
-            yield node, f'scale {node.input[1]} is computed'
+    for node in graph.of('QuantizeLinear', 'DequantizeLinear'):
+        if not graph.is_constant(node.input[1]):
+            yield node, f'scale {node.input[1]} is computed from data', 'data'
+        elif not graph.is_kept(node.input[1]):
+            yield node, f'scale {node.input[1]} is computed from constants', 'constants'
 
 
 @rule(
@@ -161,13 +168,13 @@ def _not_constant(graph: Graph) -> Found:
 def _bias(graph: Graph) -> Found:
     for node in graph.layers():
         bias = graph.constant(node.input[2]) if len(node.input) > 2 else None
-        of_input, of_weight = graph.pair(node.input[0]), graph.weight_pair(node)
-        if bias is None or of_input is None or of_weight is None:
+        of_input, of_weight = graph.read_pairs(node)[:1], graph.weight_pair(node)
+        if bias is None or not of_input or of_weight is None:
             continue
-        one, many = of_input.scale, of_weight.scale
+        one, many = of_input[0].scale, of_weight.scale
         if one is None or many is None or one.size > 1 or bias.size % many.size:
             continue
         step = one.astype(np.float64) * many
         overflows = np.abs(bias.reshape(-1, many.size)) > np.iinfo(np.int32).max * step
         if (step > 0).all() and overflows.any():
-            yield node, f'{overflows.sum()} of {bias.size} channels'
+            yield node, f'{overflows.sum()} of {bias.size} channels', ''

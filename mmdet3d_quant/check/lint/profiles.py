@@ -1,0 +1,63 @@
+"""What the engine generations take of a Q/DQ graph, as data by the name of the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A generation of an engine, as rules see it.
+
+    Attributes:
+        name: Of the target.
+        title: For people.
+        unsigned: Whether activations may be UINT8, with any zero point.
+        zero_points: Whether every Q and DQ needs its third input.
+        float_scales: Whether scales must be float32, since the bytes of others are read as such.
+        last_opset: The last that is supported; None where none was seen that is not.
+        deconvolutions: Whether a transposed convolution runs in INT8.
+        scalars: Whether the scale of an activation must have no dimension: one of shape (1,) is
+            one per channel.
+    """
+
+    name: str
+    title: str
+    unsigned: bool = False
+    zero_points: bool = False
+    float_scales: bool = False
+    last_opset: int | None = None
+    deconvolutions: bool = True
+    scalars: bool = False
+
+
+#: By the name of the target, in the order of the columns of ``docs/lint.md``.
+PROFILES: dict[str, Profile] = {
+    p.name: p
+    for p in (
+        Profile('tensorrt8', 'TensorRT 8.6', zero_points=True, float_scales=True, last_opset=17),
+        Profile('tensorrt10', 'TensorRT 10'),
+        Profile('tensorrt11', 'TensorRT 11', scalars=True),
+        Profile('tensorrt-rtx', 'TensorRT for RTX 1.7', deconvolutions=False, scalars=True),
+        Profile('openvino', 'OpenVINO', unsigned=True),
+    )
+}
+#: Other names of targets.
+_ALIASES = {'tensorrt': 'tensorrt8'}
+
+
+def profile_names() -> list[str]:
+    """Lists all names by which :func:`profile_of` finds something, the other names last."""
+    return [*PROFILES, *_ALIASES]
+
+
+def profile_of(name: str) -> Profile:
+    """Looks up a profile by the name of the target.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    found = PROFILES.get(_ALIASES.get(name, name))
+    if found is None:
+        raise ValueError(f'there is no target {name!r}; there are {", ".join(profile_names())}')
+    return found
