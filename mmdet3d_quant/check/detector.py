@@ -11,11 +11,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.check.verify import nonfinite
+from mmdet3d_quant.check.chains import chain_detector
+from mmdet3d_quant.check.parts import EnginePart as EnginePart
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Engine, OpenVINO
 from mmdet3d_quant.export.boxes import BoxCoding
-from mmdet3d_quant.export.cuts import bevfusion_cuts
+from mmdet3d_quant.export.families import detector_cuts, is_of_family
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnNetwork
@@ -37,7 +38,7 @@ def engine_detector(
     maps, BEV pooling, decoding of boxes.
 
     Args:
-        detector: The BEVFusion detector in eval mode; left unchanged.
+        detector: The detector in eval mode; left unchanged.
         folder: Its files, from ``export_suite``.
         engine: Constructor of the engine, from a file.
         scn: Also take the LiDAR encoder's file, as libspconv would compute it.
@@ -50,7 +51,9 @@ def engine_detector(
         ExportError: If a file is missing, or nothing of the detector is exported.
         QuantError: If the view transform is not of this package.
     """
-    cuts = {cut.name: cut for cut in bevfusion_cuts(detector, {})}
+    if is_of_family(detector):
+        return chain_detector(detector, folder, engine)
+    cuts = {cut.name: cut for cut in detector_cuts(detector, {})}
     names = list(cuts)
     if not names:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
@@ -90,7 +93,7 @@ def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
     """Copies a detector with those quantizers unsigned that are unsigned in its files.
 
     Args:
-        detector: The BEVFusion detector; left unchanged.
+        detector: The detector; left unchanged.
         folder: Its files, from ``export_suite``.
 
     Returns:
@@ -98,13 +101,13 @@ def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
     """
     unsigned = {
         cut.name: unsigned_names(onnx.load(str(path), load_external_data=False))
-        for cut in bevfusion_cuts(detector, {})
+        for cut in detector_cuts(detector, {})
         if (path := Path(folder) / f'{cut.name}.onnx').is_file()
     }
     if not any(unsigned.values()):
         return detector
     result = copy.deepcopy(detector)
-    for cut in bevfusion_cuts(result, {}):
+    for cut in detector_cuts(result, {}):
         make_unsigned(cut.module, unsigned.get(cut.name, ()))
     return result
 
@@ -136,45 +139,6 @@ def manifest_problems(
         elif entry.get('sha256') not in (None, sha256(path)):
             problems.append(f'{path} was changed after it was exported')
     return problems
-
-
-class EnginePart(nn.Module):
-    """Module that runs an engine, sample by sample, since graphs have a batch of one.
-
-    Args:
-        engine: Engine with the graph.
-        name: How errors call it.
-    """
-
-    def __init__(self, engine: Engine, name: str = 'engine') -> None:
-        super().__init__()
-        self.engine, self.name = engine, name
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Runs the graph on every sample.
-
-        Args:
-            **inputs: Tensors (B, ...) by name of the graph's input.
-
-        Returns:
-            Dict of tensors by name of the graph's output, on the device of the inputs; those of the
-            samples are joined along the first axis.
-
-        Raises:
-            ExportError: If an output is NaN or infinite.
-        """
-        device = next(iter(inputs.values())).device
-        arrays = {name: x.detach().cpu().numpy() for name, x in inputs.items()}
-        batch = len(next(iter(arrays.values())))
-        samples = [self.engine({n: x[i : i + 1] for n, x in arrays.items()}) for i in range(batch)]
-        for name in samples[0]:
-            odd = next(filter(None, (nonfinite(self.name, name, s[name]) for s in samples)), '')
-            if odd:
-                raise ExportError(f'{odd}; tools/parity.py names the layer')
-        return {
-            name: torch.cat([torch.from_numpy(sample[name]) for sample in samples]).to(device)
-            for name in samples[0]
-        }
 
 
 class _View(nn.Module):

@@ -21,7 +21,7 @@ from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.export.deconvolution import to_depth_to_space
 from mmdet3d_quant.export.graph import nonfinite_tensors
-from mmdet3d_quant.export.interface import check_inputs, find_problem
+from mmdet3d_quant.export.interface import check_inputs, find_problem, plugins_needed
 from mmdet3d_quant.export.pairs import ExportError, count_pairs, store_names
 from mmdet3d_quant.export.passes import (
     OPSETS,
@@ -60,6 +60,7 @@ def export_onnx(
     fp16: bool = False,
     layernorm: str = 'standard',
     metadata: Mapping[str, str] | None = None,
+    custom_ops: bool = False,
 ) -> onnx.ModelProto:
     """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
 
@@ -92,6 +93,8 @@ def export_onnx(
         layernorm: ``'standard'``: ONNX's ops (LayerNormalization from opset 17 on);
             ``'custom'``: ``nv::CustomLayerNormalization``, the plugin of CUDA-BEVFusion.
         metadata: More entries of the file's ``metadata_props``.
+        custom_ops: Allow operators that ONNX does not have, such as deformable convolutions: the
+            file then needs plugins, and is not tried here.
 
     Returns:
         The exported model.
@@ -102,8 +105,8 @@ def export_onnx(
             format without an ONNX type (fewer than 8 bits), FP16 is asked for a quantized module,
             or an argument is none of the above.
         ExportError: If the graph fails ``onnx.checker``, has other inputs or outputs than named or
-            random numbers, lacks the Q/DQ pair of a quantizer, holds NaN or infinity, cannot take
-            another batch size, or is too large for a file.
+            random numbers, needs custom operators, lacks the Q/DQ pair of a quantizer, holds NaN
+            or infinity, cannot take another batch size, or is too large for a file.
         OSError: If the file cannot be written.
     """
     unsigned = target_of(target).unsigned
@@ -127,6 +130,9 @@ def export_onnx(
         problem = find_problem(model.graph, input_names, output_names)
         if problem:
             raise ExportError(f'{type(module).__name__} cannot be exported: {problem}')
+        plugins = plugins_needed(model)
+        if plugins and not custom_ops:
+            raise ExportError(f'{Path(path).name} cannot be exported: {plugins}')
         drop_identities(model.graph)
         if target_of(target).tiles:
             names = to_depth_to_space(model.graph, names)
@@ -149,7 +155,7 @@ def export_onnx(
             model = to_half(model)
         onnx.save(model, str(tmp))
         _check(model, tmp, type(module).__name__, len(names))
-        if dynamic_batch:
+        if dynamic_batch and not plugins:
             _check_batch(tmp, dict(strict_zip(input_names, tensors(inputs))))
     left = kept_batch_norms(model)
     if left and quantized:
