@@ -49,6 +49,10 @@ def verify_files(
         if 'CustomLayerNormalization' in manifest['files'][path.name]['nodes']:
             console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
             continue
+        plugins = manifest['files'][path.name].get('custom_ops')
+        if plugins:
+            console.print(f'{path.name}: not run, since it needs plugins: {", ".join(plugins)}')
+            continue
         results += verify(cut, path, quantized, real)
     results += _verify_lidar(console, folder, manifest, quantized, real, model, inputs)
     console.print(agreement_table(results))

@@ -65,6 +65,9 @@ def compile_exported(
         if 'CustomLayerNormalization' in entry['nodes']:
             console.print(f"{name}: not compiled, since its layer norm is TensorRT's plugin")
             continue
+        if 'custom_ops' in entry:
+            console.print(f'{name}: not compiled, since it needs plugins')
+            continue
         console.print(f'Compiling {name}')
         verdicts[name] = compile_onnx(Path(folder) / name, wanted or DEFAULT_SMS)
     if not verdicts:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a calibrated BEVFusion to Q/DQ ONNX, one file per engine, and check that engines agree."""
+"""Export a calibrated detector to Q/DQ ONNX, one file per engine, and check that engines agree."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from agreement import verify_files
 from compiler import add_options, compile_exported
-from mmengine.config import Config, DictAction
-from rich.console import Console
+from examples import add_input_options, example_inputs
+from mmengine.config import DictAction
 from terminal import open_console, run_tool
-from torch import Tensor, nn
 
-import mmdet3d_quant as mq
 from mmdet3d_quant.check.verify import Agreement
-from mmdet3d_quant.data.nuscenes import DatasetError
-from mmdet3d_quant.export import Cut, capture_inputs, export_suite, generate_inputs
+from mmdet3d_quant.export import Cut, export_suite
 from mmdet3d_quant.export.deploy import MAX_BATCH
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
 from mmdet3d_quant.export.targets import DEFAULT, target_names
@@ -45,6 +41,9 @@ examples:
   # INT8 weights in the files (a quarter of the size), a batch size that varies, a newer opset
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/small --weights int8 \
       --dynamic-batch --opset 21 --inputs generated --num-cams 6 --no-verify
+
+  # PointPillars: lidar.detector.onnx has the backbone, the neck and the head up to its predictions
+  python tools/export_onnx.py pointpillars_int8.py int8.pth --out-dir onnx/pointpillars
 
 exit code: 0; 1 with a line that says why, also if NVIDIA's compiler refuses a file
 """
@@ -105,14 +104,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         action='store_true',
         help=f'let the batch size of the files vary; build_engines.sh builds for 1 to {MAX_BATCH}',
     )
+    add_input_options(parser)
     parser.add_argument(
-        '--inputs',
-        choices=('auto', 'data', 'generated'),
-        default='auto',
-        help="what to verify on: the first frame of the config's data, or generated tensors; "
-        'auto takes data where they can be read',
+        '--allow-custom-ops',
+        action='store_true',
+        help='write files with operators that ONNX lacks, such as deformable convolutions; they '
+        'need plugins, and are neither verified nor compiled here',
     )
-    parser.add_argument('--num-cams', type=int, default=6, help='cameras of generated inputs')
     parser.add_argument(
         '--no-verify', action='store_true', help='write the files without running them'
     )
@@ -153,6 +151,7 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         weights=args.weights,
         layernorm=args.layernorm,
         dynamic_batch=args.dynamic_batch,
+        custom_ops=args.allow_custom_ops,
     )
     console.print(f'Wrote {", ".join(manifest["files"])} and manifest.json to {args.out_dir}')
     if manifest['coverage']:
@@ -160,27 +159,6 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
             console.print(line, markup=False)
     compile_exported(console, args.out_dir, manifest, args.compile)
     return results
-
-
-def example_inputs(
-    cfg: Config, model: nn.Module, args: argparse.Namespace, console: Console
-) -> tuple[dict[str, Tensor], bool]:
-    """Inputs of the cuts, from data where wanted and possible; and whether they are."""
-    if args.inputs != 'generated':
-        try:
-            name, loader = fc.build_calibration_loader(cfg)
-            first = fc.batch_indices(loader)[0][0]
-            batch = loader.collate_fn([loader.dataset[first]])  # of one, whatever the config has
-        except (fc.ConfigError, DatasetError, OSError) as err:
-            if args.inputs == 'data':
-                raise
-            console.print(f'No data ({err}): verifying on generated inputs')
-        else:
-            console.print(f'Verifying on the first frame of {name}')
-            # Float and uncalibrated models alike: only the tensors between the cuts are wanted.
-            with mq.set_mode(model, 'float'), torch.no_grad():
-                return capture_inputs(model, batch), True
-    return generate_inputs(model, args.num_cams), False
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from export_onnx import example_inputs
+from examples import add_input_options, example_inputs
 from mmengine.config import DictAction
 from rich.progress import Progress
 from rich.table import Table
@@ -23,7 +23,7 @@ from torch import nn
 from mmdet3d_quant.check.detector import as_exported, manifest_problems
 from mmdet3d_quant.check.ladder import Rung, climb, first_fault, missing_points
 from mmdet3d_quant.engines import ENGINES, Engine, make_engine
-from mmdet3d_quant.export import ExportError, bevfusion_cuts
+from mmdet3d_quant.export import ExportError, detector_cuts
 from mmdet3d_quant.export.manifest import read_manifest
 from mmdet3d_quant.export.targets import DEFAULT
 from mmdet3d_quant.files.outputs import check_writable, whole
@@ -56,8 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
     parser.add_argument('--files', nargs='+', help='only these, such as fuser; default: all')
-    parser.add_argument('--inputs', choices=('auto', 'data', 'generated'), default='auto')
-    parser.add_argument('--num-cams', type=int, default=6, help='cameras of generated inputs')
+    add_input_options(parser)
     parser.add_argument('--json', type=Path, help='write all numbers here, by layer too')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE overrides of the config'
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     fc.load_weights(model, args.checkpoint, calibrated=quantized)
     inputs, real = example_inputs(cfg, model, args, console)
     told = as_exported(model, args.folder)
-    cuts = bevfusion_cuts(told, inputs, target)
+    cuts = detector_cuts(told, inputs, target)
     unknown = sorted(set(args.files or ()) - {c.name for c in cuts})
     if unknown or not cuts:
         known = ', '.join(c.name for c in cuts) or 'none'
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         raise ExportError(f'{args.folder} has no {missing[0]}.onnx; export again')
     reloaded = as_exported(reload(cfg, model, quantized), args.folder)
-    again = {c.name: c.module for c in bevfusion_cuts(reloaded, inputs, target)}
+    again = {c.name: c.module for c in detector_cuts(reloaded, inputs, target)}
     engines: dict[str, Callable[[Path], Engine]] = {
         name: partial(make_engine, name, num_threads=args.threads) for name in args.engines
     }

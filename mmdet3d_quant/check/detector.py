@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.check.verify import nonfinite
+from mmdet3d_quant.check.chains import chain_detector
+from mmdet3d_quant.check.parts import EnginePart as EnginePart
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Engine, OpenVINO
 from mmdet3d_quant.export.boxes import BoxCoding
-from mmdet3d_quant.export.cuts import bevfusion_cuts
+from mmdet3d_quant.export.families import detector_cuts, is_of_family
 from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.read import read_program
@@ -40,7 +40,7 @@ def engine_detector(
     maps, BEV pooling, decoding of boxes.
 
     Args:
-        detector: The BEVFusion detector in eval mode; left unchanged.
+        detector: The detector in eval mode; left unchanged.
         folder: Its files, from ``export_suite``.
         engine: Constructor of the engine, from a file.
         scn: Also take the LiDAR encoder's file, as libspconv would compute it.
@@ -53,7 +53,9 @@ def engine_detector(
         ExportError: If a file is missing, or nothing of the detector is exported.
         QuantError: If the view transform is not of this package.
     """
-    cuts = {cut.name: cut for cut in bevfusion_cuts(detector, {})}
+    if is_of_family(detector):
+        return chain_detector(detector, folder, engine)
+    cuts = {cut.name: cut for cut in detector_cuts(detector, {})}
     names = list(cuts)
     if not names:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
@@ -93,7 +95,7 @@ def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
     """Copies a detector with the grids of its files: unsigned ones, and scales that FP16 has.
 
     Args:
-        detector: The BEVFusion detector; left unchanged.
+        detector: The detector; left unchanged.
         folder: Its files, from ``export_suite``.
 
     Returns:
@@ -101,7 +103,7 @@ def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
     """
     files = {
         cut.name: onnx.load(str(path), load_external_data=False)
-        for cut in bevfusion_cuts(detector, {})
+        for cut in detector_cuts(detector, {})
         if (path := Path(folder) / f'{cut.name}.onnx').is_file()
     }
     unsigned = {name: unsigned_names(file) for name, file in files.items()}
@@ -109,7 +111,7 @@ def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
     if not strong and not any(unsigned.values()):
         return detector
     result = copy.deepcopy(detector)
-    for cut in bevfusion_cuts(result, {}):
+    for cut in detector_cuts(result, {}):
         make_unsigned(cut.module, unsigned.get(cut.name, ()))
         if cut.name in strong:
             round_ranges(cut.module)
@@ -143,50 +145,6 @@ def manifest_problems(
         elif entry.get('sha256') not in (None, sha256(path)):
             problems.append(f'{path} was changed after it was exported')
     return problems
-
-
-class EnginePart(nn.Module):
-    """Module that runs an engine, sample by sample, since graphs have a batch of one.
-
-    Args:
-        engine: Engine with the graph.
-        name: How errors call it.
-    """
-
-    def __init__(self, engine: Engine, name: str = 'engine') -> None:
-        super().__init__()
-        self.engine, self.name = engine, name
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Runs the graph on every sample.
-
-        Args:
-            **inputs: Tensors (B, ...) by name of the graph's input.
-
-        Returns:
-            Dict of tensors by name of the graph's output, on the device of the inputs, float32 for
-            FP16; those of the samples are joined along the first axis.
-
-        Raises:
-            ExportError: If an output is NaN or infinite.
-        """
-        device = next(iter(inputs.values())).device
-        arrays = {name: x.detach().cpu().numpy() for name, x in inputs.items()}
-        batch = len(next(iter(arrays.values())))
-        samples = [self.engine({n: x[i : i + 1] for n, x in arrays.items()}) for i in range(batch)]
-        for name in samples[0]:
-            odd = next(filter(None, (nonfinite(self.name, name, s[name]) for s in samples)), '')
-            if odd:
-                raise ExportError(f'{odd}; tools/parity.py names the layer')
-        return {
-            name: torch.cat([_float32(sample[name]) for sample in samples]).to(device)
-            for name in samples[0]
-        }
-
-
-def _float32(array: np.ndarray) -> Tensor:
-    """Converts an output of an engine, FP16 to float32: decoders run in torch, on a CPU, too."""
-    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array)
 
 
 class _View(nn.Module):

@@ -26,6 +26,7 @@ class Cut:
         inputs: Example inputs, by name.
         output_names: Names of the outputs.
         boxes: How the outputs code boxes; None if they are none.
+        io: Type and layout of the inputs and outputs of TensorRT's engine.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Cut:
     inputs: dict[str, Tensor]
     output_names: tuple[str, ...]
     boxes: BoxCoding | None = None
+    io: str = 'fp16:chw'
 
 
 # Children of a cut are called as in the detector: `core.ties.LINKS` finds them by name.

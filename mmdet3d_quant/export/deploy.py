@@ -19,7 +19,14 @@ ROLES = {
     'lidar.backbone.zyx': 'voxels to the LiDAR map; libspconv reads the file, nothing is built',
     'fuser': 'the maps of all sensors to the map of the head, with the BEV backbone and neck',
     'head.bbox': 'the map to boxes in cells, by query',
+    'lidar.detector': 'the LiDAR map to what the head predicts by anchor or cell; decoding and NMS '
+    'come next, in the runtime',
+    'camera.detector': 'an image to what the head predicts by level; decoding and NMS come next, '
+    'in the runtime',
+    'volume.detector': 'the volume of image features to what the head predicts',
 }
+#: Type and layout of inputs and outputs of engines, where a file does not say: CUDA-BEVFusion's.
+IO = 'fp16:chw'
 #: Names of the script and of the README.
 SCRIPT, README = 'build_engines.sh', 'README.md'
 #: First line of the README; one that begins otherwise is somebody else's.
@@ -138,20 +145,28 @@ def build_flags(entry: Mapping[str, Any], precision: str, target: Target) -> lis
         target: What the files are for.
 
     Returns:
-        Precision; the target's format for every input and output; the plugin; the range of a
-        dynamic batch.
+        Precision; type and layout of every input and output where the target wants to be told; the
+        plugin; the range of a dynamic batch.
     """
     flags = precision_flags(entry, precision, target)
     for what in ('inputs', 'outputs') if target.formats else ():
-        flags.append(f'--{what[:-1]}IOFormats=' + ','.join([target.formats] * len(entry[what])))
+        io = entry.get('io', target.formats)
+        flags.append(f'--{what[:-1]}IOFormats=' + ','.join([io] * len(entry[what])))
     if 'CustomLayerNormalization' in entry['nodes']:
         flags.append('"--plugins=$plugin"')
+    if _plugin_ops(entry):
+        flags.append('"--plugins=$ops"')
     shapes = {n: v['shape'] for n, v in entry['inputs'].items()}
     if any(isinstance(s[0], str) for s in shapes.values()):
         for flag, batch in (('min', 1), ('opt', 1), ('max', MAX_BATCH)):
             sized = [f'{n}:' + 'x'.join(map(str, [batch, *s[1:]])) for n, s in shapes.items()]
             flags.append(f'--{flag}Shapes=' + ','.join(sized))
     return flags
+
+
+def _plugin_ops(entry: Mapping[str, Any]) -> list[str]:
+    """Operators of mmcv in a file, such as deformable convolutions."""
+    return [kind for kind in entry.get('custom_ops', ()) if kind.startswith('mmcv::')]
 
 
 def build_script(manifest: Mapping[str, Any]) -> str:
@@ -168,11 +183,14 @@ def build_script(manifest: Mapping[str, Any]) -> str:
     }
     builds = {n: build_flags(e, manifest['precision'], target) for n, e in files.items()}
     plugin = any('CustomLayerNormalization' in e['nodes'] for e in files.values())
-    more = '  LAYERNORM_PLUGIN  default: libcustom_layernorm.so of CUDA-BEVFusion\n'
+    ops = any(_plugin_ops(e) for e in files.values())
+    more = '  LAYERNORM_PLUGIN  default: libcustom_layernorm.so of CUDA-BEVFusion\n' * plugin
+    more += '  OPS_PLUGIN        default: libmmdeploy_tensorrt_ops.so of mmdeploy\n' * ops
     return _SCRIPT.format(
         names='\n  '.join(files),
-        more=more if plugin else '',
-        plugin='plugin=${LAYERNORM_PLUGIN:-libcustom_layernorm.so}\n' if plugin else '',
+        more=more,
+        plugin='plugin=${LAYERNORM_PLUGIN:-libcustom_layernorm.so}\n' * plugin
+        + 'ops=${OPS_PLUGIN:-libmmdeploy_tensorrt_ops.so}\n' * ops,
         cases=' | '.join(files) or "''",
         builds='\n'.join(' '.join(['build', name, *flags]) for name, flags in builds.items()),
     )
@@ -230,10 +248,14 @@ def readme(manifest: Mapping[str, Any]) -> str:
             '```',
             '',
             *(_TYPED if target.strong else _UNTYPED),
-            'Engines take and return FP16 tensors in plain layout (`fp16:chw`), as CUDA-BEVFusion',
-            'does: put this folder in its place under `model/`.',
             '',
         ]
+        if any(is_built(e) and e.get('io', IO) == IO for e in manifest['files'].values()):
+            lines += [
+                'Engines take and return FP16 tensors in plain layout (`fp16:chw`), as',
+                'CUDA-BEVFusion does: put this folder in its place under `model/`.',
+                '',
+            ]
     orders = {e['order'] for e in manifest['files'].values() if 'order' in e}
     if orders:
         lines += [f'Coordinates of voxels are in the order {orders.pop()}.', '']

@@ -56,6 +56,19 @@ def _value(node: NodeProto) -> TensorProto | None:
     return helper.make_tensor(node.output[0], kind, shape, value if shape else [value])
 
 
+def custom_ops(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Finds the operators that ONNX does not have, which need a plugin in every engine.
+
+    Returns:
+        Names of the nodes by operator, ``domain::name``.
+    """
+    found: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        if node.domain not in ONNX_DOMAINS:
+            found.setdefault(f'{node.domain}::{node.op_type}', []).append(node.name)
+    return found
+
+
 def names_read(node: NodeProto) -> set[str]:
     """Collects the tensors that a node reads, those that only its branches or loops read, too.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 #: Depth maps: share of the pixels that the LiDAR hits, and metres to the farthest.
 HIT, FARTHEST = 0.02, 60
 #: Inputs that come out of a ReLU.
-RECTIFIED = ('camera', 'feat_in', 'lidar', 'middle')
+RECTIFIED = ('bev', 'camera', 'feat_in', 'lidar', 'middle')
 
 
 def random_input(name: str, shape: Sequence[int], rng: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from onnx import GraphProto, numpy_helper
 from torch import Tensor
 
 from mmdet3d_quant.core.copies import tensors
-from mmdet3d_quant.export.graph import stored_tensors
+from mmdet3d_quant.export.graph import custom_ops, stored_tensors
 
 #: Operators whose results differ from run to run.
 _RANDOM = (
@@ -21,6 +21,8 @@ _RANDOM = (
     'RandomUniform',
     'RandomUniformLike',
 )
+#: The plugin of ``layernorm='custom'``, which is asked for by name.
+_PLUGIN_LAYERNORM = 'nv::CustomLayerNormalization'
 
 
 def check_inputs(inputs: Any, input_names: Any, output_names: Any) -> None:
@@ -90,3 +92,20 @@ def _drops(node: onnx.NodeProto, graph: GraphProto) -> bool:
         return False
     mode = stored_tensors(graph).get(node.input[2])
     return mode is None or bool(numpy_helper.to_array(mode))
+
+
+def plugins_needed(model: onnx.ModelProto) -> str:
+    """Says which operators are not ONNX's, where they are, and what to do; empty if none is."""
+    found = {kind: at for kind, at in custom_ops(model).items() if kind != _PLUGIN_LAYERNORM}
+    if not found:
+        return ''
+    kinds = [f'{kind} at {at[0]}' + _more(len(at) - 1) for kind, at in found.items()]
+    return (
+        f'it has operators that ONNX lacks, and no engine runs without a plugin: {"; ".join(kinds)}'
+        '. Leave them out of the model (dcn=None, or conv_cfg of another type), or, where the '
+        'engine has the plugin, allow them: custom_ops=True, --allow-custom-ops'
+    )
+
+
+def _more(count: int) -> str:
+    return f' and {count} more' if count else ''

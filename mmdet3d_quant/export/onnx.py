@@ -22,7 +22,7 @@ from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.export.deconvolution import to_depth_to_space
 from mmdet3d_quant.export.graph import nonfinite_tensors
 from mmdet3d_quant.export.half import LEAST, round_scales
-from mmdet3d_quant.export.interface import check_inputs, find_problem
+from mmdet3d_quant.export.interface import check_inputs, find_problem, plugins_needed
 from mmdet3d_quant.export.pairs import ExportError, count_pairs, store_names
 from mmdet3d_quant.export.passes import (
     drop_identities,
@@ -64,6 +64,7 @@ def export_onnx(
     fp16: bool | None = None,
     layernorm: str = 'standard',
     metadata: Mapping[str, str] | None = None,
+    custom_ops: bool = False,
 ) -> onnx.ModelProto:
     """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
 
@@ -99,6 +100,8 @@ def export_onnx(
         layernorm: ``'standard'``: ONNX's ops (LayerNormalization from opset 17 on);
             ``'custom'``: ``nv::CustomLayerNormalization``, the plugin of CUDA-BEVFusion.
         metadata: More entries of the file's ``metadata_props``.
+        custom_ops: Allow operators that ONNX does not have, such as deformable convolutions: the
+            file then needs plugins, and is not tried here.
 
     Returns:
         The exported model.
@@ -109,9 +112,9 @@ def export_onnx(
             format without an ONNX type (fewer than 8 bits), FP16 is asked for a quantized module,
             or an argument is none of the above.
         ExportError: If the graph fails ``onnx.checker``, has other inputs or outputs than named or
-            random numbers, lacks the Q/DQ pair of a quantizer, holds NaN or infinity, or what FP16
-            cannot hold where it is typed so, cannot take another batch size, or is too large for a
-            file.
+            random numbers, needs custom operators, lacks the Q/DQ pair of a quantizer, holds NaN
+            or infinity, or what FP16 cannot hold where it is typed so, cannot take another batch
+            size, or is too large for a file.
         OSError: If the file cannot be written.
     """
     wants = target_of(target)
@@ -139,6 +142,9 @@ def export_onnx(
         problem = find_problem(model.graph, input_names, output_names)
         if problem:
             raise ExportError(f'{type(module).__name__} cannot be exported: {problem}')
+        plugins = plugins_needed(model)
+        if plugins and not custom_ops:
+            raise ExportError(f'{Path(path).name} cannot be exported: {plugins}')
         drop_identities(model.graph)
         if wants.tiles:
             names = to_depth_to_space(model.graph, names)
@@ -167,7 +173,7 @@ def export_onnx(
             model = to_strong(model, peaks(model, examples)) if strong else to_half(model)
         onnx.save(model, str(tmp))
         _check(model, tmp, type(module).__name__, len(names))
-        if dynamic_batch:
+        if dynamic_batch and not plugins:
             _check_batch(tmp, examples)
     left = kept_batch_norms(model)
     if left and quantized:

@@ -17,8 +17,11 @@ from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.macs import counting
 from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mode
 from mmdet3d_quant.export.boxes import BOXES_KEY
-from mmdet3d_quant.export.cuts import Cut, bevfusion_cuts
-from mmdet3d_quant.export.deploy import README, SCRIPT, TITLE, build_script, readme
+from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.deploy import IO, README, SCRIPT, TITLE, build_script, readme
+from mmdet3d_quant.export.examples import sparse_encoder
+from mmdet3d_quant.export.families import detector_cuts
+from mmdet3d_quant.export.graph import custom_ops
 from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.manifest import (
     MANIFEST,
@@ -57,8 +60,8 @@ def export_suite(
     the engines, and for every target a ``README.md``, unless one lies there that is not ours.
 
     Args:
-        detector: A BEVFusion detector, calibrated unless ``quantized`` is False.
-        inputs: Example inputs by name; see ``export.cuts``.
+        detector: A detector of any family, calibrated unless ``quantized`` is False.
+        inputs: Example inputs by name; see ``export.examples``.
         out_dir: Folder to write to; files of the same names are replaced.
         provenance: Plain dict to put into the manifest.
         quantized: False exports float graphs.
@@ -69,15 +72,16 @@ def export_suite(
         fp16: Store the weights of float files in FP16; None: as the target has it.
         check: Called with the cuts, the manifest and the folder where the files lie before they are
             moved to ``out_dir``; if it raises, nothing is.
-        **options: ``dynamic_batch``, ``weights`` and ``layernorm``, as ``export_onnx`` takes them.
+        **options: ``dynamic_batch``, ``weights``, ``layernorm`` and ``custom_ops``, as
+            ``export_onnx`` takes them.
 
     Returns:
         The cuts, with modules that compute what the files do (unsigned activations for a target
         that takes them, scales as FP16 has them for a strongly typed one), and the manifest: per
         file its inputs, outputs, shapes, node counts and SHA-256, ``batch_norm`` that could not be
-        folded, with reasons, and for a strongly typed target the nodes that stay ``float32``, with
-        reasons; ``scales`` by group; ``kept_float`` with reasons; ``coverage``, the layers of the
-        detector that are quantized, unless the graphs are float.
+        folded, with reasons, ``custom_ops`` that ONNX lacks, and for a strongly typed target the
+        nodes that stay ``float32``, with reasons; ``scales`` by group; ``kept_float`` with reasons;
+        ``coverage``, the layers of the detector that are quantized, unless the graphs are float.
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
@@ -89,10 +93,10 @@ def export_suite(
     half = wants.strong and fp16 is not False
     if half:
         detector = copy.deepcopy(detector)  # for the files, ranges as they hold them
-    cuts = bevfusion_cuts(detector, inputs, target)
+    cuts = detector_cuts(detector, inputs, target)
     for cut in cuts if half else ():
         round_ranges(cut.module)
-    encoder = getattr(detector, 'pts_middle_encoder', None) if wants.libspconv else None
+    encoder = sparse_encoder(detector) if wants.libspconv else None
     stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])
     if not stems:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
@@ -133,6 +137,8 @@ def export_suite(
                 cut = replace(cut, module=with_unsigned(cut.module, names))
             exported.append(cut)
             files[path.name] = dict(describe_graph(model), sha256=sha256(path))
+            if cut.io != IO:
+                files[path.name]['io'] = cut.io
             if cut.boxes:
                 files[path.name]['boxes'] = dict(coding=cut.boxes.name, text=cut.boxes.text)
             left = kept_batch_norms(model)
@@ -140,6 +146,9 @@ def export_suite(
                 files[path.name]['batch_norm'] = left
             if is_strong(model):
                 files[path.name]['float32'] = kept_float32(model)
+            plugins = custom_ops(model)
+            if plugins:
+                files[path.name]['custom_ops'] = {kind: len(at) for kind, at in plugins.items()}
             if quantized:
                 files[path.name].update(describe_pairs(model, cut.module))
         if encoder is not None and (not only or LIDAR in only):

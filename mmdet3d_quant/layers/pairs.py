@@ -45,6 +45,10 @@ _IN_ORDER = frozenset({
     'mmdet3d_quant.models.sparse_encoder.QuantSparseBasicBlock',
     'mmdet3d_quant.parents.fuser.ConvFuser',
 })  # fmt: skip
+#: Classes of batch norms whose forward, in eval mode, is torch's.
+_AS_TORCH = tuple(
+    f'mmdet3d.models.layers.norm.NaiveSyncBatchNorm{dims}' for dims in ('1d', '2d', '3d')
+)
 
 Run = Callable[[nn.Module], Any]
 
@@ -186,7 +190,8 @@ def problem_alone(module: nn.Module) -> str | None:
                 'it keeps no running statistics (track_running_stats=False) and normalises by '
                 'those of its input; train it with track_running_stats=True'
             )
-        if type(module).forward not in (_BatchNorm.forward, SyncBatchNorm.forward):
+        known = type(module).forward in (_BatchNorm.forward, SyncBatchNorm.forward)
+        if not known and forward_owner(module) not in _AS_TORCH:
             return f'{forward_owner(module)} has a forward of its own'
     else:
         for method in ('forward', '_conv_forward'):

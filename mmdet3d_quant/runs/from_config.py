@@ -29,7 +29,7 @@ CALIBRATION_LOADERS = ('calib_dataloader', 'val_dataloader', 'test_dataloader')
 #: Tables of more bytes are not read through at every start: v1.0-trainval takes a minute.
 _SMALL = 300e6
 #: What constructors raise, some in passing, for arguments that they cannot use.
-_REFUSALS = (
+REFUSALS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -102,7 +102,7 @@ def build_model(cfg: Config) -> nn.Module:
         model = MODELS.build(copy.deepcopy(cfg.model))  # some detectors change theirs
     except QuantError:
         raise
-    except _REFUSALS as err:
+    except REFUSALS as err:
         raise ConfigError(f'the model of {cfg.filename} cannot be built: {err}') from err
     model.eval()  # not chained: some models return None
     return model

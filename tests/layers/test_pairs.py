@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
+from mmdet3d.models.layers.norm import NaiveSyncBatchNorm1d, NaiveSyncBatchNorm2d
 from torch import nn
 
 from mmdet3d_quant import calibrate, fold_bn, set_mode
@@ -273,3 +274,22 @@ def test_conv_module_in_another_order():
     set_mode(model, 'float')
     expected = model(X)
     assert torch.equal(fold_bn(model)(X), expected)
+
+
+@pytest.mark.parametrize(
+    'layer, norm, shape',
+    [
+        (lambda: nn.Conv2d(3, 4, 3), NaiveSyncBatchNorm2d, (2, 3, 6, 7)),
+        (lambda: nn.Conv1d(3, 4, 3), NaiveSyncBatchNorm1d, (2, 3, 6)),
+    ],
+)
+def test_the_synchronised_norm_of_mmdet3d_is_torchs_in_eval_mode(layer, norm, shape):
+    """It takes float32 only."""
+    model = nn.Sequential(layer(), norm(4))
+    randomise(model)
+    model.eval()
+    x = torch.randn(shape)
+    expected = model(x)
+    kept, _ = fold_known(model, lambda m: m(x))
+    assert not kept and not norms_of(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
