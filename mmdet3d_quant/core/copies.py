@@ -35,3 +35,15 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
     elif isinstance(value, dict):
         yield from tensors(list(value.values()))
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Returns a module without the wrappers of ``torch.compile``; a copy, if some are inside."""
+    module = getattr(module, '_orig_mod', module)
+    if not any(hasattr(m, '_orig_mod') for m in module.modules()):
+        return module
+    module = copy.deepcopy(module)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = getattr(child, '_orig_mod', child)
+    return module

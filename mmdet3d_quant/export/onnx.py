@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.copies import tensors
+from mmdet3d_quant.core.copies import tensors, uncompiled
 from mmdet3d_quant.core.formats import FORMATS
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
@@ -190,18 +189,6 @@ def kept_batch_norms(model: onnx.ModelProto) -> dict[str, str]:
     """Reasons by name of the batch norms that could not be folded into a convolution."""
     props = {p.key: p.value for p in model.metadata_props}
     return json.loads(props.get(KEPT_KEY, '{}'))
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Returns a module without the wrappers of ``torch.compile``; a copy, if some are inside."""
-    module = getattr(module, '_orig_mod', module)
-    if not any(hasattr(m, '_orig_mod') for m in module.modules()):
-        return module
-    module = copy.deepcopy(module)
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            parent._modules[name] = getattr(child, '_orig_mod', child)
-    return module
 
 
 def _check_arguments(opset_version: int, weights: str, layernorm: str, target: Target) -> None:

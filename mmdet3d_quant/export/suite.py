@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.copies import uncompiled
 from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.macs import counting
@@ -29,7 +30,7 @@ from mmdet3d_quant.export.manifest import (
     describe_pairs,
     describe_scales,
 )
-from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms, uncompiled
+from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import DEFAULT, target_of
 from mmdet3d_quant.export.typed import is_strong, kept_float32

@@ -27,8 +27,8 @@ UNREACHED = 'its forward does not call it'
 FOREIGN = 'its weight is read by something else, too'
 #: Parts of a detector that stay float, by pattern of their name, and why.
 FLOAT_PARTS = {
-    '*voxel_encoder': 'its input has metres, offsets of centimetres and intensities in one '
-    'tensor: one range would lose the offsets',
+    '*voxel_encoder': 'the offsets of the points in a cell are small beside the coordinates, and '
+    'would be lost in steps of INT8',
     'pts_fusion_layer': 'it samples features by point: indexing, and a few small layers',
     '*roi_head': 'it works on regions of varying number, outside of the exported files',
 }
