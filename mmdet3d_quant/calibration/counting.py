@@ -10,6 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdet3d_quant.core import fused
+
+if fused.AVAILABLE:
+    from mmdet3d_quant.core import kernels
+    from mmdet3d_quant.core.launch import launch
+
 #: Least number of values per thread.
 _SHARE = 2**16
 #: Number of counters for bin 0, a power of two: half of a ReLU's outputs fall into it, and an
@@ -20,6 +26,9 @@ _BLOCK = 1024
 _MOST = 2**31
 #: histc counts in float32: chunks of this size keep every count exact.
 _CHUNK = 2**24
+#: Tables that programs on a GPU share, as increments at one address wait for each other; values
+#: that one counts, and most that all tables, of 32 bits, count.
+_TABLES, _PROGRAM, _PART = 16, 4096, 2**30
 #: Bins per octave, and their bits; octaves below the limit that have bins of their own.
 BITS = 11
 PER_OCTAVE = 1 << BITS
@@ -45,9 +54,22 @@ def count(x: Tensor, exponent: Tensor) -> Tensor:
         int64 (2048 * (OCTAVES + 1),), on the device of ``x``, without synchronisation with a GPU:
         the bins from 0 up.
     """
+    if fused.AVAILABLE and (x.is_cuda or fused.INTERPRETED):
+        return _count_on_gpu(x, exponent)
     if x.device.type != 'cpu':
         return count_by_histc(x, exponent)
     return torch.from_numpy(_count(x.numpy(), int(exponent)))
+
+
+def _count_on_gpu(x: Tensor, exponent: Tensor) -> Tensor:
+    """Counts on a GPU in one pass over memory."""
+    total = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+    for part in x.contiguous().split(_PART):
+        tables = torch.zeros((_TABLES, BINS), dtype=torch.int32, device=x.device)
+        grid = (-(-part.numel() // _PROGRAM),)
+        launch(kernels.count, grid, part, exponent, tables, part.numel(), _TABLES, _PROGRAM)
+        total += tables.sum(0)
+    return total
 
 
 def count_by_histc(x: Tensor, exponent: Tensor) -> Tensor:

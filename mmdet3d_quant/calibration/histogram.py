@@ -109,6 +109,10 @@ class Histogram:
         """Adds another histogram, exactly; ``other`` is not changed."""
         if other.num_tensors == 0:
             return
+        if self.num_tensors == 0:  # nothing of this one need be moved to the device of the other
+            for name in (*TENSORS, 'num_elements', 'num_tensors'):
+                setattr(self, name, getattr(other, name))
+            return
         if self.bins.device != other.bins.device:
             self.to(other.bins.device)
         exponent = torch.maximum(self.exponent, other.exponent)

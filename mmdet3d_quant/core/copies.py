@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any, Iterator, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+from mmdet3d_quant.core.compat import strict_zip
 
 Value = TypeVar('Value')
 
@@ -47,3 +50,12 @@ def uncompiled(module: nn.Module) -> nn.Module:
         for name, child in parent._modules.items():
             parent._modules[name] = getattr(child, '_orig_mod', child)
     return module
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies tensors to others of the same shapes, on a GPU in one launch where torch can."""
+    if hasattr(torch, '_foreach_copy_'):  # from torch 2.1 on
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in strict_zip(targets, sources):
+        target.copy_(source)

@@ -13,10 +13,13 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from mmdet3d_quant.core import fused
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.formats import MIN_AMAX, Format
 from mmdet3d_quant.core.spec import QuantSpec
 
+#: How many dispatch modes are entered, which is asked often.
+_modes = torch._C._len_torch_dispatch_stack
 #: Values of a piece. On a CPU a large tensor is computed piece by piece: they stay in the cache.
 _CHUNK = 2**19
 #: Integer type of the same width as a float, by bytes: adding 1 to the bits gives the next float.
@@ -27,6 +30,8 @@ def compiling() -> bool:
     """Tells whether torch.compile traces this code or runs it on fake tensors."""
     if torch._dynamo.is_compiling():
         return True
+    if not _modes():
+        return False
     return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
 
 
@@ -42,6 +47,7 @@ def fake_quantize(
     rectify: bool = False,
     value: float | None = None,
     inside: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
     """Quantizes and dequantizes ``x``: ``clamp(round(x / scale), qmin, qmax) * scale``.
 
@@ -67,12 +73,15 @@ def fake_quantize(
             memory.
         inside: Promises ``|x| <= amax`` everywhere: the gradient of ``x`` is not masked. Ignored
             if ``amax`` needs a gradient.
+        inplace: Allows the result to take the place of ``x``, which saves memory on a GPU.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
     """
     if not x.dim():
         return fake_quantize(x.reshape(1), amax, spec, rectify, value, inside).reshape(())
+    if (x.is_cuda or fused.INTERPRETED) and not compiling() and fused.serves(x, amax, spec):
+        return fused.fake_quantize(x, amax, spec, rectify, inside, inplace)
     if spec.axis is not None:
         amax = amax.reshape([-1 if i == spec.axis else 1 for i in range(x.dim())])
     else:
@@ -164,7 +173,7 @@ class _FakeQuantize(Function):
             return grad, None, None, None, None, None
         x, amax, y = ctx.saved_tensors
         if y is None:
-            return _inside(grad, x, amax, ctx.rectify, ctx.value), None, None, None, None, None
+            return masked(grad, x, amax, ctx.rectify, ctx.value), None, None, None, None, None
         grad_x, slope = _slope(grad, x, y, amax, ctx.rectify)
         grad_amax = slope.reshape(amax.shape) * _lsq_factor(x, amax, ctx.qmax)
         return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None, None
@@ -181,17 +190,17 @@ def _slope(
     """
     contiguous = all(t.is_contiguous() for t in (grad, x, y))
     if amax.numel() > 1 or x.element_size() < 4 or not contiguous:
-        grad_x = _inside(grad, x, amax, rectify)
+        grad_x = masked(grad, x, amax, rectify)
         others = [i for i in range(x.dim()) if i >= amax.dim() or amax.shape[i] == 1]
         return grad_x, (y * grad - grad_x * x).float().sum(others)
     if not _in_pieces(x, amax):
-        grad_x = _inside(grad, x, amax, rectify)
+        grad_x = masked(grad, x, amax, rectify)
         return grad_x, (_dot(grad, y) - _dot(grad_x, x)).to(amax.dtype)
     grad_x = torch.empty_like(grad)
     slope = amax.new_zeros(1)
     pieces = (t.view(-1).split(_CHUNK) for t in (grad, x, y, grad_x))
     for g, value, rounded, out in strict_zip(*pieces):
-        out.copy_(_inside(g, value, amax, rectify))
+        out.copy_(masked(g, value, amax, rectify))
         slope += _dot(g, rounded) - _dot(out, value)
     return grad_x, slope
 
@@ -208,6 +217,13 @@ def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:
     return 1 / (amax.clamp(min=MIN_AMAX) * (features * qmax) ** 0.5)
 
 
+def _stepwise(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
+    """Rounds by steps that a compiler fuses."""
+    exact = x if x.dtype == torch.float64 else x.float()
+    scale = spec.format.step(amax.to(exact.dtype))
+    return spec.format.round_(exact * (1 / scale)).mul(scale).to(x.dtype)
+
+
 def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     """Computes :func:`fake_quantize` from operations that autograd and torch.compile know.
 
@@ -215,13 +231,13 @@ def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     """
     fixed = x.detach()
     inside = fixed.abs() <= amax.detach()
-    y = _rounded(fixed, amax.detach(), spec)
+    y = _stepwise(fixed, amax.detach(), spec)
     slope = torch.where(inside, y - fixed, y) * _lsq_factor(x, amax.detach(), spec.format.qmax)
     y = y + torch.where(inside, x - fixed, 0)
     return (y + slope * (amax - amax.detach())).to(x.dtype) if amax.requires_grad else y
 
 
-def _inside(
+def masked(
     grad: Tensor, x: Tensor, amax: Tensor, rectify: bool, value: float | None = None
 ) -> Tensor:
     """Masks ``grad``: kept where ``|x| <= amax``, with ``rectify`` where ``0 < x <= amax``."""

@@ -30,28 +30,35 @@ training and evaluation, and those of a quantizer see the unrounded tensor, once
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from mmdet3d_quant.core import batch_norm, fused
 from mmdet3d_quant.core.fake_quant import compiling, fake_quantize
+from mmdet3d_quant.core.records import Records
 from mmdet3d_quant.core.spec import QuantSpec
 
 #: What :func:`grid_of` gives: compared, not looked into.
 Grid = Tuple[QuantSpec, Any]
 
-#: By tensor: its version, and the grid it is on.
-_marks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-#: By tensor: its version, and the range that covers it with the version of that.
-_covers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-#: By range on a GPU: its place and version when it was read, and its value.
-_values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+#: By tensor: the grid it is on.
+_marks = Records()
+#: By tensor: the range that covers it with the version of that.
+_covers = Records()
+#: By range on a GPU: its place when it was read, and its value.
+_values = Records()
+#: By learned range on a GPU: all that move together, and a number for the moment.
+_ties = Records()
+_moments = itertools.count()
 
 
-def quantize(x: Tensor, amax: Tensor, spec: QuantSpec, rectify: bool = False) -> Tensor:
+def quantize(
+    x: Tensor, amax: Tensor, spec: QuantSpec, rectify: bool = False, inplace: bool = False
+) -> Tensor:
     """Fake-quantizes ``x``, leaving out what the records about it make needless.
 
     Args:
@@ -59,6 +66,7 @@ def quantize(x: Tensor, amax: Tensor, spec: QuantSpec, rectify: bool = False) ->
         amax: Range limit(s), as in :func:`~mmdet3d_quant.core.fake_quant.fake_quantize`.
         spec: Bits and axis.
         rectify: Quantize ``relu(x)`` instead, in the same passes.
+        inplace: Allows the result to take the place of ``x``.
 
     Returns:
         Tensor of the shape and dtype of ``x``: ``x`` itself if it is marked with this range.
@@ -68,22 +76,22 @@ def quantize(x: Tensor, amax: Tensor, spec: QuantSpec, rectify: bool = False) ->
     if not rectify and _covered(x, amax):
         return fake_quantize(x, amax, spec, inside=True)
     grid = grid_of(amax, spec)
-    if not rectify and grid is not None and _record(_marks, x) == grid:
+    if not rectify and grid is not None and _marks.get(x) == grid:
         return x
     value = None if grid is None or isinstance(amax, nn.Parameter) else grid[1]
-    y = fake_quantize(x, amax, spec, rectify, value)
-    _note(_marks, y, grid)
+    y = fake_quantize(x, amax, spec, rectify, value, inplace=inplace)
+    _marks.note(y, grid)
     return y
 
 
 def mark(x: Tensor, quantizer: nn.Module) -> None:
     """Records that ``x`` is already quantized with a quantizer's range; see the rules above."""
-    _note(_marks, x, getattr(quantizer, 'grid', None))
+    _marks.note(x, getattr(quantizer, 'grid', None))
 
 
 def cover(x: Tensor, amax: Tensor) -> None:
     """Records that no ``|x|`` is beyond ``amax``, of which the caller has made sure."""
-    _note(_covers, x, (amax, amax._version))
+    _covers.note(x, (amax, amax._version))
 
 
 def grid_of(amax: Tensor, spec: QuantSpec) -> Grid | None:
@@ -96,21 +104,41 @@ def grid_of(amax: Tensor, spec: QuantSpec) -> Grid | None:
         spec: Bits and axis.
 
     Returns:
-        The key. A learned range is equal to itself only, as it wants a gradient of its own. None
-        (never shared) for several ranges, a range made in inference mode, and while tracing or
-        compiling.
+        The key. A learned range is equal to itself only, as it wants a gradient of its own; on a
+        GPU also to those that it is tied to (:func:`tie`). None (never shared) for several
+        ranges, a range made in inference mode, and while tracing or compiling.
     """
     if compiling() or torch.jit.is_tracing() or amax.numel() > 1 or amax.is_inference():
         return None
     if isinstance(amax, nn.Parameter):
-        return spec, (id(amax), amax._version)
+        tied = _ties.get(amax)
+        return spec, (id(amax), amax._version) if tied is None else tied
     if amax.is_cpu:
         return spec, amax.item()
-    place, value = _record(_values, amax) or (None, None)
+    place, value = _values.get(amax) or (None, None)
     if place != amax.data_ptr():
         value = amax.item()
-        _note(_values, amax, (amax.data_ptr(), value))
+        _values.note(amax, (amax.data_ptr(), value))
     return spec, value
+
+
+def tie(amaxes: Sequence[Tensor]) -> None:
+    """Records that learned ranges are equal and that whoever trains them adds up their gradients.
+
+    On a GPU one of them then stands in for the others, until a change. Not in one of several
+    processes, where DistributedDataParallel waits for a gradient of each.
+
+    Args:
+        amaxes: The ranges of a tie group.
+    """
+    on_gpu = amaxes[0].is_cuda or fused.INTERPRETED
+    if len(amaxes) < 2 or not on_gpu or not all(amax.requires_grad for amax in amaxes):
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return
+    moment = 'tied', next(_moments)
+    for amax in amaxes:
+        _ties.note(amax, moment)
 
 
 def rounded_once(x: Tensor, readers: Sequence[Any]) -> Tensor:
@@ -139,8 +167,46 @@ def rectified(x: Tensor, relu: nn.Module, readers: Sequence[Any]) -> Tensor:
         Tensor like ``x``: ``relu(x)``, quantized if that serves all.
     """
     if torch.is_grad_enabled() and type(relu) is nn.ReLU and untouched(relu) and _alike(readers):
-        return quantize(x, readers[0]._amax, readers[0].spec, rectify=True)
+        return quantize(x, readers[0]._amax, readers[0].spec, True, relu.inplace)
     return relu(x)
+
+
+def normed(
+    x: Tensor,
+    norm: nn.Module | None,
+    relu: nn.Module | None,
+    readers: Sequence[Any],
+    other: Tensor | None = None,
+) -> Tensor:
+    """Computes ``relu(norm(x) + other)``, on a GPU in training in one pass with the rounding.
+
+    Args:
+        x: What the norm reads.
+        norm: The norm, if there is one.
+        relu: The activation, if there is one.
+        readers: As in :func:`rectified`.
+        other: What is added, of the shape of ``x``, if anything is.
+
+    Returns:
+        Tensor like ``x``, quantized if that serves all readers.
+    """
+    if (
+        norm is not None
+        and (x.is_cuda or fused.INTERPRETED)
+        and torch.is_grad_enabled()
+        and untouched(norm)
+        and (relu is None or (type(relu) is nn.ReLU and untouched(relu)))
+    ):
+        grid = _alike(readers)
+        if grid is not None:
+            amax, spec = readers[0]._amax, readers[0].spec
+            if batch_norm.serves(x, norm, amax, spec, other):
+                y = batch_norm.rounded(x, norm, amax, spec, relu is not None, other)
+                _marks.note(y, grid)
+                return y
+    y = x if norm is None else norm(x)
+    y = y if other is None else y + other
+    return y if relu is None else rectified(y, relu, readers)
 
 
 def untouched(module: nn.Module) -> bool:
@@ -157,27 +223,17 @@ def untouched(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _alike(readers: Sequence[Any]) -> bool:
-    """Tells whether the readers are untouched quantizers of one grid."""
-    grids = [getattr(reader, 'grid', None) for reader in readers if untouched(reader)]
-    if len(grids) < len(readers) or not grids or grids[0] is None:
-        return False
-    return all(grid == grids[0] for grid in grids[1:])
+def _alike(readers: Sequence[Any]) -> Grid | None:
+    """Finds the one grid of the readers, if they are untouched quantizers and have one."""
+    first = None
+    for reader in readers:
+        grid = getattr(reader, 'grid', None) if untouched(reader) else None
+        if grid is None or (first is not None and grid != first):
+            return None
+        first = grid
+    return first
 
 
 def _covered(x: Tensor, amax: Tensor) -> bool:
-    cover, version = _record(_covers, x) or (None, None)
+    cover, version = _covers.get(x) or (None, None)
     return cover is amax and version == amax._version
-
-
-def _note(records: WeakTensorKeyDictionary, x: Tensor, record: Any) -> None:
-    if record is not None and not x.is_inference():
-        records[x] = x._version, record
-
-
-def _record(records: WeakTensorKeyDictionary, x: Tensor) -> Any:
-    """Looks up the record about a tensor; None if there is none or the tensor has changed since."""
-    if x.is_inference():
-        return None
-    version, record = records.get(x, (None, None))
-    return record if version == x._version else None

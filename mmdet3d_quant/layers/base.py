@@ -9,7 +9,8 @@ from pytorch_quantization.nn.modules._utils import QuantMixin
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.core.fake_quant import largest
+from mmdet3d_quant.core.fake_quant import compiling, largest
+from mmdet3d_quant.core.grouped import rounded_together
 from mmdet3d_quant.core.joined import untouched
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import WEIGHT_METHODS, QuantSpec
@@ -42,6 +43,19 @@ class QuantLayer(QuantMixin):
             ndim=len(shape),
             label=f'weight of {kind}',
         )
+
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """Quantizes the weight; on a GPU all weights of a model that is trained together.
+
+        Args:
+            weight: The weight.
+
+        Returns:
+            Tensor of its shape; under autocast it may have the type that the layer computes in.
+        """
+        quantizer = self._weight_quantizer
+        rounded = None if compiling() else rounded_together(quantizer, weight)
+        return quantizer(weight) if rounded is None else rounded
 
     @classmethod
     def set_default_quant_desc_input(cls, value: Any) -> None:

@@ -29,7 +29,7 @@ class _Conv(QuantLayer, _Plain):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Not `forward`: mmcv's efficient_conv_bn_eval calls this one directly.
         return super()._conv_forward(
-            self._input_quantizer(input), self._weight_quantizer(weight), bias
+            self._input_quantizer(input), self.rounded_weight(weight), bias
         )
 
 
@@ -61,7 +61,7 @@ class _ConvTranspose(QuantLayer, _Upward):
         )
         return type(self)._compute(
             self._input_quantizer(input),
-            self._weight_quantizer(self.weight),
+            self.rounded_weight(self.weight),
             self.bias,
             self.stride,
             self.padding,

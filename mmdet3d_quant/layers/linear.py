@@ -24,6 +24,4 @@ class QuantLinear(nn.Linear, QuantLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T + bias``, both quantized; input has shape (..., in_features)."""
-        return F.linear(
-            self._input_quantizer(input), self._weight_quantizer(self.weight), self.bias
-        )
+        return F.linear(self._input_quantizer(input), self.rounded_weight(self.weight), self.bias)

@@ -11,7 +11,7 @@ from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet3d_quant.core.joined import rectified, rounded_once, untouched
+from mmdet3d_quant.core.joined import normed, rectified, rounded_once, untouched
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import input_quantizer, readers_of
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         relu: nn.Module
         with_cp: bool
 
-        def _main_branch(self, x: Tensor) -> Tensor: ...
+        def _main_branch(self, x: Tensor) -> tuple[Tensor, nn.Module | None]: ...
 else:
     _Block = object
 
@@ -69,19 +69,32 @@ class _QuantBlock(_Block):
         """
         if self.with_cp and x.requires_grad:
             out = checkpoint(self._sum, x, use_reentrant=False)
-        else:
-            out = self._sum(x)
-        return rectified(out, self.relu, readers)
+            return rectified(out, self.relu, readers)
+        return self._sum(x, self.relu, readers)
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def _sum(
+        self, x: Tensor, relu: nn.Module | None = None, readers: Sequence[nn.Module] = ()
+    ) -> Tensor:
         x = rounded_once(x, readers_of(*self.readers()))
-        out = self._main_branch(x)
-        identity = x if self.downsample is None else self.downsample(x)
-        return out + self.residual_quantizer(identity)
+        out, norm = self._main_branch(x)
+        identity = self.residual_quantizer(self._identity(x))
+        return normed(out, norm, relu, readers, identity)
 
-    def _activated(self, x: Tensor, conv: nn.Module) -> Tensor:
-        """Rectifies ``x`` and, where possible, quantizes it for the convolution that reads it."""
-        return rectified(x, self.relu, readers_of(conv))
+    def _identity(self, x: Tensor) -> Tensor:
+        """Computes the identity branch; rounded, where that is one pass with its norm."""
+        branch = self.downsample
+        if branch is None:
+            return x
+        if type(branch) is not nn.Sequential or not untouched(branch):
+            return branch(x)
+        *first, norm = branch
+        for module in first:
+            x = module(x)
+        return normed(x, norm, None, readers_of(self.residual_quantizer))
+
+    def _activated(self, x: Tensor, norm: nn.Module | None, conv: nn.Module) -> Tensor:
+        """Rectifies ``norm(x)`` and, where possible, quantizes it for the one who reads it."""
+        return normed(x, norm, self.relu, readers_of(conv))
 
 
 @MODELS.register_module()
@@ -90,9 +103,9 @@ class QuantBasicBlock(_QuantBlock, BasicBlock):
 
     float_block = BasicBlock
 
-    def _main_branch(self, x: Tensor) -> Tensor:
-        out = self._activated(self.norm1(self.conv1(x)), self.conv2)
-        return self.norm2(self.conv2(out))
+    def _main_branch(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        out = self._activated(self.conv1(x), self.norm1, self.conv2)
+        return self.conv2(out), self.norm2
 
 
 @MODELS.register_module()
@@ -101,32 +114,41 @@ class QuantBottleneck(_QuantBlock, Bottleneck):
 
     float_block = Bottleneck
 
-    def _main_branch(self, x: Tensor) -> Tensor:
-        out = self._between(self.norm1(self.conv1(x)), 1, self.conv2)
-        out = self._between(self.norm2(self.conv2(out)), 2, self.conv3)
-        return self._plugins(self.norm3(self.conv3(out)), 3)
-
-    def _between(self, x: Tensor, index: int, conv: nn.Module) -> Tensor:
-        if self.with_plugins and getattr(self, f'after_conv{index}_plugin_names'):
-            return self._plugins(self.relu(x), index)
-        return self._activated(x, conv)
-
-    def _plugins(self, x: Tensor, index: int) -> Tensor:
+    def _main_branch(self, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        out = self._between(self.conv1(x), self.norm1, 1, self.conv2)
+        out = self.conv3(self._between(self.conv2(out), self.norm2, 2, self.conv3))
         if not self.with_plugins:
-            return x
-        return self.forward_plugin(x, getattr(self, f'after_conv{index}_plugin_names'))
+            return out, self.norm3
+        return self.forward_plugin(self.norm3(out), self.after_conv3_plugin_names), None
+
+    def _between(self, x: Tensor, norm: nn.Module, index: int, conv: nn.Module) -> Tensor:
+        if not self.with_plugins:
+            return self._activated(x, norm, conv)
+        x, names = norm(x), getattr(self, f'after_conv{index}_plugin_names')
+        if names:
+            return self.forward_plugin(self.relu(x), names)
+        return self._activated(x, None, conv)
 
 
 QUANT_BLOCKS = {BasicBlock: QuantBasicBlock, Bottleneck: QuantBottleneck}
 
 
 class QuantResLayer(ResLayer):
-    """A stage. In training each block rounds its output for the next one, where it can."""
+    """A stage. In training each block rounds its output for the next one, where it can.
+
+    Attributes:
+        following: The next stage, if it alone reads the output of this one.
+    """
+
+    following: tuple[Any, ...] = ()  # not a module of this one
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the output of the last block for an (N, C, H, W) input."""
         blocks = list(self)
-        for i, block in enumerate(blocks):
+        count = len(blocks)
+        if untouched(self) and all(untouched(stage) for stage in self.following):
+            blocks += [stage[0] for stage in self.following]
+        for i, block in enumerate(blocks[:count]):
             pair = blocks[i : i + 2]
             if len(pair) == 2 and all(isinstance(b, _QuantBlock) and untouched(b) for b in pair):
                 x = block(x, readers_of(*pair[1].readers()))
@@ -156,6 +178,9 @@ class QuantResNet(ResNet):
             raise ValueError('deformable convolutions cannot be quantized: leave dcn=None')
         super().__init__(**bound)
         finish(self, skip, learn_amax)
+        stages = [getattr(self, name) for name in self.res_layers]
+        for i, stage in enumerate(stages):
+            stage.following = () if i in self.out_indices else tuple(stages[i + 1 : i + 2])
         self._freeze_stages()  # new parameters, too: DDP looks before training begins
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.copies import copy_all
 from mmdet3d_quant.core.formats import MIN_AMAX
-from mmdet3d_quant.core.joined import cover
+from mmdet3d_quant.core.grouped import WeightGroup, fits
+from mmdet3d_quant.core.joined import cover, tie
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.layers.base import QuantLayer
@@ -45,15 +47,35 @@ class WeightRanges:
             largest = layer.weight_amax()
             self.ratios[name] = torch.where(largest > 0, amax / largest, torch.ones_like(amax))
         self._covering = {name: bool((ratio >= 1).all()) for name, ratio in self.ratios.items()}
+        self._groups: list[WeightGroup] | None = None
+        self._alone: dict[str, QuantLayer] = {}
 
     @torch.no_grad()
     def follow(self) -> None:
         """Recomputes all ranges from the weights, without synchronisation with a GPU."""
-        for name, layer in self._layers.items():
+        if self._groups is None:
+            self._groups, self._alone = self._grouped()
+        for group in self._groups:
+            group.follow()
+        for name, layer in self._alone.items():
             quantizer = layer._weight_quantizer
             quantizer._amax.copy_(layer.weight_amax() * self.ratios[name])
             if self._covering[name]:
                 cover(layer.weight, quantizer._amax)
+
+    def _grouped(self) -> tuple[list[WeightGroup], dict[str, QuantLayer]]:
+        """Makes groups of the weights on GPUs; returns them and the other layers."""
+        by_kind: dict[Any, list[str]] = {}
+        for name, layer in self._layers.items():
+            if fits(layer):
+                kind = layer.weight.device, layer._weight_quantizer.spec
+                by_kind.setdefault(kind, []).append(name)
+        groups = [
+            WeightGroup([self._layers[n] for n in names], [self.ratios[n] for n in names])
+            for names in by_kind.values()
+        ]
+        taken = {name for names in by_kind.values() for name in names}
+        return groups, {n: layer for n, layer in self._layers.items() if n not in taken}
 
     def of(self, state: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
         """Computes the ranges of the weights in a state dict.
@@ -119,6 +141,9 @@ class LearnedRanges:
             optimizer.register_step_pre_hook(self._prepare),
             optimizer.register_step_post_hook(self._apply),
         ]
+        for group in self._groups:
+            if all(member.equal(group[0]) for member in group):
+                tie(group)
 
     def stop(self) -> None:
         """Removes the step hooks."""
@@ -151,21 +176,42 @@ class LearnedRanges:
     def _prepare(self, *_: Any) -> None:
         """Replaces gradients by those of ``ln(amax)``, summed over each group."""
         self._called = True
-        self._before = [_lead(group).detach().clone() for group in self._groups]
-        for group, amax in strict_zip(self._groups, self._before):
+        self._before = _copies([_lead(group).detach() for group in self._groups])
+        cases = []
+        for group, before in strict_zip(self._groups, self._before):
             grads = [member.grad for member in group if member.grad is not None]
             if grads:
-                total = torch.stack(grads).sum(0) * amax
-                for member in group:
-                    member.grad = total.clone() if member.requires_grad else None
+                cases.append((group, before, grads))
+        if not cases:
+            return
+        totals = _copies([grads[0] for _, _, grads in cases])
+        for k in range(1, max(len(grads) for _, _, grads in cases)):
+            more = [
+                (t, grads[k]) for t, (_, _, grads) in strict_zip(totals, cases) if k < len(grads)
+            ]
+            torch._foreach_add_(*map(list, strict_zip(*more)))
+        torch._foreach_mul_(totals, [before for _, before, _ in cases])
+        members = [(m, t) for (g, _, _), t in strict_zip(cases, totals) for m in g]
+        for (member, _), total in strict_zip(members, _copies([t for _, t in members])):
+            member.grad = total if member.requires_grad else None
 
     @torch.no_grad()
     def _apply(self, *_: Any) -> None:
         """Applies the step to ``ln(amax)`` and copies the result to all members of a group."""
-        for group, before in strict_zip(self._groups, self._before):
-            after = before * (_lead(group) - before).exp()
-            for member in group:
-                member.copy_(after)
+        if not self._groups:
+            return
+        moved = torch._foreach_sub([_lead(group).detach() for group in self._groups], self._before)
+        torch._foreach_exp_(moved)
+        after = torch._foreach_mul(self._before, moved)
+        pairs = [(m, new) for group, new in strict_zip(self._groups, after) for m in group]
+        copy_all([m for m, _ in pairs], [new for _, new in pairs])
+        for group in self._groups:
+            tie(group)
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Clones tensors, on a GPU in one launch."""
+    return list(torch._foreach_mul(tensors, 1.0))
 
 
 def require_ranges(state: dict[str, Tensor], learned: LearnedRanges | None) -> None:
