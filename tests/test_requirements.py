@@ -44,7 +44,8 @@ def imported(path):
 def undeclared(path):
     """What a file imports that nothing declares for its room."""
     known = DECLARED[''] | NOT_DECLARED | set(PART_OF) | DECLARED['safetensors']
-    if path.parent == ROOT / 'tools' or path.relative_to(PACKAGE).parts[0] in EXTRA:
+    rooms = {'tools'} if path.parent == ROOT / 'tools' else set(path.relative_to(PACKAGE).parts)
+    if rooms & {*EXTRA, 'tools'} or path == PACKAGE / 'files/typed.py':  # which they share
         known |= DECLARED['export'] | DECLARED['compiler']
     own = {'mmdet3d_quant', *TOOLS} | set(sys.stdlib_module_names)
     return sorted(set(imported(path)) - known - own)

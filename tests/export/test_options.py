@@ -76,7 +76,9 @@ def test_every_opset_gives_the_numbers_of_17(opset, net, tmp_path):
     points = list(torch_points(Cut('net', net[0], dict(x=net[1]), ('y',)), 'quant'))
     assert sorted(points_of(model, points).values()) == sorted(points)
     graph = read_graph(tmp_path / 'm.onnx')
-    assert lint(graph) == [] and coverage(layers(graph)) == 1
+    # TensorRT 8.6, which the target means, is known to read opsets up to 17.
+    assert [f.rule.id for f in lint(graph)] == ['Q40'] * (opset > 17)
+    assert coverage(layers(graph)) == 1
 
 
 def test_opsets_in_openvino(net, tmp_path):

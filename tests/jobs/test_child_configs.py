@@ -98,7 +98,7 @@ def test_comments_say_what_stays_float_and_why(tmp_path):
     text = quantize_config(write(tmp_path, 'pointpillars'), tmp_path / 'int8.py').int8.read_text()
     assert '# bbox_head (Anchor3DHead, 3 layers) stays float: there is no Quant type' in text
     skip = Config.fromfile(tmp_path / 'int8.py').model.skip
-    assert 'one range would lose the offsets' in skip.voxel_encoder
+    assert 'would be lost in steps of INT8' in skip.voxel_encoder
     made = coverage(fc.build_model(fc.read_config(tmp_path / 'int8.py')))
     (encoder,) = [layer for layer in made.layers if layer.name.startswith('voxel_encoder')]
     assert encoder.meant and encoder.reason == skip.voxel_encoder

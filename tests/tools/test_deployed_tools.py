@@ -150,7 +150,7 @@ def test_parity_finds_nothing_and_then_what_was_broken(work, tmp_path, capsys):
     assert parity.main([str(a) for a in (*args, '--json', tmp_path / 'p.json')]) == 0
     assert 'All steps agree' in capsys.readouterr().out
     rungs = json.loads((tmp_path / 'p.json').read_text())
-    assert [r['stage'] for r in rungs][-2:] == ['onnxruntime', 'openvino']
+    assert [r['stage'] for r in rungs][-3:] == ['onnxruntime', 'openvino', 'FP16']
     for name in ('manifest.json', 'fuser.onnx'):
         (tmp_path / name).write_bytes((work / 'int8' / name).read_bytes())
     model = onnx.load(tmp_path / 'fuser.onnx')
