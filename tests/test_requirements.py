@@ -18,7 +18,7 @@ MODULES = {
 }
 #: What is there already (it fits the CUDA version), is a choice of the user, or is part of another.
 NOT_DECLARED = {'torch', 'mmcv', 'spconv', 'tensorrt', 'nncf'}
-PART_OF = {'cv2': 'mmcv', 'google': 'onnx', 'markupsafe': 'jinja2'}
+PART_OF = {'cv2': 'mmcv', 'google': 'onnx', 'markupsafe': 'jinja2', 'triton': 'torch'}
 #: Rooms that a user without the extra `export` never imports.
 EXTRA = ('engines', 'export', 'check')
 PACKAGE = ROOT / 'mmdet3d_quant'
