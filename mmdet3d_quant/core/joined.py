@@ -171,6 +171,11 @@ def rectified(x: Tensor, relu: nn.Module, readers: Sequence[Any]) -> Tensor:
     return relu(x)
 
 
+def joins_norms(x: Tensor) -> bool:
+    """Tells whether a norm may be joined with the rounding behind it: on a GPU, in training."""
+    return (x.is_cuda or fused.INTERPRETED) and torch.is_grad_enabled()
+
+
 def normed(
     x: Tensor,
     norm: nn.Module | None,
@@ -192,8 +197,7 @@ def normed(
     """
     if (
         norm is not None
-        and (x.is_cuda or fused.INTERPRETED)
-        and torch.is_grad_enabled()
+        and joins_norms(x)
         and untouched(norm)
         and (relu is None or (type(relu) is nn.ReLU and untouched(relu)))
     ):

@@ -11,7 +11,7 @@ from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet3d_quant.core.joined import normed, rectified, rounded_once, untouched
+from mmdet3d_quant.core.joined import joins_norms, normed, rectified, rounded_once, untouched
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import input_quantizer, readers_of
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
@@ -85,7 +85,7 @@ class _QuantBlock(_Block):
         branch = self.downsample
         if branch is None:
             return x
-        if type(branch) is not nn.Sequential or not untouched(branch):
+        if type(branch) is not nn.Sequential or not (joins_norms(x) and untouched(branch)):
             return branch(x)
         *first, norm = branch
         for module in first:
