@@ -29,11 +29,11 @@ from mmdet3d_quant.check.lint import (
 )
 from mmdet3d_quant.check.lint.layers import coverage
 from mmdet3d_quant.check.lint.picture import draw
-from mmdet3d_quant.check.lint.profiles import profile_names
 from mmdet3d_quant.check.lint.reformat import TO_FLOAT, TO_INT8
 from mmdet3d_quant.check.lint.rules import is_quantized
 from mmdet3d_quant.engines.tensorrt_rtx import Compiled, compile_onnx
 from mmdet3d_quant.engines.tensorrt_rtx.compiler import check_installed
+from mmdet3d_quant.export.targets import target_names
 from mmdet3d_quant.files.outputs import check_writable, whole
 
 #: Findings of one rule that are shown; the JSON has all.
@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('files', nargs='*', metavar='FILE', help='ONNX files')
     parser.add_argument(
         '--target',
-        choices=profile_names(),
+        choices=target_names(),
         help='engine that the files are for; default: what a file says, else tensorrt, which is '
         'tensorrt8',
     )

@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, List, Tuple
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,7 +22,7 @@ from mmdet3d_quant.improve.operators import (
     written,
 )
 from mmdet3d_quant.layers.pairs import CONVS, problem_alone
-from mmdet3d_quant.layers.watch import storage_of, tensors_in
+from mmdet3d_quant.layers.watch import hook_calls, remove_hooks, storage_of, tensors_in
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -134,20 +133,13 @@ class Flow(TorchDispatchMode):
 
     def __enter__(self) -> Flow:
         for module in self.names:
-            if not isinstance(module, torch.jit.ScriptModule):
-                enter, leave = self._entering, self._leaving
-                self._handles += [
-                    module.register_forward_pre_hook(enter, with_kwargs=True),
-                    module.register_forward_hook(leave, with_kwargs=True),
-                ]
+            self._handles += hook_calls(module, self._entering, self._leaving)
         super().__enter__()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_hooks(self._handles)
 
     def close(self, result: Any) -> None:
         """Notes what outlives the forward.

@@ -32,6 +32,7 @@ from mmdet3d_quant.layers.joining import (
     operands_of,
     place_of,
 )
+from mmdet3d_quant.layers.watch import hook_calls, remove_hooks
 
 #: A tensor: what becomes of it in place is another one.
 Key = Tuple[int, int]
@@ -143,19 +144,13 @@ class _Watch(TorchFunctionMode):
 
     def __enter__(self) -> _Watch:
         for module in self._names:
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            self._handles += [
-                module.register_forward_pre_hook(self._entering, with_kwargs=True),
-                module.register_forward_hook(self._leaving),
-            ]
+            self._handles += hook_calls(module, self._entering, self._leaving)
         super().__enter__()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
-        for handle in self._handles:
-            handle.remove()
+        remove_hooks(self._handles)
 
     def begin(self, inputs: Any) -> None:
         self.seen.inputs = [self._root(x) for x in tensors(inputs)]
@@ -220,7 +215,7 @@ class _Watch(TorchFunctionMode):
                 self.seen.others.update(read)
                 self.seen.uses.update(read)
 
-    def _leaving(self, module: nn.Module, args: Any, result: Any) -> None:
+    def _leaving(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         while self._inside and self._inside.pop() is not module:
             self._turns.pop()  # what an exception left behind
         self._turns.pop()

@@ -59,26 +59,18 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self) -> Watch:
         for module in self._model.modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
             watched = isinstance(module, (*self._makers, self._readers))
             if watched:
                 for parameter in module.parameters(recurse=False):
                     self._owners.setdefault(storage_of(parameter), set()).add(module)
             if watched or not (list(module.children()) or _hands_on(module)):
-                enter, leave = self._entering, self._leaving
-                self._handles += [
-                    module.register_forward_pre_hook(enter, with_kwargs=True),
-                    module.register_forward_hook(leave, with_kwargs=True),
-                ]
+                self._handles += hook_calls(module, self._entering, self._leaving)
         super().__enter__()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_hooks(self._handles)
         self._live.clear()
 
     def check_kept(self) -> None:
@@ -144,6 +136,34 @@ def _hands_on(module: nn.Module) -> bool:
 def storage_of(x: Tensor) -> int:
     """Key that tensors have in common iff they share memory, while one of them lives."""
     return x.untyped_storage()._cdata
+
+
+def hook_calls(
+    module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]
+) -> list[Any]:
+    """Lets two functions see the calls of a module; scripted ones, which take no hooks, are left.
+
+    Args:
+        module: The module.
+        enter: Called before, with module, args and kwargs.
+        leave: Called behind, with module, args, kwargs and result.
+
+    Returns:
+        List of handles, for :func:`remove_hooks`.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    return [
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave, with_kwargs=True),
+    ]
+
+
+def remove_hooks(handles: list[Any]) -> None:
+    """Removes hooks, and forgets their handles."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:

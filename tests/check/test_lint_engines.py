@@ -11,10 +11,10 @@ from mmdet3d_quant.check.compiled import TARGET, beside, disagreements
 from mmdet3d_quant.check.lint import RULES, Graph, layers, lint
 from mmdet3d_quant.check.lint.effects import ERROR, NOTE, UNSEEN, WARNING, Effect
 from mmdet3d_quant.check.lint.page import EXPLAINED, page
-from mmdet3d_quant.check.lint.profiles import PROFILES, profile_names, profile_of
+from mmdet3d_quant.check.lint.profiles import PROFILES, profile_of
 from mmdet3d_quant.engines.tensorrt_rtx import Compiled, is_installed
 from mmdet3d_quant.engines.tensorrt_rtx.record import Kernel, Product, read_layers, read_products
-from mmdet3d_quant.export.targets import TARGETS
+from mmdet3d_quant.export.targets import TARGETS, target_names
 from tests.check.agreement import KINDS, costs, grow, judge, kinds, plant
 from tests.check.planted import PLANTED, conv, ints, pair, weight
 from tests.engines.qdq import QDQ
@@ -50,7 +50,7 @@ def test_clean_graphs_are_clean_for_every_engine(target):
 
 def test_every_engine_has_a_profile_and_effects_are_of_engines():
     assert {profile_of(name).name for name in TARGETS} <= set(PROFILES)
-    assert profile_of('tensorrt') is PROFILES['tensorrt8'] and 'tensorrt' in profile_names()
+    assert profile_of('tensorrt') is PROFILES['tensorrt8'] and 'tensorrt' in target_names()
     for rule in RULES:
         assert all(set(effects) <= set(PROFILES) and effects for effects in rule.effects.values())
     told = {case.case for case in PLANTED.values()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmdet3d_quant.export.targets import target_of
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -42,13 +44,6 @@ PROFILES: dict[str, Profile] = {
         Profile('openvino', 'OpenVINO', unsigned=True),
     )
 }
-#: Other names of targets.
-_ALIASES = {'tensorrt': 'tensorrt8'}
-
-
-def profile_names() -> list[str]:
-    """Lists all names by which :func:`profile_of` finds something, the other names last."""
-    return [*PROFILES, *_ALIASES]
 
 
 def profile_of(name: str) -> Profile:
@@ -57,7 +52,4 @@ def profile_of(name: str) -> Profile:
     Raises:
         ValueError: If there is none of that name.
     """
-    found = PROFILES.get(_ALIASES.get(name, name))
-    if found is None:
-        raise ValueError(f'there is no target {name!r}; there are {", ".join(profile_names())}')
-    return found
+    return PROFILES[target_of(name).name]
