@@ -229,6 +229,7 @@ def test_a_checkpoint_of_another_process_gives_the_same():
         assert equal(model(image()), other(image()))
 
 
+@pytest.mark.usefixtures('same_optimizers')
 def test_a_compiled_model_rounds_its_adds_too():
     model = calibrated('ResNet-18')
     with torch.no_grad():
