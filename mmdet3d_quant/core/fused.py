@@ -19,14 +19,17 @@ from torch.nn import Parameter
 
 from mmdet3d_quant.core.spec import QuantSpec
 
-try:
-    import triton
+INTERPRETED = AVAILABLE = False
+if torch.cuda.device_count() or os.environ.get('TRITON_INTERPRET') == '1':
+    # Elsewhere importing it would only take time.
+    try:
+        import triton
 
-    INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-    #: Older ones lack operations that the kernels use.
-    AVAILABLE = int(triton.__version__.split('.')[0]) >= 3
-except ImportError:
-    AVAILABLE = INTERPRETED = False
+        INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+        #: Older ones lack operations that the kernels use.
+        AVAILABLE = int(triton.__version__.split('.')[0]) >= 3
+    except ImportError:
+        pass
 if AVAILABLE:
     from mmdet3d_quant.core import kernels
     from mmdet3d_quant.core.launch import launch
