@@ -17,6 +17,7 @@ FLOORS = {
     'core': 0,
     'version': 0,
     'moved': 0,
+    'doctor': 1,
     'files': 1,
     'parents': 1,
     'data': 2,
@@ -36,6 +37,7 @@ FLOORS = {
 }
 #: Rooms that know fewer others than their floor lets them.
 ONLY = {
+    'doctor': set(),  # speaks where nothing else can be imported
     'engines': {'core', 'files'},  # no torch model
     'models': {'core', 'layers', 'parents'},
     'export': {'core', 'files', 'layers', 'parents', 'version'},
