@@ -7,12 +7,15 @@ READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: help setup demo test test-slow test-frame test-matrix lint format wheel bench
-.PHONY: bench-engines bench-peers files clean
+.PHONY: bench-engines bench-peers files pages release clean
 
 # NNCF, the peer in INT8, wants a newer torch: an environment of its own.
 NNCF ?= .venv-nncf
 # Model-Optimizer and NNCF for bench-peers, each in an environment of its own.
 PEERS ?= .venv-peers
+
+# What builds and checks a release.
+RELEASE ?= .venv-release
 
 help:
 	@echo 'make demo       a small BEVFusion from float to INT8: scores, speed, report'
@@ -21,7 +24,9 @@ help:
 	@echo 'make test-frame the tests of a real nuScenes frame, in $$MMDET3D_QUANT_FRAME'
 	@echo 'make test-matrix  the oldest and newest Python and torch, in environments of their own'
 	@echo 'make wheel      the package with tools and configs, in dist/'
+	@echo 'make release    sdist and wheel, checked, in dist/'
 	@echo 'make files      docs/files.md: every module in a sentence'
+	@echo 'make pages      the pages of docs/ that are written from code and data'
 	@echo 'make bench      the measurements in benchmarks/'
 	@echo 'make bench-engines  speed of the INT8 files against float and NNCF'
 	@echo 'make bench-peers  INT8 files by Model-Optimizer and NNCF beside ours'
@@ -64,6 +69,16 @@ wheel: $(READY)
 	rm -rf build
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
+$(RELEASE)/ready: requirements/release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --disable-pip-version-check -r requirements/release.txt
+	@touch $@
+
+release: $(RELEASE)/ready
+	rm -rf build dist
+	$(RELEASE)/bin/python -m build --outdir dist .
+	$(RELEASE)/bin/twine check --strict dist/*
+
 lint: $(READY)
 	@echo '== lint, format and types'
 	$(BIN)/ruff check .
@@ -72,6 +87,9 @@ lint: $(READY)
 
 files: $(READY)
 	$(BIN)/python -m tests.test_design
+
+pages: $(READY)
+	$(BIN)/python -m pages.licences
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -97,4 +115,4 @@ bench-peers: $(READY) data/synthetic/synthetic.json
 	$(BIN)/python benchmarks/peers.py --setup $(PEERS)
 
 clean:
-	rm -rf $(VENV) $(NNCF) $(PEERS) .venv-matrix work_dirs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(NNCF) $(PEERS) $(RELEASE) .venv-matrix work_dirs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -10,7 +10,13 @@ ROOT = Path(__file__).parent
 VERSION: dict = {}
 exec((ROOT / 'mmdet3d_quant' / 'version.py').read_text(), VERSION)
 #: What a wheel carries in `.mim`, where OpenMMLab's `mim run` and `mmdet3d-quant` look.
-CARRIED = ('tools/*.py', 'configs/**/*.py', 'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth')
+CARRIED = (
+    'model-index.yml',
+    'tools/*.py',
+    'configs/**/*.py',
+    'configs/**/metafile.yml',
+    'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth',
+)
 
 
 class BuildWithTools(build_py):
@@ -35,6 +41,14 @@ setup(
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    keywords='quantization INT8 PTQ QAT mmdet3d BEVFusion LiDAR TensorRT OpenVINO ONNX',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Operating System :: POSIX :: Linux',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(8, 13)),
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
     python_requires='>=3.8',
     packages=find_packages(include=['mmdet3d_quant*']),
     package_data={

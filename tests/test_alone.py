@@ -10,11 +10,12 @@ import pytest
 from tests.small import ROOT
 
 FOLDERS = ('mmdet3d_quant', 'tools', 'tests', 'docs', 'benchmarks', 'configs', 'requirements')
+FOLDERS += ('pages', 'docker', '.github')
 FILES = sorted(
     path
     for folder in FOLDERS
     for path in (ROOT / folder).rglob('*')
-    if path.suffix in ('.py', '.md', '.txt', '.html', '.toml', '.sh')
+    if path.suffix in ('.py', '.md', '.txt', '.html', '.toml', '.sh', '.yml', '.cpu', '.gpu')
 )
 FILES += [ROOT / name for name in ('README.md', 'CHANGELOG.md', 'Makefile', 'setup.py')]
 FILES += [ROOT / 'pyproject.toml', ROOT / 'checkpoints/README.md']

@@ -11,6 +11,7 @@ import json
 import sys
 import textwrap
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -27,9 +28,10 @@ WIDTH = 100
 
 def stand_in() -> None:
     """Makes the package's rooms importable without its face, which imports torch."""
-    rooms = ROOT / 'mmdet3d_quant'
+    rooms = [str(ROOT / 'mmdet3d_quant')]
+    spec = None if Path(rooms[0]).is_dir() else find_spec('mmdet3d_quant')  # of a wheel
     package = ModuleType('mmdet3d_quant')
-    package.__path__ = [str(rooms if rooms.is_dir() else ROOT.parent)]  # or of a wheel
+    package.__path__ = list(spec.submodule_search_locations or []) if spec else rooms
     sys.modules.setdefault('mmdet3d_quant', package)
 
 

@@ -59,7 +59,7 @@ def installed(name: str) -> str | None:
 
 
 def try_imports(
-    modules: Sequence[str], timeout: float = 120, home: Path = _HOME
+    modules: Sequence[str], timeout: float = 300, home: Path = _HOME
 ) -> dict[str, dict[str, Any]]:
     """Imports modules in a process of its own, and in another where one takes the process along.
 

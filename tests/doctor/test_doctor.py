@@ -29,7 +29,7 @@ def run(python, *words, **env):
     command = [str(python), str(TOOL), *words]
     names = {**os.environ, 'OMP_NUM_THREADS': '1', **env}
     names.pop('PYTHONPATH', None)
-    return subprocess.run(command, capture_output=True, text=True, env=names, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, env=names, timeout=600)
 
 
 @pytest.fixture(scope='module')

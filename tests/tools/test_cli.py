@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -13,6 +12,7 @@ import torch
 
 import mmdet3d_quant_cli as cli
 from tests.small import ROOT
+from tests.sources import copied_to
 
 CONFIG = 'configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_int8_synthetic.py'
 CHECKPOINT = 'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth'
@@ -54,9 +54,7 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
     options = ['--no-deps', '--no-build-isolation', '-w', str(folder)]
-    source = folder / 'source'
-    left = ('.*', 'data', 'work_dirs', 'build', 'tests', '__pycache__', '*.egg-info')
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left))
+    source = copied_to(folder / 'source')
     subprocess.run([*pip, 'wheel', str(source), *options], check=True)
     (wheel,) = folder.glob('*.whl')
     venv.create(folder / 'env', with_pip=True)
