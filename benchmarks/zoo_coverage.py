@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.table import Table
 from zoo.inputs import cropped, run, settle
@@ -105,6 +106,7 @@ def main() -> None:
     args = parse_args()
     console = Console(width=170)
     warnings.filterwarnings('ignore')
+    MMLogger.get_current_instance().setLevel('WARNING')  # of every layer that is loaded
     rows = {row['model']: row for row in (read_rows(args.json) if args.json else [])}
     told = []
     for model in MODELS:
