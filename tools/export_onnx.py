@@ -108,8 +108,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--allow-custom-ops',
         action='store_true',
-        help='write files with operators that ONNX lacks, such as deformable convolutions; they '
-        'need plugins, and are neither verified nor compiled here',
+        help='write files with operators that ONNX lacks and engines need plugins for; files with '
+        'deformable convolutions are verified, others are not, and none is compiled here',
     )
     parser.add_argument(
         '--no-verify', action='store_true', help='write the files without running them'

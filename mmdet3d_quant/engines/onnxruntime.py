@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.engines.deformable import to_onnx_names
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
 from mmdet3d_quant.files.typed import emulated, is_strong
@@ -40,8 +41,12 @@ class ONNXRuntime:
         options.log_severity_level = 3
         with reading(path, 'ONNX Runtime'):
             model: Any = str(path)
+            loaded = onnx.load(model)
+            known = to_onnx_names(loaded)
             if not optimized and is_strong(path):
-                model = emulated(onnx.load(str(path))).SerializeToString()
+                known = emulated(known)
+            if known is not loaded:
+                model = known.SerializeToString()
             self._session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
         self.input_shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         halves = [i.name for i in self._session.get_inputs() if i.type == 'tensor(float16)']

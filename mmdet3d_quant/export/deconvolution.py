@@ -1,4 +1,7 @@
-"""Transposed convolutions whose kernel is their stride, as 1x1 convolutions and a shuffle."""
+"""Transposed convolutions whose kernel is their stride, as 1x1 convolutions and a shuffle.
+
+Of stride 1 they are 1x1 convolutions, without a shuffle.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def to_depth_to_space(graph: onnx.GraphProto, names: Mapping[str, str]) -> dict[
 
     With a square kernel as large as its stride, every output value is the product of one input
     position with one place of the kernel: a 1x1 convolution to k * k times the channels, which
-    DepthToSpace lays out. Weights, their scales and the bias are repeated or moved, so integers
+    DepthToSpace lays out, if k is not 1. Weights, their scales and the bias are repeated or moved, so integers
     and sums are the same; the scales are then those of a convolution, along axis 0, which every
     engine takes. Others stay: groups, padding, dilation, another stride.
 
@@ -77,7 +80,6 @@ def _tiles(node: NodeProto, weight: onnx.TensorProto) -> bool:
     kernel = list(weight.dims[2:])
     return (
         kernel[0] == kernel[1]
-        and kernel[0] > 1
         and list(attributes.get('strides', [1, 1])) == kernel
         and attributes.get('group', 1) == 1
         and not any(attributes.get('pads', []))
@@ -114,21 +116,17 @@ def _rewritten(
     axis: dict[str, Any] = dict(axis=0) if per_channel else {}
     quantized, real, wide = (f'{node.output[0]}.{what}' for what in ('quantized', 'weight', 'wide'))
     bias = [repeated(name) for name in node.input[2:]]
+    made = node.output[0] if size == 1 else wide
     nodes = [
         helper.make_node(
             'QuantizeLinear', [put(q.input[0], moved), *grid], [quantized], name=q.name, **axis
         ),
         helper.make_node('DequantizeLinear', [quantized, *grid], [real], name=dq.name, **axis),
         helper.make_node(
-            'Conv', [node.input[0], real, *bias], [wide], name=node.name, kernel_shape=[1, 1]
-        ),
-        helper.make_node(
-            'DepthToSpace',
-            [wide],
-            [node.output[0]],
-            name=f'{node.name}.tiles',
-            blocksize=size,
-            mode='DCR',
+            'Conv', [node.input[0], real, *bias], [made], name=node.name, kernel_shape=[1, 1]
         ),
     ]
+    if size > 1:
+        tiles = dict(name=f'{node.name}.tiles', blocksize=size, mode='DCR')
+        nodes.append(helper.make_node('DepthToSpace', [wide], [node.output[0]], **tiles))
     return nodes, [numpy_helper.from_array(v, n) for n, v in tensors.items()]

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from mmdet3d_quant.core.formats import STORED
-from mmdet3d_quant.export.graph import axis_of, names_read, opset, stored_tensors
+from mmdet3d_quant.export.graph import ONNX_DOMAINS, axis_of, names_read, opset, stored_tensors
 from mmdet3d_quant.export.half import require_weights
 
 
@@ -138,7 +138,8 @@ def to_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
     props = {p.key: p.value for p in model.metadata_props}
     converted = onnx.version_converter.convert_version(model, version)
     onnx.helper.set_model_props(converted, props)
-    needed = onnx.helper.find_min_ir_version_for(converted.opset_import)
+    known = [o for o in converted.opset_import if o.domain in ONNX_DOMAINS]
+    needed = onnx.helper.find_min_ir_version_for(known)
     converted.ir_version = max(model.ir_version, needed)
     return converted
 

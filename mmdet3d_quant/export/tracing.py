@@ -139,7 +139,8 @@ class _QDQ(nn.Module):
         # Python numbers are invisible to the tracer, so the graph gets constants. A float32 is
         # exact as a Python float.
         scale = self.spec.format.step(quantizer._amax.float()).flatten().tolist()
-        self.scale: Any = scale if self.spec.axis is not None else scale[0]
+        # Of one channel a number: engines refuse, or take for another thing, a list of one.
+        self.scale: Any = scale if len(scale) > 1 else scale[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return _QDQFunction.apply(x, self.scale, self.spec, self.name)
@@ -154,10 +155,10 @@ class _QDQFunction(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g, x, scale, spec, name):
-        shape = () if spec.axis is None else (len(scale),)
-        axis = {} if spec.axis is None else {'axis_i': spec.axis}
-        step = g.op('Constant', value_t=torch.tensor(scale, dtype=torch.float32))
-        zero = g.op('Constant', value_t=torch.zeros(shape, dtype=spec.format.dtype))
+        step = torch.tensor(scale, dtype=torch.float32)
+        axis = {'axis_i': spec.axis} if step.dim() else {}
+        zero = torch.zeros(step.shape, dtype=spec.format.dtype)
+        step, zero = (g.op('Constant', value_t=value) for value in (step, zero))
         q = g.op('QuantizeLinear', x, step, zero, **axis, **{f'{_NAME}_s': name})
         return g.op('DequantizeLinear', q, step, zero, **axis).setType(x.type())
 

@@ -44,6 +44,8 @@ WHY_FLOAT = {
     'ConvAWS2d': 'it standardises its weight in every forward',
     'NonDynamicallyQuantizableLinear': 'attention reads its weight without calling it',
 }
+#: Layers inside such ones that they call as any other, by name, and whose they are.
+CALLED_INSIDE = {'conv_offset': ('DeformConv2d', 'ModulatedDeformConv2d')}
 
 
 def swap_layers(model: nn.Module) -> dict[str, str]:
@@ -59,10 +61,11 @@ def swap_layers(model: nn.Module) -> dict[str, str]:
         Dict from the name of each layer that stays float to the reason.
     """
     left: dict[str, str] = {}
-    for name, layer in weighted(model).items():
+    layers = weighted(model)
+    for name, layer in layers.items():
         if isinstance(layer, QuantLayer):
             continue
-        reason = _inside(name, left) or why_float(layer)
+        reason = _inside(name, left, layers) or why_float(layer)
         if reason is None:
             _swap(layer)
         else:
@@ -83,8 +86,12 @@ def why_float(layer: Any) -> str | None:
     return next((WHY_FLOAT[c.__name__] for c in kind.__mro__ if c.__name__ in WHY_FLOAT), own)
 
 
-def _inside(name: str, left: dict[str, str]) -> str | None:
-    """The reason of the layer that a layer is a part of, if that stays float."""
+def _inside(name: str, left: dict[str, str], layers: dict[str, nn.Module]) -> str | None:
+    """The reason of the layer that a layer is a part of, if both stay float."""
+    owner, _, own = name.rpartition('.')
+    kinds = {c.__name__ for c in type(layers.get(owner)).__mro__}
+    if kinds.intersection(CALLED_INSIDE.get(own, ())):
+        return None
     return next((why for other, why in left.items() if name.startswith(f'{other}.')), None)
 
 

@@ -78,12 +78,21 @@ def quantize(
             if name not in seen.reached or name in seen.foreign:
                 left[name] = FOREIGN if name in seen.foreign else UNREACHED
     for name, reason in left.items():
-        keep_float(model, {name: reason})
+        _keep_layer_float(layers[name], reason)
     _forget(seen, {f'{name}._input_quantizer' for name in left})
     if joins:
         insert_joins(model, seen, all_adds=joins == 'all')
     make_joining(model, find_ties(model, seen))
     return Converted(left, seen.returned)
+
+
+def _keep_layer_float(layer: Any, reason: str) -> None:
+    """Keeps a layer float, without those inside it."""
+    if isinstance(layer, QuantLayer):
+        layer._input_quantizer.keep_float(reason)
+        layer._weight_quantizer.keep_float(reason)
+    else:
+        layer.float_reason = reason
 
 
 def quantize_parts(

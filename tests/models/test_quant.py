@@ -288,12 +288,65 @@ def test_a_deformable_convolution_stays_float_and_the_rest_of_its_block_does_not
     model = quant('ResNet-50', **DCN, stage_with_dcn=stages)
     reasons = {k.name: k.reason for k in coverage(model).layers if k.reason}
     at = [f'layer4.{i}.conv2' for i in range(3)]
-    assert list(reasons) == [n for name in at for n in (name, f'{name}.conv_offset')]
+    assert list(reasons) == at
+    active = {n for n, q in quantizers(model).items() if q.float_reason is None}
+    assert active >= {f'{name}.conv_offset._input_quantizer' for name in at}
     assert all('deformable' in why for why in reasons.values())
     floating = MODELS.build(dict(ZOO['ResNet-50'][0], **DCN, stage_with_dcn=stages))
     assert len(coverage(floating).layers) == len(coverage(model).layers)
     with pytest.raises(ValueError, match='layer4.0.conv2 of ResNet.*deformable'):
         quant('ResNet-50', **DCN, stage_with_dcn=stages, only='layer4')
+
+
+def deformed(name, **cfg):
+    """A calibrated module, of another entry of the zoo, with deformable convolutions."""
+    torch.manual_seed(0)
+    model = quant(name, **cfg)
+    for n, layer in model.named_modules():
+        if n.endswith('conv_offset'):  # zero as built
+            nn.init.normal_(layer.weight, std=0.02)
+    model.eval()
+    calibrate(model, [[ZOO[name][1]]], 'max')
+    return model
+
+
+DEFORMED = {
+    'ResNet-50': dict(DCN, stage_with_dcn=(False, False, True, True)),
+    'DLANeck': dict(use_dcn=True),
+}
+
+
+@pytest.mark.parametrize('name', DEFORMED)
+def test_adds_around_deformable_convolutions_are_rounded_as_without(name):
+    model = deformed(name, **DEFORMED[name])
+    with torch.no_grad(), _Adds(model) as seen:
+        model(ZOO[name][1])
+    assert (seen.rounded, seen.bare) == (ZOO[name][2], 0)
+    left = {layer.kind for layer in coverage(model).layers if layer.reason}
+    assert left == {'ModulatedDeformConv2dPack'}
+    floating = MODELS.build(dict(ZOO[name][0], **DEFORMED[name]))
+    floating.load_state_dict(model.state_dict(), strict=False)
+    floating.eval()
+    with torch.no_grad(), set_mode(model, 'float'):
+        assert equal(floating(ZOO[name][1]), model(ZOO[name][1]))
+
+
+def test_offsets_that_are_zero_as_built_can_be_calibrated():
+    model = quant('ResNet-50', **DEFORMED['ResNet-50'])
+    model.eval()
+    calibrate(model, [[image()]], 'max')
+    with torch.no_grad():
+        assert all(torch.isfinite(x).all() for x in model(image()))
+
+
+def test_one_shot_aggregation_shares_a_scale_along_its_chain():
+    """All that a block joins: what it got, what its convolutions made, and their readers."""
+    groups = list(map(set, ties(quant('VoVNet'))))
+    own = 'blocks.1.{}'.format
+    layers = {own(f'layers.{i}.0._input_quantizer') for i in range(2)}
+    joins = {own('quant_joins.cat0'), own('quant_joins.add0')}
+    (chain,) = [g for g in groups if own('quant_joins.cat0') in g]
+    assert chain == layers | joins | {own('concat.0._input_quantizer')}
 
 
 def test_a_convolution_that_pads_by_itself_stays_float_and_the_function_its_own():

@@ -2,6 +2,8 @@
 
 import torch
 
+from tests.models import osa  # noqa: F401 - registers its backbone
+
 
 def image(channels=3, size=64):
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
@@ -55,6 +57,14 @@ ZOO = {
     ),
     'HRNet': (HRNET, image(), 30, 0),
     'Swin': (SWIN, image(), 0, 0),
+    'VoVNet': (dict(type='SmallOSA'), image(), 1, 2),
+    'DLANeck': (
+        dict(type='DLANeck', in_channels=[4, 8, 16], start_level=0, end_level=3, use_dcn=False,
+             norm_cfg=dict(type='GN', num_groups=2)),
+        pyramid(4, 8, 16),
+        5,  # 1 + 2 of the levels, 2 of what they made
+        0,
+    ),
     'SECOND': (
         dict(type='SECOND', in_channels=8, out_channels=[8, 16], layer_nums=[1, 2],
              layer_strides=[1, 2]),

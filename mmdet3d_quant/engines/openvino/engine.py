@@ -13,6 +13,7 @@ import onnx
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
+from mmdet3d_quant.engines.openvino.deformable import rules
 from mmdet3d_quant.engines.openvino.graph import prepare
 from mmdet3d_quant.files.typed import is_strong, to_float32
 
@@ -35,6 +36,8 @@ class OpenVINO:
         import openvino as ov
 
         core = ov.Core()
+        for rule in rules():
+            core.add_extension(rule)
         with reading(path, 'OpenVINO'):
             model = _read(core, path)
             # Two outputs that become one tensor would lose a name.
