@@ -17,6 +17,9 @@ PEERS ?= .venv-peers
 # What builds and checks a release.
 RELEASE ?= .venv-release
 
+# One file of tests after the other in each process: what a file prepares is prepared once.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
+
 help:
 	@echo 'make demo       a small BEVFusion from float to INT8: scores, speed, report'
 	@echo 'make test       lint, type check and tests'
@@ -54,7 +57,7 @@ demo: $(READY)
 
 test: $(READY) lint
 	@echo '== tests'
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

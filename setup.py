@@ -81,6 +81,6 @@ setup(
             'tensorrt-rtx-cu12-bindings==1.7.1.116',
         ],
         'safetensors': ['safetensors'],
-        'dev': ['pytest>=8', 'hypothesis', 'ruff', 'mypy', 'safetensors'],
+        'dev': ['pytest>=8', 'pytest-xdist>=3', 'hypothesis', 'ruff', 'mypy', 'safetensors'],
     },
 )

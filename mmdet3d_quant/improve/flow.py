@@ -22,7 +22,7 @@ from mmdet3d_quant.improve.operators import (
     written,
 )
 from mmdet3d_quant.layers.pairs import CONVS, problem_alone
-from mmdet3d_quant.layers.watch import hook_calls, remove_hooks, storage_of, tensors_in
+from mmdet3d_quant.layers.watch import Calls, storage_of, tensors_in
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -87,7 +87,7 @@ class Step:
     by_channel: bool = False
 
 
-class Flow(TorchDispatchMode):
+class Flow(Calls, TorchDispatchMode):
     """Records, while entered, the steps of one forward; views of a tensor are no steps.
 
     A convolution, linear layer or norm is one step, all else is seen as operators below autograd.
@@ -105,18 +105,15 @@ class Flow(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, on_concat: Callable[[Step, list[Tensor]], Any]) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
         self.names: dict[nn.Module, str] = {m: n for n, m in model.named_modules()}
+        super().__init__(self.names)
+        self.steps: list[Step] = []
         self.problems: dict[nn.Module, str] = {}
         self.sizes: list[tuple[str, float]] = []
         self._model, self._on_concat = model, on_concat
         self._values: dict[int, tuple[Any, Value]] = {}
         self._owners: dict[int, nn.Module] = {}
-        self._stack: list[nn.Module] = []
-        self._reads_before: list[list[tuple[Value, int]]] = []
         self._layer: nn.Module | None = None
-        self._handles: list[Any] = []
         for layer in self.names:
             if isinstance(layer, (*CONVS, *NORMS)):
                 self._judge(layer)
@@ -130,16 +127,6 @@ class Flow(TorchDispatchMode):
                 self.problems.setdefault(other, f'it shares a weight with {self.names[layer]}')
         if problem:
             self.problems.setdefault(layer, problem)
-
-    def __enter__(self) -> Flow:
-        for module in self.names:
-            self._handles += hook_calls(module, self._entering, self._leaving)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
-        remove_hooks(self._handles)
 
     def close(self, result: Any) -> None:
         """Notes what outlives the forward.
@@ -178,7 +165,7 @@ class Flow(TorchDispatchMode):
         fresh = [y for y in made if storage_of(y) not in known]
         if made and not fresh and not changed:
             return  # a view
-        module = self._stack[-1] if self._stack else self._model
+        module = self.innermost or self._model
         step = Step('other', f'{name} in {self._name(module)}', module)
         floats = [i for i, x in enumerate(inputs) if x.is_floating_point()]
         if name in ZEROS:
@@ -194,17 +181,15 @@ class Flow(TorchDispatchMode):
         if step.kind == 'concat':
             self._on_concat(step, inputs)
 
-    def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def entering(self, module: nn.Module, args: Any, kwargs: Any) -> list[tuple[Value, int]]:
+        """Notes what a module is given, and how often that was read before."""
         given = [] if self._layer else [self._value(x) for x in tensors_in((args, kwargs))]
-        self._stack.append(module)
-        self._reads_before.append([(value, len(value.reads)) for value in given])
         if self._layer is None and isinstance(module, (*CONVS, *NORMS)):
             self._layer = module
+        return [(value, len(value.reads)) for value in given]
 
-    def _leaving(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        while self._stack and self._stack.pop() is not module:
-            self._reads_before.pop()  # what an exception left behind
-        before = self._reads_before.pop()
+    def leaving(self, module: nn.Module, args: Any, kwargs: Any, result: Any, note: Any) -> None:
+        """Records a layer, or a module that has read or made tensors by no operator."""
         outputs = list(tensors_in(result))
         if self._layer is module:
             total = sum(float(y.double().abs().sum()) for y in outputs)
@@ -214,7 +199,7 @@ class Flow(TorchDispatchMode):
             self._add(step, tensors_in((args, kwargs)), outputs)
         elif self._layer is None and not any(module.children()):
             handed_on = {storage_of(y) for y in outputs}
-            unread = {id(value) for value, count in before if len(value.reads) == count}
+            unread = {id(value) for value, count in note if len(value.reads) == count}
             hidden = [
                 x
                 for x in tensors_in((args, kwargs))

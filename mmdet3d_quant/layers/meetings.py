@@ -32,7 +32,7 @@ from mmdet3d_quant.layers.joining import (
     operands_of,
     place_of,
 )
-from mmdet3d_quant.layers.watch import hook_calls, remove_hooks
+from mmdet3d_quant.layers.watch import Calls
 
 #: A tensor: what becomes of it in place is another one.
 Key = Tuple[int, int]
@@ -125,32 +125,19 @@ def watch_meetings(
     return watch.seen
 
 
-class _Watch(TorchFunctionMode):
+class _Watch(Calls, TorchFunctionMode):
     """Records into ``seen`` while entered."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.seen = Seen()
         self._names = {module: name for name, module in model.named_modules()}
+        super().__init__(self._names)
+        self.seen = Seen()
         self._layers = {module: name for name, module in weighted(model).items()}
         self._quantizers = {q: name for name, q in quantizers(model).items()}
         weights = ((id(getattr(m, 'weight', None)), m) for m in self._layers)
         self._weights: dict[int, nn.Module] = dict(weights)
         self._roots: dict[Key, Key] = {}
-        self._inside: list[nn.Module] = []
-        self._turns: list[Counter] = []
         self._kept: list[Tensor] = []  # or an id is given twice
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Watch:
-        for module in self._names:
-            self._handles += hook_calls(module, self._entering, self._leaving)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
-        remove_hooks(self._handles)
 
     def begin(self, inputs: Any) -> None:
         self.seen.inputs = [self._root(x) for x in tensors(inputs)]
@@ -162,7 +149,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._inside and self._inside[-1] in self._layers:  # its own arithmetic
+        if self.innermost in self._layers:  # its own arithmetic
             return func(*args, **kwargs)
         given = list(tensors((args, kwargs)))
         read = [self._root(x) for x in given if x.requires_grad]  # in place, it changes
@@ -178,7 +165,7 @@ class _Watch(TorchFunctionMode):
         self.seen.uses.update(read)
         if site is not None and (func in CONCATS or len(read) == 2):
             kind = 'cat' if func in CONCATS else 'add'
-            owner = self._names[self._inside[-1]]
+            owner = self._names[self.running[-1][0]]
             self.seen.meetings.append(Meeting(kind, owner, site, read, made[0]))
         else:
             self.seen.others.update(read)
@@ -186,25 +173,25 @@ class _Watch(TorchFunctionMode):
 
     def _site(self, func: Any, args: Any, kwargs: Any, frame: FrameType) -> Site | None:
         """Where a meeting is; None for other functions, and in a module that is not running."""
-        if func not in ADDS and func not in CONCATS or not self._inside:
+        if func not in ADDS and func not in CONCATS or not self.running:
             return None
-        if operands_of(func, args, kwargs) is None or holder_of(frame) is not self._inside[-1]:
+        module, turns = self.running[-1]
+        if operands_of(func, args, kwargs) is None or holder_of(frame) is not module:
             return None
-        place, turns = place_of(frame), self._turns[-1]
+        place = place_of(frame)
         turns[place] += 1
         return place, turns[place] - 1
 
     def _look_for_weights(self, given: list[Tensor]) -> None:
         for x in given:
             owner = self._weights.get(id(x))
-            if owner is not None and owner not in self._inside:
+            if owner is not None and owner not in [module for module, _ in self.running]:
                 self.seen.foreign.add(self._layers[owner])
 
-    def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def entering(self, module: nn.Module, args: Any, kwargs: Any) -> Counter:
+        """Notes who reads what; returns a counter of the turns at each place of its forward."""
         with torch._C.DisableTorchFunction():
             read = [self._root(x) for x in tensors((args, kwargs)) if x.requires_grad]
-        self._inside.append(module)
-        self._turns.append(Counter())
         if module in self._quantizers:
             self.seen.uses.update(read)
             for key in read:
@@ -214,11 +201,10 @@ class _Watch(TorchFunctionMode):
             if not isinstance(module, QuantLayer):
                 self.seen.others.update(read)
                 self.seen.uses.update(read)
+        return Counter()
 
-    def _leaving(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        while self._inside and self._inside.pop() is not module:
-            self._turns.pop()  # what an exception left behind
-        self._turns.pop()
+    def leaving(self, module: nn.Module, args: Any, kwargs: Any, result: Any, note: Any) -> None:
+        """Notes what a layer made."""
         with torch._C.DisableTorchFunction():
             read = [self._root(x) for x in tensors(args) if x.requires_grad]
             made = [self._key(x) for x in tensors(result) if x.requires_grad]

@@ -1,10 +1,11 @@
-"""Watching one forward: what reads the outputs of convolutions."""
+"""Watching one forward: which modules run, and what reads the outputs of convolutions."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,59 @@ from mmdet3d_quant.core.quantizer import Quantizer
 KEEPING = (nn.Identity, _DropoutNd)
 
 
+class Calls:
+    """Follows, while entered, the calls of modules; to be the first parent of a mode of torch.
+
+    Scripted modules, which take no hooks, are not seen.
+
+    Args:
+        modules: The modules.
+
+    Attributes:
+        running: Modules that are running, the innermost last, each with its note.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.running: list[tuple[nn.Module, Any]] = []
+        self._modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Any:
+        for module in self._modules:
+            before = module.register_forward_pre_hook(self._before, with_kwargs=True)
+            behind = module.register_forward_hook(self._behind, with_kwargs=True)
+            self._handles += [before, behind]
+        super().__enter__()  # type: ignore[misc]
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)  # type: ignore[misc]
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def innermost(self) -> nn.Module | None:
+        """The innermost module that is running."""
+        return self.running[-1][0] if self.running else None
+
+    def entering(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Looks at a call that begins; returns a note, which is kept while it lasts."""
+
+    def leaving(self, module: nn.Module, args: Any, kwargs: Any, result: Any, note: Any) -> None:
+        """Looks at a call that has ended, and at its note."""
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.running.append((module, self.entering(module, args, kwargs)))
+
+    def _behind(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        last, note = self.running.pop()
+        while last is not module:  # what an exception left behind
+            last, note = self.running.pop()
+        self.leaving(module, args, kwargs, result, note)
+
+
 class _Output:
     """One output of a convolution, while it lives."""
 
@@ -24,7 +78,7 @@ class _Output:
         self.conv, self.ref = conv, weakref.ref(tensor)
 
 
-class Watch(TorchDispatchMode):
+class Watch(Calls, TorchDispatchMode):
     """Records, while entered, which module reads what, by operator and by module.
 
     Tensors are told apart by their storage, so that a view is a reader, too. Operators are seen
@@ -48,29 +102,20 @@ class Watch(TorchDispatchMode):
         readers: type,
         dims: Callable[[nn.Module], int],
     ) -> None:
-        super().__init__()
+        watched = [m for m in model.modules() if isinstance(m, (*makers, readers))]
+        others = [m for m in model.modules() if not (list(m.children()) or _hands_on(m))]
+        super().__init__(dict.fromkeys([*watched, *others]))
         self.sources: dict[nn.Module, set[nn.Module | None]] = {}
         self.spoiled: dict[nn.Module, str] = {}
-        self._model, self._makers, self._readers, self._dims = model, makers, readers, dims
+        self._makers, self._readers, self._dims = makers, readers, dims
         self._live: dict[int, _Output] = {}
         self._owners: dict[int, set[nn.Module]] = {}
-        self._inside: list[nn.Module] = []
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Watch:
-        for module in self._model.modules():
-            watched = isinstance(module, (*self._makers, self._readers))
-            if watched:
-                for parameter in module.parameters(recurse=False):
-                    self._owners.setdefault(storage_of(parameter), set()).add(module)
-            if watched or not (list(module.children()) or _hands_on(module)):
-                self._handles += hook_calls(module, self._entering, self._leaving)
-        super().__enter__()
-        return self
+        for module in watched:
+            for parameter in module.parameters(recurse=False):
+                self._owners.setdefault(storage_of(parameter), set()).add(module)
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
-        remove_hooks(self._handles)
         self._live.clear()
 
     def check_kept(self) -> None:
@@ -85,8 +130,7 @@ class Watch(TorchDispatchMode):
         for x in tensors_in((args, kwargs or {})):
             key = storage_of(x)
             output = self._live.get(key)
-            reader = self._inside[-1] if self._inside else None
-            if output is not None and not isinstance(reader, self._readers):
+            if output is not None and not isinstance(self.innermost, self._readers):
                 self._spoil(output.conv, f'its output is read by {func}, too')
             for owner in self._owners.get(key, ()) if self._foreign(key) else ():
                 self._spoil(owner, f'its weights are read by {func} outside of it')
@@ -94,20 +138,19 @@ class Watch(TorchDispatchMode):
 
     def _foreign(self, key: int) -> bool:
         """Whether a parameter is read while none of the modules that own it is running."""
-        return not self._owners.get(key, set()).intersection(self._inside)
+        return not self._owners.get(key, set()).intersection(m for m, _ in self.running)
 
-    def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Notes who reads the output of which maker."""
         for x in tensors_in((args, kwargs)):
             output = self._live.get(storage_of(x))
             if isinstance(module, self._readers):
                 self.sources.setdefault(module, set()).add(None if output is None else output.conv)
             elif output is not None:
                 self._spoil(output.conv, f'its output is read by a {type(module).__name__}, too')
-        self._inside.append(module)
 
-    def _leaving(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        while self._inside and self._inside.pop() is not module:
-            pass  # what an exception left behind
+    def leaving(self, module: nn.Module, args: Any, kwargs: Any, result: Any, note: Any) -> None:
+        """Notes what a maker made."""
         if isinstance(module, self._makers):
             for x in tensors_in(result):
                 self._add(module, x)
@@ -136,34 +179,6 @@ def _hands_on(module: nn.Module) -> bool:
 def storage_of(x: Tensor) -> int:
     """Key that tensors have in common iff they share memory, while one of them lives."""
     return x.untyped_storage()._cdata
-
-
-def hook_calls(
-    module: nn.Module, enter: Callable[..., Any], leave: Callable[..., Any]
-) -> list[Any]:
-    """Lets two functions see the calls of a module; scripted ones, which take no hooks, are left.
-
-    Args:
-        module: The module.
-        enter: Called before, with module, args and kwargs.
-        leave: Called behind, with module, args, kwargs and result.
-
-    Returns:
-        List of handles, for :func:`remove_hooks`.
-    """
-    if isinstance(module, torch.jit.ScriptModule):
-        return []
-    return [
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave, with_kwargs=True),
-    ]
-
-
-def remove_hooks(handles: list[Any]) -> None:
-    """Removes hooks, and forgets their handles."""
-    for handle in handles:
-        handle.remove()
-    handles.clear()
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:

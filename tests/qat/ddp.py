@@ -18,24 +18,30 @@ CPU = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=
 STAGES = {0: {'*': 'float'}, 1: {'*': 'quant'}}
 
 
-def main(work, start, launcher, batch, stages=''):
+def main(work, start, launcher, batch):
+    """Trains in each of two ways, into a folder of its own."""
     torch.set_num_threads(1)
     join(launcher)
+    for stages in ('plain', 'stages'):
+        train(Path(work) / stages, start, launcher, int(batch), stages == 'stages')
+
+
+def train(work, start, launcher, batch, stages):
     hook = dict(QAT, schedule=STAGES) if stages else QAT
     hooks = [hook, dict(type='DistillHook', checkpoint=start, modules={'norm': 1.0})]
     wrapper = {} if launcher == 'none' else dict(launcher=launcher)
     run = runner(
-        Path(work),
+        work,
         start,
         hooks,
         epochs=3,
         model=dict(type='Quantized', of='Toy', learn_amax=True),
-        batch=int(batch),
+        batch=batch,
         optim_wrapper=dict(
             optimizer=dict(type='SGD', lr=0.05),
             paramwise_cfg=dict(custom_keys={'_amax': dict(lr_mult=1000.0)}),
         ),
-        wrapper=None if launcher == 'none' else dict(CPU, find_unused_parameters=bool(stages)),
+        wrapper=None if launcher == 'none' else dict(CPU, find_unused_parameters=stages),
         **wrapper,
     )
     run.train()

@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from mmdet3d_quant.runs import processes
 from tests.small import ROOT, free_port
 
@@ -21,38 +19,42 @@ RANKS = {
         SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS=2, SLURM_NODELIST='node[1-2]'
     ),
 }
+#: A process that joins by one launcher after the other, each in an environment of its own.
 SUM = """
-import json, sys
+import json, os, sys
 import torch
 from mmengine.dist import all_reduce, get_dist_info
 from mmdet3d_quant.runs.processes import join, own_device
-join(sys.argv[1])
-total = torch.tensor([10.0 ** get_dist_info()[0]])
-all_reduce(total)
-print(json.dumps([*get_dist_info(), total.item(), own_device(None), own_device('cpu')]))
+before = dict(os.environ)
+for launcher, env in json.loads(sys.argv[1]).items():
+    os.environ.clear()
+    os.environ.update(before, **env)
+    join(launcher)
+    total = torch.tensor([10.0 ** get_dist_info()[0]])
+    all_reduce(total)
+    print(json.dumps([*get_dist_info(), total.item(), own_device(None), own_device('cpu')]))
+    torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize('launcher', RANKS)
-def test_two_processes_find_each_other(launcher, tmp_path):
+def test_two_processes_find_each_other(tmp_path):
     scontrol = tmp_path / 'scontrol'
     scontrol.write_text('#!/bin/sh\necho 127.0.0.1; echo 127.0.0.2\n')
     scontrol.chmod(0o755)
-    common = dict(
-        PATH=f'{tmp_path}:{os.environ["PATH"]}',
-        PYTHONPATH=ROOT,
-        MASTER_PORT=free_port(),
-        OMP_NUM_THREADS=1,
-    )
-    if launcher != 'slurm':
-        common['MASTER_ADDR'] = '127.0.0.1'
+    env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    places = {launcher: dict(MASTER_PORT=free_port()) for launcher in RANKS}
+    for launcher in ('pytorch', 'mpi'):
+        places[launcher]['MASTER_ADDR'] = '127.0.0.1'
     started = []
     for rank in range(2):
-        env = {k: str(v) for k, v in {**common, **RANKS[launcher](rank)}.items()}
-        command = [sys.executable, '-c', SUM, launcher]
+        envs = {name: {**places[name], **of(rank)} for name, of in RANKS.items()}
+        envs = {name: {key: str(v) for key, v in found.items()} for name, found in envs.items()}
+        command = [sys.executable, '-c', SUM, json.dumps(envs)]
         started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    found = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in started]
-    assert found == [[rank, 2, 11.0, None, 'cpu'] for rank in range(2)]
+    for rank, process in enumerate(started):
+        lines = process.communicate(timeout=240)[0].splitlines()
+        found = [json.loads(line) for line in lines if line.startswith('[')]
+        assert found == [[rank, 2, 11.0, None, 'cpu']] * len(RANKS)
 
 
 def test_each_process_takes_the_gpu_that_joining_chose(monkeypatch):
