@@ -8,4 +8,5 @@ model = dict(
     fusion_layer=dict(type='QuantConvFuser'),
     pts_backbone=dict(type='QuantSECOND'),
     pts_neck=dict(type='QuantSECONDFPN'),
+    bbox_head=dict(type='QuantTransFusionHead'),  # its decoder stays float
 )

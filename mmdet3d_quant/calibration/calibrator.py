@@ -150,7 +150,8 @@ class Calibrator:
 
     def _units(self, total: Statistics) -> list[Unit]:
         specs = {name: q.spec for name, q in self._active.items()}
-        return units(total, self.groups, self._methods, specs)
+        known = {n: q.known for n, q in self._active.items() if q.known and not self.plan.names(n)}
+        return units(total, self.groups, self._methods, specs, known)
 
     def _check(self, total: Statistics) -> None:
         if not total.batches:
@@ -182,8 +183,8 @@ class Calibrator:
         self, chosen: list[Unit], ranges: list[float], held_out: Iterable[tuple[int, Any]]
     ) -> list[Choice]:
         """The range and method of each unit; for ``auto``, the candidate with least error."""
-        choices = [Choice(u, amax, str(u.method)) for u, amax in strict_zip(chosen, ranges)]
-        left = [i for i, unit in enumerate(chosen) if unit.method.name == 'auto']
+        choices = [Choice(u, amax, _how(u)) for u, amax in strict_zip(chosen, ranges)]
+        left = [i for i, u in enumerate(chosen) if u.method.name == 'auto' and not u.known]
         if not left:
             return choices
         units_left = [chosen[i] for i in left]
@@ -224,6 +225,10 @@ class Calibrator:
             self.statistics,
             coverage(self.model, self.macs),
         )
+
+
+def _how(unit: Unit) -> str:
+    return f'known: {unit.known.reason}' if unit.known else str(unit.method)
 
 
 def _is_inference(amax: Tensor | None) -> bool:

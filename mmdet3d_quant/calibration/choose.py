@@ -9,6 +9,7 @@ from mmdet3d_quant.calibration.amax import search_many
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.quantizer import KnownRange
 from mmdet3d_quant.core.spec import Method, QuantSpec
 
 #: What ``auto`` chooses from.
@@ -33,12 +34,14 @@ class Unit:
         method: Method of their range; the first quantizer's, where a pattern cuts a group.
         histogram: Merged histogram of their inputs.
         spec: Their grid.
+        known: Their range, where it is known without data.
     """
 
     names: tuple[str, ...]
     method: Method
     histogram: Histogram
     spec: QuantSpec
+    known: KnownRange | None = None
 
 
 def units(
@@ -46,6 +49,7 @@ def units(
     groups: Iterable[tuple[str, ...]],
     methods: Mapping[str, Method],
     specs: Mapping[str, QuantSpec],
+    known: Mapping[str, KnownRange] | None = None,
 ) -> list[Unit]:
     """Merges the statistics of each tie group; other quantizers become units of their own.
 
@@ -54,6 +58,7 @@ def units(
         groups: Names of the quantizers that share a range, per group.
         methods: Methods by name.
         specs: Grids by name.
+        known: Ranges that are known without data, by name; one of a group is that of all.
 
     Returns:
         List of :class:`Unit` in the order of the model.
@@ -65,12 +70,13 @@ def units(
         total = Histogram(names[0])
         for name in names:
             total.merge(statistics.histograms[name])
-        result.append(Unit(names, methods[names[0]], total, specs[names[0]]))
+        found = next((known[n] for n in names if n in known), None) if known else None
+        result.append(Unit(names, methods[names[0]], total, specs[names[0]], found))
     return result
 
 
 def search(units: list[Unit], method: Method | None = None) -> list[float]:
-    """Searches the range of each unit.
+    """Searches the range of each unit, unless it is known.
 
     Args:
         units: The units.
@@ -79,12 +85,13 @@ def search(units: list[Unit], method: Method | None = None) -> list[float]:
     Returns:
         List of float, one amax per unit.
     """
-    result = [u.histogram.amax for u in units]
+    result = [u.known.amax if u.known else u.histogram.amax for u in units]
     batches: dict[tuple[Method, QuantSpec], list[int]] = {}
     for i, unit in enumerate(units):
         wanted = method or unit.method
         wanted = CANDIDATES[0] if wanted.name == 'auto' else wanted
-        if wanted.name != 'max' and result[i] > 0:  # max is known more exactly than its bin
+        exact = unit.known or wanted.name == 'max'  # max is known more exactly than its bin
+        if not exact and result[i] > 0:
             batches.setdefault((wanted, unit.spec), []).append(i)
     for (wanted, spec), indices in batches.items():
         for i, amax in strict_zip(indices, _search([units[i] for i in indices], wanted, spec)):

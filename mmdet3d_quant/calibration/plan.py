@@ -80,6 +80,10 @@ class Plan:
             methods.update(dict.fromkeys(fitting, method))
         return methods
 
+    def names(self, name: str) -> bool:
+        """Whether a pattern names a quantizer, whatever is the default."""
+        return any(select([name], pattern) for pattern, _ in self.overrides)
+
     def __str__(self) -> str:
         parts = [str(self.default), *(f'{p}={m}' for p, m in self.overrides)]
         parts += [f'weights={self.weights}'] if self.weights != 'max' else []

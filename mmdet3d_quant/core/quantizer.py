@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ _IF_OTHERS_HAVE = (
     'checkpoint was saved: keep it float with `skip`, of its Quant* type, or of '
     "`model = dict(type='Quantized', of=DETECTOR, skip={PATTERN: REASON})`. Else:"
 )
+
+
+@dataclass(frozen=True)
+class KnownRange:
+    """A range that follows from what a tensor is, not from data.
+
+    Attributes:
+        amax: The range limit.
+        reason: Where it comes from.
+    """
+
+    amax: float
+    reason: str
 
 
 class UncalibratedError(QuantError):
@@ -63,6 +77,9 @@ class Quantizer(Switches):
         ndim: Number of dimensions of the tensor; ``_amax`` then has shape
             ``(1, ..., channels, ..., 1)``, as in pytorch-quantization.
         label: How errors name this quantizer until the model that contains it is known.
+
+    Attributes:
+        known: What calibration takes without looking at data; None where the data decides.
     """
 
     _amax: Any  # a Tensor, or None when kept float
@@ -81,6 +98,7 @@ class Quantizer(Switches):
         self.spec = spec  # the library's constructor has set the width
         self._calibrator = None
         self.float_reason: str | None = None
+        self.known: KnownRange | None = None
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
         self.register_buffer('_amax', torch.full(shape, float('nan')))
         self._calibrated = False

@@ -42,10 +42,12 @@ class Link:
 
 
 #: `img_backbone` feeds `img_neck`, `pts_backbone` feeds `pts_neck`, `backbone` feeds `neck`, and
-#: each neck its head. The parts of `export/cuts.py` are called so, too.
+#: each neck its head; in BEVFusion `pts_neck` feeds the only head. The parts of `export/cuts.py`
+#: are called so, too.
 LINKS: list[Link] = [
     Link(r'(.*\.)?(\w+_)?backbone', r'\g<1>\g<2>neck'),
     Link(r'(.*\.)?(\w+_)?neck', r'\g<1>\g<2>bbox_head'),
+    Link(r'(.*\.)?pts_neck', r'\g<1>bbox_head'),
 ]
 
 

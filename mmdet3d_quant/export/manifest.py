@@ -110,7 +110,8 @@ def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[di
 
     Returns:
         Entries with ``scale`` (step size), ``amax``, ``dtype`` and the names of the
-        ``quantizers``, in the order of the model.
+        ``quantizers``, in the order of the model; ``known`` tells where a range comes from that is
+        not of data.
     """
     ranged = {n: q for n, q in quantizers(model).items() if q.calibrated and q.spec.axis is None}
     group_of = {name: group for group in ties(model) for name in group}
@@ -122,4 +123,6 @@ def _describe_scale(quantizer: Quantizer, names: list[str], unsigned: bool) -> d
     amax = float(quantizer._amax)
     fmt = UINT8 if unsigned else quantizer.spec.format
     scale = float(fmt.step(quantizer._amax))
-    return dict(scale=scale, amax=amax, dtype=fmt.name, quantizers=names)
+    known = quantizer.known
+    why = dict(known=known.reason) if known and amax == known.amax else {}
+    return dict(scale=scale, amax=amax, dtype=fmt.name, quantizers=names, **why)

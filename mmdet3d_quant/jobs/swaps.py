@@ -183,11 +183,22 @@ def _swap(cfg: Config, name: str, part: dict, child: nn.Module, shapes: list[Any
     )
 
 
+def has_type(child: nn.Module) -> bool:
+    """Whether a quantized type is written for a part, which then says what of it stays float."""
+    return MODELS.get(f'Quant{_own(child)}') is not None
+
+
+def _own(child: nn.Module) -> str:
+    return removeprefix(type(child).__name__, 'Portable')
+
+
 def _meant_float(name: str, child: nn.Module) -> str:
     """Why a part is not tried at all, or empty."""
     for pattern, reason in FLOAT_PARTS.items():
         if fnmatchcase(name, pattern):
             return reason
+    if has_type(child):
+        return ''
     inside = {c.__name__ for m in child.modules() for c in type(m).__mro__}
     return next((reason for kind, reason in FLOAT_INSIDE.items() if kind in inside), '')
 
@@ -202,8 +213,8 @@ def candidates(
         child: The float module.
         shapes: Of the arguments of its forward, if known.
     """
-    own = removeprefix(type(child).__name__, 'Portable')
-    if MODELS.get(f'Quant{own}') is not None:
+    own = _own(child)
+    if has_type(child):
         yield dict(type=f'Quant{own}')
     if MODELS.get('Quant') is not None:
         yield dict(type='Quant', of=part['type'])

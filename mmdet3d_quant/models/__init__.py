@@ -11,6 +11,7 @@ from mmdet3d_quant.models.sparse_encoder import (
     QuantSparseBasicBlock,
     QuantSparseEncoder,
 )
+from mmdet3d_quant.models.transfusion_head import QuantTransFusionHead
 from mmdet3d_quant.models.view_transform import QuantDepthLSSTransform, QuantLSSTransform
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     'QuantSECONDFPN',
     'QuantSparseBasicBlock',
     'QuantSparseEncoder',
+    'QuantTransFusionHead',
     'Quantized',
 ]

@@ -129,7 +129,7 @@ def quantize_parts(
     left: dict[str, str] = {}
     returned: dict[str, Any] = {}
     for name, part in sorted(parts.items(), key=lambda item: _rank(item[0])):
-        if is_quant_type(part):
+        if is_quant_type(part) or getattr(part, 'takes_skip', False):
             continue
         why = next((why for at, why in FLOAT_PARTS.items() if fnmatchcase(name, at)), None)
         if why is None:

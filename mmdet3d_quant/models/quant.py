@@ -20,7 +20,7 @@ from mmdet3d_quant.models.example import examples, given_example
 #: Types of parts that random maps do not show, or whose quantized type knows more of them.
 NAMED = (
     'BEVFusionSparseEncoder', 'ConvFuser', 'DepthLSSTransform', 'GeneralizedLSSFPN', 'LSSTransform',
-    'SparseEncoder',
+    'SparseEncoder', 'TransFusionHead',
 )  # fmt: skip
 
 

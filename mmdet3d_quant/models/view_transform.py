@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mmdet3d.registry import MODELS
 from torch import nn
 
+from mmdet3d_quant.core.quantizer import KnownRange
 from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.models.base import Skip, finish
 from mmdet3d_quant.parents import DepthLSSTransform, LSSTransform
@@ -18,12 +19,12 @@ else:
 
 
 class _QuantView(_View):
-    """Quantizes the per-image convolutions, and the BEV ones only when asked."""
+    """Quantizes the per-image convolutions, and the BEV ones unless told otherwise."""
 
     def __init__(
         self,
         *args: Any,
-        quantize_downsample: bool = False,
+        quantize_downsample: bool = True,
         skip: Skip = (),
         learn_amax: bool = False,
         **kwargs: Any,
@@ -39,10 +40,10 @@ class _QuantView(_View):
 
 @MODELS.register_module()
 class QuantLSSTransform(_QuantView, LSSTransform):
-    """``LSSTransform`` with ``depthnet`` quantized; takes its arguments.
+    """``LSSTransform`` with ``depthnet`` and ``downsample`` quantized; takes its arguments.
 
     Args:
-        quantize_downsample: Also quantize ``downsample``, which deployments usually run in FP16.
+        quantize_downsample: False keeps ``downsample`` float.
         skip: Layers to keep float: name patterns, or ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
     """
@@ -50,11 +51,20 @@ class QuantLSSTransform(_QuantView, LSSTransform):
 
 @MODELS.register_module()
 class QuantDepthLSSTransform(_QuantView, DepthLSSTransform):
-    """``DepthLSSTransform`` with ``dtransform`` and ``depthnet`` quantized; takes its arguments.
+    """``DepthLSSTransform``, quantized; takes its arguments.
+
+    The depth map has a range that is known: the end of the depth bins, beyond which nothing is
+    lifted. So a far return does not widen the steps of the others. A method that a calibration
+    plan names for ``dtransform.0._input_quantizer`` counts more.
 
     Args:
-        quantize_downsample: Also quantize ``downsample``, which deployments usually run in FP16.
+        quantize_downsample: False keeps ``downsample`` float.
         skip: Layers to keep float: name patterns such as ``'dtransform.0'``, or
             ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
     """
+
+    def _build(self) -> None:
+        super()._build()
+        depths = self.dtransform[0]._input_quantizer
+        depths.known = KnownRange(float(self.dbound[1]), 'end of the depth bins, dbound')

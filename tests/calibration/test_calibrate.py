@@ -8,6 +8,7 @@ from torch import nn
 
 from mmdet3d_quant import CalibrationError, calibrate, quantizers
 from mmdet3d_quant.calibration.histogram import NonFiniteError
+from mmdet3d_quant.core.quantizer import KnownRange
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d, QuantLinear
 
 
@@ -176,3 +177,21 @@ def test_a_compiled_model_is_calibrated_like_the_plain_one(part):
         expected = calibrate(copy.deepcopy(plain).eval(), batches, method)
         found = calibrate(model, batches, method)
         assert [r.amax for r in found.ranges] == [r.amax for r in expected.ranges]
+
+
+@pytest.mark.parametrize('method', ['max', 'mse', 'auto'])
+def test_a_known_range_is_taken_whatever_the_data_unless_the_plan_names_it(method):
+    ranges, told = [], []
+    for peak in (1.0, 500.0):
+        model = Tied()
+        model.b._input_quantizer.known = KnownRange(12.0, 'physics')
+        data = batches(4)
+        data[0][0, 0, 0, 0] = peak
+        result = calibrate(model, data, method)
+        ranges.append([float(q.amax) for q in (model.a._input_quantizer, model.b._input_quantizer)])
+        told.append([r.method for r in result.ranges])
+        named = calibrate(model, data, {'': 'max', 'b': 'max'}, num_batches=4)
+        assert float(model.b._input_quantizer.amax) == float((10 * torch.cat(data)).abs().max())
+        assert [r.method for r in named.ranges] == ['max'] * 2
+    assert ranges == [[12.0, 12.0]] * 2  # of the tie group, too
+    assert told == [['known: physics'] * 2] * 2

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmdet3d_quant import calibrate, set_mode
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.export.manifest import describe_scales
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
 from tests.models.small import VIEW
 
@@ -130,11 +131,12 @@ def test_positional_arguments_are_those_of_the_parent():
         QuantSECOND(4, layers=3)
 
 
-def test_downsample_is_float_unless_asked():
-    for asked in (False, True):
-        view = MODELS.build(dict(type='QuantDepthLSSTransform', **VIEW, quantize_downsample=asked))
+def test_downsample_is_quantized_unless_told_otherwise():
+    for kept in (False, True):
+        options = dict(quantize_downsample=False) if kept else {}
+        view = MODELS.build(dict(type='QuantDepthLSSTransform', **VIEW, **options))
         kinds = {type(m) for m in view.downsample if isinstance(m, nn.Conv2d)}
-        assert kinds == ({QuantConv2d} if asked else {nn.Conv2d})
+        assert kinds == ({nn.Conv2d} if kept else {QuantConv2d})
 
 
 def test_quantized_training_step_trains_the_master_weights():
@@ -149,3 +151,27 @@ def test_quantized_training_step_trains_the_master_weights():
     after = model.layer1[0].conv1.weight.detach()
     assert not torch.equal(before, after)
     assert len(after.unique()) == after.numel()  # master weights, not values on a grid
+
+
+def test_a_far_return_does_not_widen_the_steps_of_the_depth_map():
+    view = MODELS.build(dict(type='QuantDepthLSSTransform', **VIEW))
+    quantizer = view.dtransform[0]._input_quantizer
+    depth = torch.rand(1, 2, 1, 32, 64) * 9
+    x, found = torch.randn(1, 2, 8, 4, 8), {}
+
+    def run(model, inputs):
+        return model.lift(*inputs), model.downsample(x[:, 0, :6])
+
+    for far in (9.0, 200.0):
+        depth[0, 0, 0, 0, 0] = far
+        for method in ('max', 'mse'):
+            result = calibrate(view, [(x, depth)], method, forward=run)
+            found[far, method] = float(quantizer.amax)
+    assert set(found.values()) == {9.0}  # where dbound ends
+    told = {r.name: r.method for r in result.ranges}
+    assert told['dtransform.0._input_quantizer'] == 'known: end of the depth bins, dbound'
+    (scale,) = (e for e in describe_scales(view) if 'dtransform.0' in e['quantizers'][0])
+    assert scale['known'] == 'end of the depth bins, dbound' and scale['amax'] == 9
+    calibrate(view, [(x, depth)], 'dtransform.0=max', forward=run)
+    assert float(quantizer.amax) == 200
+    assert all('known' not in e for e in describe_scales(view))

@@ -98,8 +98,9 @@ def test_a_bevfusion_gets_the_types_of_our_own_configs_and_trains_on(tmp_path):
     made = quantize_config.main([str(float_config), '-o', str(tmp_path / 'int8.py')])
     ours = Config.fromfile(INT8.with_name(INT8.name.replace('int8', 'int8-all'))).model
     found = Config.fromfile(made.int8).model
-    assert found.of == 'BEVFusion' and list(found.skip) == ['bbox_head']
-    for part in ('img_backbone', 'img_neck', 'view_transform', 'fusion_layer', 'pts_backbone'):
+    assert found.type == ours.type == 'BEVFusion'
+    for part in ('img_backbone', 'img_neck', 'view_transform', 'fusion_layer', 'pts_backbone',
+                 'pts_neck', 'bbox_head'):  # fmt: skip
         assert found[part]['type'] == ours[part]['type']
     names = ('int8.py', 'float.pth')
     calibrate.main([str(tmp_path / n) for n in names] + ['--out', f'{tmp_path}/q.pth'])

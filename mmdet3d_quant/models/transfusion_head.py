@@ -1,0 +1,78 @@
+"""Quantized TransFusion head: the convolutions over its map, and on request its decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdet3d.registry import MODELS
+from torch import nn
+
+from mmdet3d_quant.core.modes import keep_float
+from mmdet3d_quant.layers.base import QuantLayer
+from mmdet3d_quant.layers.joining import Found, make_joining
+from mmdet3d_quant.layers.swap import swap_layers
+from mmdet3d_quant.models.base import Skip, finish
+
+#: What works on the map, and what on queries.
+MAP = ('shared_conv', 'heatmap_head')
+QUERIES = ('class_encoding', 'decoder', 'prediction_heads')
+WHY_FLOAT = 'it works on queries: little work, which attention decides by small differences'
+
+
+@MODELS.register_module()
+def QuantTransFusionHead(  # noqa: N802 - reads as the types beside it
+    of: Any = 'TransFusionHead',
+    decoder: bool = False,
+    skip: Skip = (),
+    learn_amax: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds a TransFusion head with its convolutions over the map quantized.
+
+    Those are ``shared_conv`` and ``heatmap_head``. The head is that of this package or that of
+    mmdet3d's BEVFusion project, whichever is registered.
+
+    Args:
+        of: Type of the float head.
+        decoder: Also quantize the convolutions and linear layers that work on queries, but for the
+            projections inside of attention.
+        skip: Layers to keep float: name patterns such as ``'heatmap_head.1'``, or
+            ``{pattern: reason}``.
+        learn_amax: Let training learn the ranges of activations.
+        **kwargs: Arguments of the head.
+
+    Returns:
+        The head, of a child of its type.
+
+    Raises:
+        KeyError: If the type is not registered.
+        ValueError: If a pattern of ``skip`` matches nothing.
+    """
+    head: Any = MODELS.build(dict(kwargs, type=of))
+    for part in (*MAP, *(QUERIES if decoder else ())):
+        for name, reason in swap_layers(getattr(head, part)).items():
+            keep_float(head, {f'{part}.{name}' if name else part: reason})
+    if not decoder:
+        keep_float(head, dict.fromkeys(QUERIES, WHY_FLOAT))
+    make_joining(head, Found(_read_together(head), [['shared_conv._input_quantizer']], [[]]))
+    finish(head, skip, learn_amax)
+    vars(head)['takes_skip'] = True  # as errors advise it
+    return head
+
+
+def _read_together(head: Any) -> list[list[str]]:
+    """Groups the quantizers that read one tensor: the queries, in each branch's first layer."""
+    groups = []
+    for i, branches in enumerate(head.prediction_heads):
+        firsts = (_first_reader(branch) for branch in branches.children())
+        names = list(branches._modules)
+        groups.append(
+            [f'prediction_heads.{i}.{n}.{at}' for n, at in zip(names, firsts) if at is not None]
+        )
+    return [group for group in groups if len(group) > 1]
+
+
+def _first_reader(branch: nn.Module) -> str | None:
+    """Name of the quantizer of a branch's first layer, None if it is float."""
+    layers = (name for name, m in branch.named_modules() if isinstance(m, QuantLayer))
+    return next((f'{name}._input_quantizer' for name in layers), None)
