@@ -101,7 +101,7 @@ class Detector:
         self.calibrated()
         folder = self.out / 'qat'
         if latest(str(folder)) is None:
-            tool('train.py', self.config('qat'), '--work-dir', folder)
+            tool('train.py', self.config('qat'), '--work-dir', folder, '--amp')
         return Path(latest(str(folder)) or sys.exit(f'error: no checkpoint in {folder}'))
 
     def model(self, checkpoint: Path, calibrated: bool = True) -> nn.Module:

@@ -2,7 +2,7 @@
 #   NAME=bevfusion_tiny_lidar-cam_swin
 #   python tools/calibrate.py configs/bevfusion_tiny/${NAME}_int8_synthetic.py \
 #       checkpoints/${NAME}_synthetic.pth --num-batches 8 --out work_dirs/swin_int8.pth
-#   python tools/train.py configs/bevfusion_tiny/${NAME}_qat_synthetic.py
+#   python tools/train.py configs/bevfusion_tiny/${NAME}_qat_synthetic.py --amp
 _base_ = ['./bevfusion_tiny_lidar-cam_swin_int8_synthetic.py']
 custom_imports = dict(
     imports=['mmdet3d_quant', 'mmdet3d_quant.bevfusion', 'mmdet3d_quant.qat'],
@@ -17,7 +17,7 @@ custom_hooks = [
     dict(type='DistillHook', checkpoint=load_from, modules={'img_neck': 1.0, 'pts_neck': 1.0}),
 ]
 
-# A quarter of the training frames once, at a hundredth of the float learning rate.
+# An eighth of the training frames once, at a hundredth of the float learning rate.
 max_epochs = 1
 train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=1e-5))
@@ -33,4 +33,4 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-train_dataloader = dict(persistent_workers=False, dataset=dict(indices=320))
+train_dataloader = dict(persistent_workers=False, dataset=dict(indices=160))
