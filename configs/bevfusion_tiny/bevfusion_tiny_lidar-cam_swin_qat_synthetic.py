@@ -1,0 +1,36 @@
+# QAT of the tiny BEVFusion with a Swin backbone, from its calibrated checkpoint.
+#   NAME=bevfusion_tiny_lidar-cam_swin
+#   python tools/calibrate.py configs/bevfusion_tiny/${NAME}_int8_synthetic.py \
+#       checkpoints/${NAME}_synthetic.pth --num-batches 8 --out work_dirs/swin_int8.pth
+#   python tools/train.py configs/bevfusion_tiny/${NAME}_qat_synthetic.py --amp
+_base_ = ['./bevfusion_tiny_lidar-cam_swin_int8_synthetic.py']
+custom_imports = dict(
+    imports=['mmdet3d_quant', 'mmdet3d_quant.bevfusion', 'mmdet3d_quant.qat'],
+    allow_failed_imports=False,
+)
+
+load_from = 'work_dirs/swin_int8.pth'
+custom_hooks = [
+    dict(type='FreezeHook', modules=['pts_middle_encoder']),
+    dict(type='QATHook', freeze_bn=0),
+    # The float model teaches the map that the head reads.
+    dict(type='DistillHook', checkpoint=load_from, modules={'img_neck': 1.0, 'pts_neck': 1.0}),
+]
+
+# An eighth of the training frames once, at a hundredth of the float learning rate.
+max_epochs = 1
+train_cfg = dict(max_epochs=max_epochs, val_interval=1)
+optim_wrapper = dict(optimizer=dict(lr=1e-5))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=20),
+    dict(
+        type='CosineAnnealingLR',
+        begin=0,
+        T_max=max_epochs,
+        end=max_epochs,
+        by_epoch=True,
+        eta_min_ratio=1e-2,
+        convert_to_iter_based=True,
+    ),
+]
+train_dataloader = dict(persistent_workers=False, dataset=dict(indices=160))
