@@ -47,6 +47,8 @@ class Format:
     fused: ClassVar[bool] = True
     #: The smallest number above zero.
     least: ClassVar[float] = 1
+    #: Whether all numbers are one step apart.
+    even: ClassVar[bool] = True
 
     def step(self, amax: Tensor) -> Tensor:
         """Computes the step size, ``amax / qmax``, kept away from zero by :data:`MIN_AMAX`.
@@ -109,10 +111,9 @@ class Format:
         Raises:
             ValueError: If they are not.
         """
-        count = len(self.levels())
-        if count != self.qmax + 1:
+        if not self.even:
             raise ValueError(f'entropy is for numbers one step apart, not {self.name}: take mse')
-        return count
+        return len(self.levels())
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class E4M3(Format):
 
     fused: ClassVar[bool] = False
     least: ClassVar[float] = 2.0**-9
+    even: ClassVar[bool] = False
 
     def round_(self, steps: Tensor, rectify: bool = False) -> Tensor:
         """As :meth:`Format.round_`; adding a number with that many more places rounds to 3."""

@@ -139,9 +139,7 @@ def test_mse_searches_on_the_numbers_of_fp8_and_entropy_is_refused():
     assert error(found) <= min(tried) * (1 + 1e-6)
     assert found != search_amax(counts, edges, 'mse', QuantSpec())
     assert search_amax(counts, edges, 'max', spec) == search_amax(counts, edges, 'max')
-    with pytest.raises(
-        ValueError, match='numbers one step apart, not fp8: take mse'
-    ):
+    with pytest.raises(ValueError, match='numbers one step apart, not fp8: take mse'):
         search_amax(counts, edges, 'entropy', spec)
     health = examine(histogram, found, spec)
     wrong = nearest(np.minimum(x.numpy() * 448 / found, 448)) * found / 448 - x.numpy()

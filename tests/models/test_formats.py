@@ -111,7 +111,7 @@ def test_calibration_training_and_loading(tmp_path):
     model = MODELS.build(dict(cfg))
     images = Points().images
     mq.calibrate(model, [images])
-    with pytest.raises(ValueError, match='entropy is for numbers one step apart, not fp8'):
+    with pytest.raises(ValueError, match='a._input_quantizer is fp8, .* one step apart'):
         mq.calibrate(copy.deepcopy(model), [images], 'entropy')
     start = tmp_path / 'fp8.pth'
     torch.save(dict(state_dict=model.state_dict(), meta={}), start)
@@ -143,3 +143,10 @@ def test_mixed_parts_calibrate_and_quantize_each_by_its_format():
         mq.calibrate(model, [x], 'max')
         errors.append(float((model(x)[1] - wanted).square().mean() / wanted.square().mean()))
     assert errors[0] != errors[1] and max(errors) < 0.01
+
+
+def test_auto_leaves_out_what_is_for_integers():
+    torch.manual_seed(0)
+    model = QuantSECOND(4, [4, 8], [1, 1], [1, 2], format={'blocks.1.*': 'fp8'}).eval()
+    result = mq.calibrate(model, list(torch.randn(4, 1, 4, 16, 16)), 'auto')
+    assert all(r.amax > 0 and r.method.startswith('auto: ') for r in result.ranges)
