@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar='SHARE',
-        help='least share, 0 to 1, of the multiply-accumulates of convolutions in INT8',
+        help='least share, 0 to 1, of the multiply-accumulates of convolutions in INT8 or FP8',
     )
     parser.add_argument(
         '--allow-float', action='store_true', help='files without Q/DQ are meant to be float'
@@ -121,11 +121,11 @@ def main(argv: list[str] | None = None) -> int:
         tell(console, graph, findings, convolutions, between)
         tell_findings(console, graph, findings, next(iter(verdicts.values()), None))
         if low:
-            console.print(f'[red]Less than {args.min_coverage:.1%} in INT8 (--min-coverage)')
+            console.print(f'[red]Less than {args.min_coverage:.1%} in INT8 or FP8 (--min-coverage)')
         report[str(file)] = dict(
             coverage=None if math.isnan(share) else share,
             findings=[finding.as_dict() for finding in findings],
-            layers=[dict(name=x.name, macs=x.macs, int8=x.int8) for x in convolutions],
+            layers=[dict(name=x.name, macs=x.macs, int8=x.int8, fp8=x.fp8) for x in convolutions],
             reformats=[asdict(x) for x in between],
         )
         if args.compile:
@@ -159,7 +159,9 @@ def tell(
     console.print(f'for {graph.profile.title}{told}', highlight=False)
     notes = sum(not finding.counts for finding in findings)
     counted = f'{len(findings) - notes} findings{f", {notes} notes" if notes else ""}'
-    console.print(f'{int8} of {len(convolutions)} convolutions in INT8{work}; {counted}')
+    fp8 = sum(layer.fp8 for layer in convolutions)
+    more = f' and {fp8} in FP8' if fp8 else ''
+    console.print(f'{int8} of {len(convolutions)} convolutions in INT8{more}{work}; {counted}')
     for kind in (TO_INT8, TO_FLOAT):
         same_kind = [x for x in between if x.kind == kind]
         if same_kind:

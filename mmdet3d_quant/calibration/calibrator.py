@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.auto import least_output_error
-from mmdet3d_quant.calibration.choose import CANDIDATES, Unit, search, units
+from mmdet3d_quant.calibration.choose import CANDIDATES, Unit, search, suits, units
 from mmdet3d_quant.calibration.health import examine, weak_weights
 from mmdet3d_quant.calibration.histogram import NonFiniteError
 from mmdet3d_quant.calibration.observe import (
@@ -36,6 +36,7 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import kept_float, quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.skip import how_to_skip
+from mmdet3d_quant.core.spec import Method
 from mmdet3d_quant.core.ties import ties
 
 
@@ -84,6 +85,12 @@ class Calibrator:
         if bad:
             raise NonFiniteError(f'the model cannot be calibrated: {"; ".join(bad[:5])}')
         self._methods = plan.methods(self._active)
+        for name, method in self._methods.items():
+            if not suits(method, self._active[name].spec):
+                raise ValueError(
+                    f'{name} is {self._active[name].spec.format.name}, whose numbers are not one '
+                    f'step apart, as {method} needs them: take mse'
+                )
         self.groups = ties(model)
         self.statistics = Statistics(self._active)
         self.stability = Stability(tolerance)
@@ -187,12 +194,19 @@ class Calibrator:
         left = [i for i, u in enumerate(chosen) if u.method.name == 'auto' and not u.known]
         if not left:
             return choices
-        units_left = [chosen[i] for i in left]
-        tried = list(strict_zip(*(search(units_left, method) for method in CANDIDATES)))
-        candidates = [(u.names, list(t)) for u, t in strict_zip(units_left, tried)]
+        tried: list[list[tuple[Method, float]]] = [[] for _ in left]
+        for method in CANDIDATES:
+            suited = [n for n, i in enumerate(left) if suits(method, chosen[i].spec)]
+            found = search([chosen[left[n]] for n in suited], method)
+            for n, amax in strict_zip(suited, found):
+                tried[n].append((method, amax))
+        candidates = [
+            (chosen[i].names, [amax for _, amax in pairs]) for i, pairs in strict_zip(left, tried)
+        ]
         best = least_output_error(self.model, candidates, held_out, self.forward)
-        for i, winner, values in strict_zip(left, best, tried):
-            choices[i] = Choice(chosen[i], values[winner], f'auto: {CANDIDATES[winner]}')
+        for i, winner, pairs in strict_zip(left, best, tried):
+            method, amax = pairs[winner]
+            choices[i] = Choice(chosen[i], amax, f'auto: {method}')
         return choices
 
     def _result(self, choices: list[Choice]) -> Calibration:

@@ -44,6 +44,11 @@ class Unit:
     known: KnownRange | None = None
 
 
+def suits(method: Method, spec: QuantSpec) -> bool:
+    """Tells whether a method is for the numbers of a grid: ``entropy`` wants them evenly spaced."""
+    return method.name != 'entropy' or spec.format.even
+
+
 def units(
     statistics: Statistics,
     groups: Iterable[tuple[str, ...]],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.calibration.histogram import Histogram
-from mmdet3d_quant.calibration.peaks import Peaks, bits_kept
+from mmdet3d_quant.calibration.peaks import Peaks
 from mmdet3d_quant.core.decibels import decibels
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.spec import QuantSpec
@@ -72,10 +72,11 @@ def examine(
     unsteady = histogram.amax / least if least > 0 else math.inf
     constant = histogram.num_elements > 1 and float(histogram.lowest) == float(histogram.highest)
     step = _step(amax, spec)
-    lost = _lost(histogram, step)
+    fmt = spec.format
+    lost = _lost(histogram, step * fmt.least)
     channels = peaks.inputs if peaks else []
-    lost_channels = _lost_channels(channels, step)
-    bits = tuple(min(bits_kept(float(p.max()), step), spec.num_bits) for p in channels if p.numel())
+    lost_channels = _lost_channels(channels, step * fmt.least)
+    bits = tuple(fmt.bits_used(float(p.max()) / step) for p in channels if p.numel())
     odd = dict(
         constant=constant,
         unsteady=unsteady > MOST_UNSTEADY,
@@ -83,24 +84,24 @@ def examine(
         noisy=sqnr < LEAST_SQNR,
         lost=lost > MOST_LOST,
         channels=lost_channels > MOST_LOST_CHANNELS,
-        narrow=len(bits) > 1 and min(bits) < min(LEAST_BITS, spec.num_bits - 1),
+        narrow=len(bits) > 1 and min(bits) < min(LEAST_BITS, fmt.bits - 1),
     )
     flags = tuple(name for name, is_odd in odd.items() if is_odd)
     return Health(sqnr, clipped, unsteady, flags, lost, lost_channels, bits)
 
 
-def _lost(histogram: Histogram, step: float) -> float:
+def _lost(histogram: Histogram, least: float) -> float:
     """Share of the values that round to zero, without those that are (nearly) zero already."""
     counts, values = histogram.bins.cpu().numpy()[1:], histogram.centers()[1:]
     total = counts.sum()
-    return float(counts[values < step / 2].sum() / total) if total else 0.0
+    return float(counts[values < least / 2].sum() / total) if total else 0.0
 
 
-def _lost_channels(channels: Sequence[Tensor], step: float) -> float:
+def _lost_channels(channels: Sequence[Tensor], least: float) -> float:
     """Share of the channels with values other than zero that round to zero as a whole."""
     peaks = torch.cat([p.flatten() for p in channels]) if channels else torch.zeros(0)
     live = peaks[peaks > 0]
-    return float((live < step / 2).float().mean()) if len(live) else 0.0
+    return float((live < least / 2).float().mean()) if len(live) else 0.0
 
 
 def _step(amax: float, spec: QuantSpec) -> float:

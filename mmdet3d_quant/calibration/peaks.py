@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, List, Tuple
 
 import torch
@@ -103,20 +102,6 @@ def channel_peaks(x: Tensor, axis: int) -> Tensor:
         x, others = x.flatten(2), [0, 2]
         return torch.maximum(x.amax(2).amax(0), -x.amin(2).amin(0)).float()
     return torch.maximum(x.amax(others), -x.amin(others)).float()
-
-
-def bits_kept(peak: float, step: float) -> float:
-    """Computes how many bits of a grid a tensor uses: those of its largest integer, and the sign.
-
-    Args:
-        peak: Largest absolute value of the tensor.
-        step: Step of the grid.
-
-    Returns:
-        Bits; 0 where all values round to zero.
-    """
-    level = math.floor(peak / step + 0.5)
-    return math.log2(level + 1) + 1 if level else 0.0
 
 
 def _largest(a: Tensor, b: Tensor) -> Tensor:

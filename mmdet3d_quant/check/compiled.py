@@ -9,6 +9,8 @@ from mmdet3d_quant.engines.tensorrt_rtx import Compiled
 
 #: The target whose effects are those of the compiler.
 TARGET = 'tensorrt-rtx'
+#: Types of the compiler that the linter tells apart.
+_EIGHT_BITS = ('Int8', 'FP8')
 
 
 def disagreements(graph: Graph, compiled: Compiled) -> list[str]:
@@ -33,9 +35,9 @@ def disagreements(graph: Graph, compiled: Compiled) -> list[str]:
     for node in graph.layers():
         if node.output[0] not in runs_in:
             raise ValueError(f'{graph.name(node)} is no layer of the file that was compiled')
-        here, there = graph.is_int8(node), runs_in[node.output[0]]
-        if here != (there == 'Int8'):
-            types = f'{"INT8" if here else "float"} for the linter, {there or "left out"}'
+        here, there = graph.runs_in(node), runs_in[node.output[0]]
+        if here != (there if there in _EIGHT_BITS else ''):
+            types = f'{here.upper() or "float"} for the linter, {there or "left out"}'
             told.append(f'{graph.name(node)}: {types} for the compiler')
     return told
 

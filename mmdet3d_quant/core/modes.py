@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Iterable, Iterator, Mapping
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from mmdet3d_quant.core.macs import weighted
 from mmdet3d_quant.core.quantizer import Quantizer, UncalibratedError
 from mmdet3d_quant.core.skip import how_to_skip
-from mmdet3d_quant.core.spec import as_reasons, check_mode, select
+from mmdet3d_quant.core.spec import as_bits, as_reasons, check_mode, select
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
@@ -154,3 +155,27 @@ def keep_float(model: nn.Module, skip: str | Iterable[str] | Mapping[str, str]) 
             )
         for name in names:
             by_name[name].keep_float(reason)
+
+
+def set_formats(model: nn.Module, formats: str | Mapping[str, str] | tuple[()]) -> None:
+    """Gives the quantizers that match a number format; of several patterns the last counts.
+
+    Args:
+        model: Any module.
+        formats: A name, for all, or ``{pattern: name}``: ``'int8'``, ``'fp8'``, or another of
+            ``core.formats.FORMATS``. Patterns are those of :func:`keep_float`.
+
+    Raises:
+        ValueError: If a name is unknown or a pattern matches no quantizer.
+    """
+    by_name = quantizers(model)
+    for pattern, bits in as_bits(formats).items():
+        names = select(by_name, pattern)
+        if not names:
+            some = ', '.join(dict.fromkeys(n.rpartition('.')[0] for n in by_name)) or 'none'
+            raise ValueError(
+                f'format pattern {pattern!r} matches no quantized layer of '
+                f'{type(model).__name__}; its quantized layers are: {some}'
+            )
+        for name in names:
+            by_name[name].spec = replace(by_name[name].spec, num_bits=bits)

@@ -11,7 +11,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.core.formats import MIN_AMAX
+from mmdet3d_quant.core.formats import FP8, MIN_AMAX
 from mmdet3d_quant.core.joined import Grid, grid_of, quantize
 from mmdet3d_quant.core.spec import QuantSpec, check_mode
 from mmdet3d_quant.core.switches import Switches
@@ -102,6 +102,14 @@ class Quantizer(Switches):
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
         self.register_buffer('_amax', torch.full(shape, float('nan')))
         self._calibrated = False
+
+    @property
+    def _version(self) -> Any:  # type: ignore[override]
+        """What metadata of a state dict have beside its keys: what the range is for.
+
+        1, torch's own number, for integers of any width; else the name of the format.
+        """
+        return FP8.name if self.spec.format == FP8 else 1
 
     @property
     def amax(self) -> Tensor | None:
@@ -249,8 +257,8 @@ class Quantizer(Switches):
     ):
         """Loads ``_amax`` on whatever device it lives, and notes whether it is a range.
 
-        One of another shape is an error of the loader; lenient loaders go on, and then there is no
-        range.
+        One of another shape, or of FP8 where this is none and the other way round, is an error of
+        the loader; lenient loaders go on, and then there is no range.
         """
         errors = len(error_msgs)
         # Past TensorQuantizer's own loader: it calls `.cuda()`.
@@ -270,7 +278,19 @@ class Quantizer(Switches):
             if key in unexpected_keys:
                 unexpected_keys.remove(key)
             return
-        with torch.no_grad():
-            if len(error_msgs) > errors:
+        if len(error_msgs) == errors and self._is_range():
+            told = local_metadata.get('version', self._version)  # without metadata nothing is told
+            if told != self._version:
+                of = FP8.name if told == FP8.name else 'integers'
+                error_msgs.append(
+                    f'format mismatch for {key}: calibrated for {of}, and this quantizer is '
+                    f'{self.spec.format.name}. Build the model with `format` as it was calibrated, '
+                    'or calibrate again'
+                )
+        if len(error_msgs) > errors:
+            with torch.no_grad():
                 self._amax.fill_(float('nan'))
-            self._calibrated = bool((torch.isfinite(self._amax) & (self._amax >= 0)).all())
+        self._calibrated = self._is_range()
+
+    def _is_range(self) -> bool:
+        return bool((torch.isfinite(self._amax) & (self._amax >= 0)).all())

@@ -30,7 +30,7 @@ class QuantSpec:
     pattern TensorRT takes for explicit quantization.
 
     Attributes:
-        num_bits: A key of ``core.formats.FORMATS``; 2 to 8 for integers.
+        num_bits: A key of ``core.formats.FORMATS``: 2 to 8 for integers, (4, 3) for FP8.
         axis: Channel axis with one range per index, or None for one range per tensor.
     """
 
@@ -141,6 +141,27 @@ def select(names: Iterable[str], pattern: str) -> list[str]:
         The matching names, in their given order.
     """
     return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + '.*')]
+
+
+def as_bits(formats: str | Mapping[str, str] | tuple[()]) -> dict[str, Bits]:
+    """Normalises a ``format`` argument to ``num_bits`` by pattern; ``()`` is none.
+
+    Args:
+        formats: The name of a format, for all, or a mapping from pattern to name.
+
+    Raises:
+        ValueError: If it is something else, or a name is unknown.
+    """
+    known = {fmt.name: bits for bits, fmt in FORMATS.items()}
+    pairs = {'*': formats} if isinstance(formats, str) else formats or {}
+    if not isinstance(pairs, Mapping):
+        raise ValueError(f'format expects a name or {{pattern: name}}, got {formats!r}')
+    for pattern, name in pairs.items():
+        if name not in list(known):
+            raise ValueError(
+                f'format of {pattern!r} must be one of {", ".join(known)}, got {name!r}'
+            )
+    return {pattern: known[name] for pattern, name in pairs.items()}
 
 
 def as_reasons(skip: str | Iterable[str] | Mapping[str, str]) -> dict[str, str]:

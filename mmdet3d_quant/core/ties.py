@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from mmdet3d_quant.core.modes import quantizers
+from mmdet3d_quant.core.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def ties(model: nn.Module) -> list[tuple[str, ...]]:
         list in the order of registration. Quantizers kept float belong to none.
 
     Raises:
-        ValueError: If a module declares a quantizer that it does not have.
+        ValueError: If a module declares a quantizer that it does not have, or quantizers that need
+            one number format have several: those of a group, or input and weight of a layer.
     """
     active = {n: q for n, q in quantizers(model).items() if q.float_reason is None}
     known = set(quantizers(model))
@@ -79,7 +81,10 @@ def ties(model: nn.Module) -> list[tuple[str, ...]]:
         if unknown:
             raise ValueError(f'a tie names {unknown[0]!r}, which is no quantizer of the model')
         groups.unite([n for n in names if n in active])
-    return groups.result()
+    found = groups.result()
+    for group in (*found, *_inputs_and_weights(active)):
+        _require_one_format(active, group)
+    return found
 
 
 def unequal_ties(model: nn.Module) -> list[tuple[str, ...]]:
@@ -91,6 +96,26 @@ def unequal_ties(model: nn.Module) -> list[tuple[str, ...]]:
         if any(not r.equal(ranges[0]) for r in ranges[1:]):
             broken.append(group)
     return broken
+
+
+def _inputs_and_weights(active: Mapping[str, Quantizer]) -> Iterator[tuple[str, str]]:
+    """Yields the two quantizers of each layer that has both."""
+    for name in active:
+        layer, _, own = name.rpartition('_input_quantizer')
+        if not own and f'{layer}_weight_quantizer' in active:
+            yield name, f'{layer}_weight_quantizer'
+
+
+def _require_one_format(active: Mapping[str, Quantizer], names: Sequence[str]) -> None:
+    first = active[names[0]].spec.format
+    for name in names[1:]:
+        other = active[name].spec.format
+        if type(other) is not type(first):  # integers may have several widths
+            raise ValueError(
+                f'{names[0]} is {first.name} and {name} is {other.name}, and both read one tensor, '
+                'or what a layer, an add or a concat reads together, which engines take in one '
+                'number format: let `format` name both, or keep one float with `skip`'
+            )
 
 
 def _declared(model: nn.Module) -> Iterable[list[str]]:

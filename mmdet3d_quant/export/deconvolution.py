@@ -127,6 +127,6 @@ def _rewritten(
         ),
     ]
     if size > 1:
-        tiles = dict(name=f'{node.name}.tiles', blocksize=size, mode='DCR')
+        tiles: dict[str, Any] = dict(name=f'{node.name}.tiles', blocksize=size, mode='DCR')
         nodes.append(helper.make_node('DepthToSpace', [wide], [node.output[0]], **tiles))
     return nodes, [numpy_helper.from_array(v, n) for n, v in tensors.items()]

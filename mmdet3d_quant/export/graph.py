@@ -56,6 +56,12 @@ def _value(node: NodeProto) -> TensorProto | None:
     return helper.make_tensor(node.output[0], kind, shape, value if shape else [value])
 
 
+def decoded(tensor: TensorProto) -> np.ndarray:
+    """Reads a stored tensor; FP8, for which numpy has no type, as float32."""
+    value = numpy_helper.to_array(tensor)
+    return value.astype(np.float32) if tensor.data_type == TensorProto.FLOAT8E4M3FN else value
+
+
 def custom_ops(model: onnx.ModelProto) -> dict[str, list[str]]:
     """Finds the operators that ONNX does not have, which need a plugin in every engine.
 

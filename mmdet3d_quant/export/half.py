@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from mmdet3d_quant.export.graph import axis_of, stored_tensors
+from mmdet3d_quant.export.graph import axis_of, decoded, stored_tensors
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.files.typed import round_tensors, tensor_types
 
@@ -65,17 +65,18 @@ def weight_of(
         Float64 array, or of integers.
     """
     if tensor in stored:
-        value = numpy_helper.to_array(stored[tensor])
+        value = decoded(stored[tensor])
         return value.astype(np.float64) if value.dtype.kind == 'f' else value
     node = makers.get(tensor)
     if node is None or node.op_type not in _PAIR:
         return None
-    integers, scale = (weight_of(i, makers, stored) for i in node.input[:2])
-    if integers is None or scale is None or integers.dtype.kind == 'f':
-        return integers
+    steps, scale = (weight_of(i, makers, stored) for i in node.input[:2])
+    real = node.input[0] not in stored or stored[node.input[0]].data_type == TensorProto.FLOAT
+    if steps is None or scale is None or real:
+        return steps
     if scale.ndim:
-        scale = scale.reshape([-1 if i == axis_of(node) else 1 for i in range(integers.ndim)])
-    return integers * scale
+        scale = scale.reshape([-1 if i == axis_of(node) else 1 for i in range(steps.ndim)])
+    return steps * scale
 
 
 def beyond(graph: onnx.GraphProto) -> Iterator[tuple[NodeProto, str]]:

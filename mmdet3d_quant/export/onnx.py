@@ -15,10 +15,11 @@ from torch import nn
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import tensors, uncompiled
-from mmdet3d_quant.core.formats import FORMATS
+from mmdet3d_quant.core.formats import FP8
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
 from mmdet3d_quant.export.deconvolution import to_depth_to_space
+from mmdet3d_quant.export.fp8 import to_fp8
 from mmdet3d_quant.export.graph import nonfinite_tensors
 from mmdet3d_quant.export.half import LEAST, round_scales
 from mmdet3d_quant.export.interface import check_inputs, find_problem, plugins_needed
@@ -32,7 +33,7 @@ from mmdet3d_quant.export.passes import (
     to_opset,
 )
 from mmdet3d_quant.export.ranges import peaks
-from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, Target, target_of
+from mmdet3d_quant.export.targets import DEFAULT, TARGET_KEY, Target, require_formats, target_of
 from mmdet3d_quant.export.tracing import TORCH_OPSET, trace
 from mmdet3d_quant.export.typed import to_strong
 from mmdet3d_quant.export.unsigned import to_unsigned
@@ -67,8 +68,8 @@ def export_onnx(
 ) -> onnx.ModelProto:
     """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
 
-    The pattern is TensorRT's explicit quantization: signed INT8, zero point 0, activations per
-    tensor, weights per output channel over float weights. Weight scales that are too small for
+    The pattern is TensorRT's explicit quantization: signed INT8 or FP8, zero point 0, activations
+    per tensor, weights per output channel over float weights. Weight scales that are too small for
     FP16 or for the bias are raised (``export/weight_scales.py``). The module itself is not changed.
 
     A BN that cannot be folded into one convolution stays as BatchNormalization, which computes in
@@ -91,8 +92,8 @@ def export_onnx(
         dynamic_batch: Let the first dimension of inputs and outputs vary. The file is tried on
             two samples.
         weights: ``'float'``: quantized weights are stored float32 with a Q/DQ pair, as TensorRT
-            has always taken them; ``'int8'``: stored as INT8 with a DequantizeLinear, a quarter
-            of the size and equal results; None: as the target has it.
+            has always taken them; ``'int8'``: stored as INT8 or FP8 with a DequantizeLinear, a
+            quarter of the size and equal results; None: as the target has it.
         fp16: Store weights, and compute, in FP16. For a strongly typed target also with Q/DQ, which
             is its default: inputs, outputs and scales are FP16, too, and float32 is what FP16
             cannot hold (:mod:`mmdet3d_quant.export.typed`). For others of graphs without Q/DQ.
@@ -107,9 +108,9 @@ def export_onnx(
 
     Raises:
         UncalibratedError: If a quantizer has no range.
-        ValueError: If members of a tie group have unequal ranges, a quantizer has a
-            format without an ONNX type (fewer than 8 bits), FP16 is asked for a quantized module,
-            or an argument is none of the above.
+        ValueError: If members of a tie group have unequal ranges, a quantizer has a number format
+            that the target does not run, FP16 is asked for a quantized module, or an argument is
+            none of the above.
         ExportError: If the graph fails ``onnx.checker``, has other inputs or outputs than named or
             random numbers, needs custom operators, lacks the Q/DQ pair of a quantizer, holds NaN
             or infinity, or what FP16 cannot hold where it is typed so, cannot take another batch
@@ -124,6 +125,8 @@ def export_onnx(
     _check_arguments(opset_version, weights, layernorm, wants)
     module = uncompiled(module)
     _check_module(module, quantized, fp16 and not wants.strong)
+    if quantized:
+        require_formats(quantizers(module), wants)
     found = quantizers(module) if quantized else {}
     ranges = {n: float(q._amax) for n, q in found.items() if q.calibrated and q.spec.axis is None}
     with whole(path) as tmp:
@@ -160,6 +163,11 @@ def export_onnx(
             to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges)
             drop_unused(model.graph)
         strong = fp16 and wants.strong
+        fp8 = {name for name, q in found.items() if q.spec.format == FP8}
+        if fp8:
+            model = to_opset(model, opset_version)
+            to_fp8(model.graph, names, fp8)
+            drop_unused(model.graph)
         if strong:
             round_scales(model.graph, names, LEAST)
         if weights == 'int8':
@@ -245,11 +253,6 @@ def _check_module(module: nn.Module, quantized: bool, fp16: bool) -> None:
             'quantizers that must share one scale have unequal ranges: '
             f'{", ".join(broken[0])} ({len(broken)} group(s)); calibrate the whole model'
         )
-    for name, quantizer in quantizers(module).items():
-        fmt = quantizer.spec.format
-        if quantizer.float_reason is None and fmt.onnx is None:
-            known = ', '.join(f.name for f in FORMATS.values() if f.onnx)
-            raise ValueError(f'only {known} can be exported; {name} has {fmt.name}')
 
 
 def _check(model: onnx.ModelProto, path: Path, name: str, pairs: int) -> None:

@@ -8,12 +8,18 @@ from typing import cast
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from mmdet3d_quant.core.formats import STORED
-from mmdet3d_quant.export.graph import ONNX_DOMAINS, axis_of, names_read, opset, stored_tensors
+from mmdet3d_quant.export.graph import (
+    ONNX_DOMAINS,
+    axis_of,
+    decoded,
+    names_read,
+    opset,
+    stored_tensors,
+)
 from mmdet3d_quant.export.half import require_weights
 
 
@@ -145,7 +151,7 @@ def to_opset(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
 
 
 def store_int8_weights(graph: onnx.GraphProto) -> None:
-    """Stores quantized weights as INT8 with a DequantizeLinear, a quarter of the size.
+    """Stores quantized weights as INT8 or FP8 with a DequantizeLinear, a quarter of the size.
 
     Each QuantizeLinear of a constant is computed as ONNX defines it: division in float32, rounding
     half to even, saturation. Weights that several layers read are stored once per scale. Those
@@ -162,9 +168,8 @@ def store_int8_weights(graph: onnx.GraphProto) -> None:
             axis = axis_of(node) % weight.ndim
             scale = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
         kind, name = constants[node.input[2]].data_type, node.output[0]
-        value = torch.from_numpy(_FORMATS[kind].rounded(weight / scale)).to(_FORMATS[kind].dtype)
-        raw = value.view(torch.uint8).numpy().tobytes()
-        stored[name] = onnx.helper.make_tensor(name, kind, value.shape, raw, raw=True)
+        raw = _FORMATS[kind].encoded(weight / scale)
+        stored[name] = onnx.helper.make_tensor(name, kind, weight.shape, raw, raw=True)
     del graph.node[:]
     graph.node.extend(kept)
     graph.initializer.extend(stored.values())
@@ -176,7 +181,7 @@ def _is_stored(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bo
     if len(node.input) < 3 or not all(i in constants for i in node.input):
         return False
     zero = constants[node.input[2]]
-    return zero.data_type in _FORMATS and not numpy_helper.to_array(zero).any()
+    return zero.data_type in _FORMATS and not decoded(zero).any()
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:

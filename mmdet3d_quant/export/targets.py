@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import onnx
 
+from mmdet3d_quant.core.formats import FP8, INT8, Format
+from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.export.boxes import BOXES_KEY, CODINGS, CUDA_BEVFUSION, MMDET3D, BoxCoding
 from mmdet3d_quant.files.metadata import STRONG
 
@@ -21,6 +23,7 @@ class Target:
 
     Attributes:
         name: Value of ``--target``.
+        numbers: Number formats that its engines run.
         typing: :data:`WEAK`: files are float32 outside of Q/DQ; :data:`STRONG`: FP16, but for what
             FP16 cannot hold, their inputs, outputs and scales, too.
         opset: ONNX opset of the files, unless another is asked for.
@@ -43,6 +46,7 @@ class Target:
     """
 
     name: str
+    numbers: tuple[Format, ...] = (INT8,)
     typing: str = WEAK
     opset: int = 17
     opsets: tuple[int, int] = (13, 21)
@@ -69,10 +73,11 @@ class Target:
         return self.strong or '--fp16' in self.flags
 
 
-#: What strongly typed targets have in common: FP16 scales are of opset 19, to which ONNX cannot
-#: convert the custom layer norm.
+#: What strongly typed targets have in common: FP16 scales and FP8 are of opset 19, to which ONNX
+#: cannot convert the custom layer norm.
 _STRONG = Target(
     '',
+    numbers=(INT8, FP8),
     typing=STRONG,
     opset=19,
     opsets=(19, 21),
@@ -126,6 +131,28 @@ def target_of(name: str) -> Target:
     if found is None:
         raise ValueError(f'there is no target {name!r}; there are {", ".join(target_names())}')
     return found
+
+
+def require_formats(by_name: Mapping[str, Quantizer], target: Target) -> None:
+    """Checks that a target's engines run the number formats of quantizers.
+
+    Args:
+        by_name: The quantizers.
+        target: The target.
+
+    Raises:
+        ValueError: If not; names the first quantizer and what to do.
+    """
+    for name, quantizer in by_name.items():
+        fmt = quantizer.spec.format
+        if quantizer.float_reason is None and fmt not in target.numbers:
+            known = ', '.join(f.name for f in target.numbers)
+            others = [t.name for t in TARGETS.values() if fmt in t.numbers]
+            cure = f'take --target {" or ".join(others)}, or ' if others else ''
+            raise ValueError(
+                f'only {known} can be exported for {target.name}; {name} has {fmt.name}: {cure}'
+                f'set `format` of its part to {known} and calibrate again'
+            )
 
 
 def target_in(model: onnx.ModelProto) -> str:

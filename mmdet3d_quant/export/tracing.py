@@ -20,6 +20,7 @@ from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
 from mmdet3d_quant.core.compat import set_submodule, strict_zip
 from mmdet3d_quant.core.copies import deep_copy, tensors
+from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.modes import quantizers, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.export.pairs import require_pairs
@@ -157,7 +158,7 @@ class _QDQFunction(torch.autograd.Function):
     def symbolic(g, x, scale, spec, name):
         step = torch.tensor(scale, dtype=torch.float32)
         axis = {'axis_i': spec.axis} if step.dim() else {}
-        zero = torch.zeros(step.shape, dtype=spec.format.dtype)
+        zero = torch.zeros(step.shape, dtype=spec.format.dtype or INT8.dtype)
         step, zero = (g.op('Constant', value_t=value) for value in (step, zero))
         q = g.op('QuantizeLinear', x, step, zero, **axis, **{f'{_NAME}_s': name})
         return g.op('DequantizeLinear', q, step, zero, **axis).setType(x.type())

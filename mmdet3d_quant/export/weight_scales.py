@@ -62,7 +62,7 @@ def raised(layer: Any, amax: Tensor) -> Tensor:
     fmt = layer._weight_quantizer.spec.format
     scale = fmt.step(amax.double().flatten())
     weight = layer.weight.detach().double().movedim(layer.weight_axis, 0).flatten(1)
-    none = weight.abs().amax(1) <= scale / 2
+    none = weight.abs().amax(1) <= scale * fmt.least / 2
     small = none | (scale.max() * _SHARE >= LEAST_HALF)
     least = torch.where(small, LEAST_HALF, 0.0).to(scale)
     of_input, bias = layer._input_quantizer, layer.bias

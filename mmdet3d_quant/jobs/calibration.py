@@ -223,7 +223,7 @@ def _equalize(model: nn.Module, data: Share, told: _Told) -> Equalization:
     for move in result.moves:
         told.listener.note(str(move))
     for left in result.left:
-        few = left.refused and left.bits > QuantSpec().num_bits - LEAST_BITS
+        few = left.refused and left.bits > QuantSpec().format.bits - LEAST_BITS
         (told.warn if few else told.listener.note)(str(left))
     return result
 

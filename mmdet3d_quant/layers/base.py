@@ -27,9 +27,11 @@ class QuantLayer(QuantMixin):
         weight_axis: Axis of the weight that indexes output channels; one range per index.
         _input_quantizer: Per tensor.
         _weight_quantizer: Per output channel; ``_amax`` keeps the dimensions of the weight.
+        why_integers: Why a layer of this type has no other number formats; empty if it has.
     """
 
     weight_axis = 0
+    why_integers = ''
     weight: Tensor
 
     def add_quantizers(self) -> None:

@@ -45,6 +45,8 @@ class _QuantSparse(QuantLayer):
     are not looked at when ranges are chosen.
     """
 
+    why_integers = 'libspconv, which runs sparse convolutions, has INT8 only'
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.add_quantizers()

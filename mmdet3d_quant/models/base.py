@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Iterable, Mapping, Union
+from typing import Any, Iterable, Mapping, Tuple, Union
 
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdet3d_quant.core.modes import keep_float, name_quantizers, quantizers
+from mmdet3d_quant.core.formats import FP8
+from mmdet3d_quant.core.modes import keep_float, name_quantizers, quantizers, set_formats
+from mmdet3d_quant.core.ties import ties
+from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.sparse import QUANT_SPARSE
 from mmdet3d_quant.parents import PortableSparseEncoder
 
 Skip = Union[str, Iterable[str], Mapping[str, str]]
+Formats = Union[str, Mapping[str, str], Tuple[()]]
 
 #: Layer types of a float config, and what each becomes. None is the default of its place.
 CONVS = dict.fromkeys((None, 'Conv', 'Conv2d', 'QuantConv2d'), 'QuantConv2d')
@@ -96,17 +100,38 @@ def _is(registered: Any, cls: Any) -> bool:
     return cls is not None and (registered is cls or (wraps and cls in registered.__bases__))
 
 
-def finish(model: nn.Module, skip: Skip, learn_amax: bool = False) -> None:
-    """Finishes the constructor of a quantized model: float layers, learned ranges.
+def finish(model: nn.Module, skip: Skip, learn_amax: bool = False, format: Formats = ()) -> None:
+    """Finishes the constructor of a quantized model: float layers, formats, learned ranges.
 
     Args:
         model: The model, built.
         skip: Layers to keep float; see :func:`mmdet3d_quant.core.modes.keep_float`.
         learn_amax: Make the ranges of activations parameters; see :mod:`mmdet3d_quant.qat`.
+        format: Number formats; see :func:`mmdet3d_quant.core.modes.set_formats`.
+
+    Raises:
+        ValueError: If a pattern matches nothing, formats that must be equal differ, or a layer has
+            a format that nothing runs.
     """
     keep_float(model, skip)
+    set_formats(model, format)
+    if format:
+        _check_formats(model)
     if learn_amax:
         for quantizer in quantizers(model).values():
             if quantizer.spec.axis is None:  # weights have a range per channel, which follows them
                 quantizer.learn()
     name_quantizers(model)
+
+
+def _check_formats(model: nn.Module) -> None:
+    ties(model)  # whose members must be of one format
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer) and layer.why_integers:
+            quantizer = layer._input_quantizer
+            if quantizer.float_reason is None and quantizer.spec.format == FP8:
+                raise ValueError(
+                    f'{name} of {type(model).__name__} cannot be {FP8.name}: {layer.why_integers}. '
+                    "Name its part in `format` with 'int8', behind the others: of several patterns "
+                    'the last counts'
+                )

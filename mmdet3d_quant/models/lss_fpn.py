@@ -8,7 +8,7 @@ from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
 from mmdet3d_quant.layers import QuantConcat
-from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
+from mmdet3d_quant.models.base import Formats, Skip, arguments, finish, quant_conv_cfg
 from mmdet3d_quant.parents import GeneralizedLSSFPN
 
 
@@ -23,14 +23,22 @@ class QuantGeneralizedLSSFPN(GeneralizedLSSFPN):
         skip: Layers to keep float: name patterns such as ``'lateral_convs.0'``, or
             ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
+        format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
     """
 
-    def __init__(self, *args: Any, skip: Skip = (), learn_amax: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        skip: Skip = (),
+        learn_amax: bool = False,
+        format: Formats = (),
+        **kwargs: Any,
+    ):
         bound = arguments(GeneralizedLSSFPN, args, kwargs)
         bound['conv_cfg'] = quant_conv_cfg(bound.get('conv_cfg'))
         super().__init__(**bound)
         self.concats = nn.ModuleList(QuantConcat(dim=1) for _ in self.lateral_convs)
-        finish(self, skip, learn_amax)
+        finish(self, skip, learn_amax, format)
 
     def concat(self, level: int, tensors: Sequence[Tensor]) -> Tensor:
         """Joins a level's map with the upsampled coarser one on one grid."""

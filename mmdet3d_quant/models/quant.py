@@ -13,7 +13,7 @@ from mmdet3d_quant.core.macs import weighted
 from mmdet3d_quant.core.modes import keep_float, quantizers
 from mmdet3d_quant.core.naming import type_name
 from mmdet3d_quant.core.spec import select
-from mmdet3d_quant.models.base import Skip, finish
+from mmdet3d_quant.models.base import Formats, Skip, finish
 from mmdet3d_quant.models.convert import quantize, quantize_parts
 from mmdet3d_quant.models.example import examples, given_example
 
@@ -32,6 +32,7 @@ def Quant(  # noqa: N802 - reads as the types beside it
     only: str | Iterable[str] = (),
     joins: bool | str = True,
     example: Any = None,
+    format: Formats = (),
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a float module and quantizes it, whatever its type.
@@ -51,6 +52,7 @@ def Quant(  # noqa: N802 - reads as the types beside it
         skip: Layers to keep float: name patterns, or ``{pattern: reason}``, relative to the module.
             Quantizers of adds and concats are ``quant_joins`` of the module with the add.
         learn_amax: Let training learn the ranges of activations.
+        format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
         only: Name patterns of what to quantize; all that can be, by default. One that names a
             layer that cannot be is an error.
         joins: Whether adds and concats get quantizers; ``'all'``: adds to a stream that is float
@@ -77,7 +79,7 @@ def Quant(  # noqa: N802 - reads as the types beside it
         likely = examples(model, kwargs.get('in_channels'))
         made = quantize(model, joins, likely if example is None else [given_example(example)])
     _keep_others_float(model, made.left, [only] if isinstance(only, str) else list(only))
-    finish(model, skip, learn_amax)
+    finish(model, skip, learn_amax, format)
     vars(model)['takes_skip'] = True  # as errors advise it
     if learn_amax:
         for module in model.modules():

@@ -7,12 +7,16 @@ from typing import Any
 from mmdet3d.registry import MODELS
 from torch import nn
 
-from mmdet3d_quant.models.base import Skip, finish
+from mmdet3d_quant.models.base import Formats, Skip, finish
 
 
 @MODELS.register_module()
 def Quantized(  # noqa: N802 - reads as the types beside it
-    of: Any, skip: Skip = (), learn_amax: bool = False, **kwargs: Any
+    of: Any,
+    skip: Skip = (),
+    learn_amax: bool = False,
+    format: Formats = (),
+    **kwargs: Any,
 ) -> nn.Module:
     """Builds a model of another type, and gives it the settings that Quant types take.
 
@@ -24,6 +28,7 @@ def Quantized(  # noqa: N802 - reads as the types beside it
         skip: Layers to keep float: name patterns, or ``{pattern: reason}``, relative to the model.
             Layers of a float type may be named, too: they are then meant to be float.
         learn_amax: Let training learn the ranges of activations.
+        format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
         **kwargs: Arguments of the model.
 
     Returns:
@@ -34,5 +39,5 @@ def Quantized(  # noqa: N802 - reads as the types beside it
         ValueError: If a pattern of ``skip`` matches nothing.
     """
     model = MODELS.build(dict(kwargs, type=of))
-    finish(model, skip, learn_amax)
+    finish(model, skip, learn_amax, format)
     return model

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mmdet3d_quant.core.joined import joins_norms, normed, rectified, rounded_once, untouched
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import input_quantizer, readers_of
-from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
+from mmdet3d_quant.models.base import Formats, Skip, arguments, finish, quant_conv_cfg
 
 # Mixed into blocks of mmdet, which give these.
 if TYPE_CHECKING:
@@ -165,19 +165,27 @@ class QuantResNet(ResNet):
         skip: Layers to keep float: name patterns such as ``'conv1'`` or ``'layer1.0.*'``, or
             ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
+        format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
 
     Raises:
         ValueError: If ``dcn`` is given, the convolution type has no quantized counterpart, or a
             ``skip`` pattern matches nothing.
     """
 
-    def __init__(self, *args: Any, skip: Skip = (), learn_amax: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        skip: Skip = (),
+        learn_amax: bool = False,
+        format: Formats = (),
+        **kwargs: Any,
+    ):
         bound = arguments(ResNet, args, kwargs)
         bound['conv_cfg'] = quant_conv_cfg(bound.get('conv_cfg'))
         if bound.get('dcn') is not None:
             raise ValueError('deformable convolutions cannot be quantized: leave dcn=None')
         super().__init__(**bound)
-        finish(self, skip, learn_amax)
+        finish(self, skip, learn_amax, format)
         stages = [getattr(self, name) for name in self.res_layers]
         for i, stage in enumerate(stages):
             stage.following = () if i in self.out_indices else tuple(stages[i + 1 : i + 2])

@@ -13,7 +13,7 @@ from mmdet3d_quant.layers import QuantAdd
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values, with_values
 from mmdet3d_quant.layers.sparse import QUANT_SPARSE
-from mmdet3d_quant.models.base import Skip, arguments, finish, quant_sparse_conv_cfg
+from mmdet3d_quant.models.base import Formats, Skip, arguments, finish, quant_sparse_conv_cfg
 from mmdet3d_quant.parents import BEVFusionSparseEncoder, PortableSparseEncoder
 
 #: What stays float unless ``skip`` says otherwise. With intensities up to 255 in the tensor, a step
@@ -79,10 +79,15 @@ class _QuantEncoder(_Encoder):
     block: ClassVar[type] = QuantSparseBasicBlock
 
     def __init__(
-        self, *args: Any, skip: Skip = FIRST_FLOAT, learn_amax: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        skip: Skip = FIRST_FLOAT,
+        learn_amax: bool = False,
+        format: Formats = (),
+        **kwargs: Any,
     ):
         super().__init__(**arguments(self.float_encoder, args, kwargs))
-        finish(self, skip, learn_amax)
+        finish(self, skip, learn_amax, format)
 
 
 @MODELS.register_module()
@@ -94,6 +99,7 @@ class QuantBEVFusionSparseEncoder(_QuantEncoder, BEVFusionSparseEncoder):
             or ``{pattern: reason}``. By default the first convolution, whose input has metres,
             intensity and seconds on one scale; a ``skip`` that is given replaces this default.
         learn_amax: Let training learn the ranges of activations.
+        format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
     """
 
     float_encoder = BEVFusionSparseEncoder

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdet3d_quant.core.quantizer import KnownRange
 from mmdet3d_quant.layers import QuantConv2d
-from mmdet3d_quant.models.base import Skip, finish
+from mmdet3d_quant.models.base import Formats, Skip, finish
 from mmdet3d_quant.parents import DepthLSSTransform, LSSTransform
 
 if TYPE_CHECKING:
@@ -27,11 +27,12 @@ class _QuantView(_View):
         quantize_downsample: bool = True,
         skip: Skip = (),
         learn_amax: bool = False,
+        format: Formats = (),
         **kwargs: Any,
     ):
         self.quantize_downsample = quantize_downsample
         super().__init__(*args, **kwargs)
-        finish(self, skip, learn_amax)
+        finish(self, skip, learn_amax, format)
 
     def _conv(self, part: str, *args: Any, **kwargs: Any) -> nn.Conv2d:
         quantized = part != 'downsample' or self.quantize_downsample
@@ -46,6 +47,7 @@ class QuantLSSTransform(_QuantView, LSSTransform):
         quantize_downsample: False keeps ``downsample`` float.
         skip: Layers to keep float: name patterns, or ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
+        format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
     """
 
 
@@ -62,6 +64,7 @@ class QuantDepthLSSTransform(_QuantView, DepthLSSTransform):
         skip: Layers to keep float: name patterns such as ``'dtransform.0'``, or
             ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
+        format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
     """
 
     def _build(self) -> None:

@@ -25,7 +25,7 @@ from mmdet3d_quant.parents.sparse_layout import accept_any_layout
 from mmdet3d_quant.runs.conversion import maker_of
 from mmdet3d_quant.runs.wrappers import fitting, prefixes, tell, without
 
-_MISMATCH = re.compile(r'size mismatch for (\S+): copying')
+_MISMATCH = re.compile(r'(?:size|(format)) mismatch for (\S+): (?(1)(.*?)\.|copying)')
 _SHOWN = 10
 _CALIBRATE = 'run tools/calibrate.py with this config'
 _TRAIN = (
@@ -42,7 +42,7 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
         model: The model; its quantizers are loaded too where the checkpoint has them.
         path: The checkpoint. Prefixes of wrappers are taken off if the rest fits.
         calibrated: Whether every quantizer must have a range afterwards. If not, ranges of
-            another shape are left out, which is told.
+            another shape or number format are left out, which is told.
 
     Returns:
         The checkpoint's ``meta``.
@@ -70,13 +70,13 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
         raise CheckpointError(_misfit(path, model, missing, unknown, shapes))
     if shapes and calibrated:
         raise CheckpointError(
-            f'checkpoint {path} has {len(shapes)} ranges of another shape than the quantizers of '
-            f'the model: {_CALIBRATE}{_lines(shapes)}'
+            f'checkpoint {path} has {len(shapes)} ranges of another shape or number format than '
+            f'the quantizers of the model: {_CALIBRATE}{_lines(shapes)}'
         )
     if shapes:
         print_log(
-            f'{path}: {len(shapes)} ranges are of another shape and were not loaded'
-            f'{_lines(shapes)}',
+            f'{path}: {len(shapes)} ranges are of another shape or number format and were not '
+            f'loaded{_lines(shapes)}',
             logger='current',
         )
     ignored = [n for n in kept_float(model) if f'{n}._amax' in state]
@@ -96,7 +96,7 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
 def _load(
     model: nn.Module, state: dict[str, Any], path: Any
 ) -> tuple[set[str], set[str], dict[str, str]]:
-    """Loads what fits; names that are missing, unknown, of another shape (with both)."""
+    """Loads what fits; names that are missing, unknown, of another shape or format (with both)."""
     try:
         keys = model.load_state_dict(state, strict=False)
         return set(keys.missing_keys), set(keys.unexpected_keys), {}
@@ -106,11 +106,12 @@ def _load(
     if not all(found):
         odd = next(line for line, match in zip(lines, found) if not match)
         raise CheckpointError(f'checkpoint {path} is of another architecture: {odd}')
-    names = [match[1] for match in found if match]
+    names = {match[2]: match[3] for match in found if match}
     own = model.state_dict()
     shapes = {
-        name: f'{tuple(state[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the model'
-        for name in names
+        name: what
+        or f'{tuple(state[name].shape)} in the checkpoint, {tuple(own[name].shape)} in the model'
+        for name, what in names.items()
     }
     rest = copy.copy(state)  # with its _metadata
     for name in names:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.calibration.peaks import Peaks, bits_kept, channel_peaks
+from mmdet3d_quant.calibration.peaks import Peaks, channel_peaks
+from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantLinear
 
 
@@ -54,7 +55,7 @@ def test_merging_is_exact_in_any_order_and_survives_saving():
 
 
 def test_bits_are_those_of_the_largest_integer():
-    assert [bits_kept(p, 1.0) for p in (0.4, 1.0, 3.0, 7.0, 127.0)] == [0, 2, 3, 4, 8]
+    assert [INT8.bits_used(p) for p in (0.4, 1.0, 3.0, 7.0, 127.0)] == [0, 2, 3, 4, 8]
 
 
 def test_a_frame_with_an_outlier_is_named():
@@ -83,7 +84,10 @@ def test_a_small_branch_of_a_concat_is_told():
     model.share = 0.01
     (told,) = mq.calibrate(model, [x], method='max').ranges
     assert told.health.flags == ('narrow',)
-    assert told.health.bits == (8.0, bits_kept(0.01 * float(x.abs().max()), told.amax / 127))
+    assert told.health.bits == (
+        8.0,
+        INT8.bits_used(0.01 * float(x.abs().max()) / (told.amax / 127)),
+    )
     model.share = 0.3
     (told,) = mq.calibrate(model, [x], method='max').ranges
     assert told.health.flags == () and min(told.health.bits) > 6

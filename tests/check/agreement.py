@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+from onnx import TensorProto
 
 from mmdet3d_quant.check.compiled import TARGET, disagreements
 from mmdet3d_quant.check.lint import Graph, lint
@@ -16,6 +17,8 @@ from tests.check.planted import PLANTED
 from tests.engines.qdq import QDQ
 
 SM = 'SM86'
+#: The first generation that runs FP8.
+SM_FP8 = 'SM89'
 #: Channels, and whether the graph is typed FP16.
 KINDS = [(8, False), (8, True), (32, False), (32, True)]
 
@@ -52,7 +55,10 @@ def judge(model: onnx.ModelProto, path: Path) -> Outcome:
     onnx.save(model, path)
     graph = Graph(model, TARGET)
     findings = lint(graph)
-    verdict = compile_onnx(path, [SM])[SM]
+    sm = (
+        SM_FP8 if TensorProto.FLOAT8E4M3FN in {i.data_type for i in model.graph.initializer} else SM
+    )
+    verdict = compile_onnx(path, [sm])[sm]
     return Outcome(
         frozenset((f.rule.id, f.case) for f in findings),
         frozenset(f.effect.what for f in findings),

@@ -324,8 +324,8 @@ def _weights(name, rule, case='', *, one, typed=(False, True)):
         return conv(g, g.qdq(start(g)), weight(g, scale=scale))
 
 
-_activation('zero point', 'Q20', zero=np.int8(3))
-_activation('zero point UINT8', 'Q20', zero=np.uint8(3))
+_activation('zero point', 'Q20', 'integers', zero=np.int8(3))
+_activation('zero point UINT8', 'Q20', 'integers', zero=np.uint8(3))
 _activation('UINT8', 'Q21', 'UINT8', zero=np.uint8(0))
 _activation('no zero point', 'Q21', 'no zero point', zero=None)
 _activation(
@@ -532,9 +532,69 @@ def _int4(g, wrong):
     return g.conv('x', 'conv')
 
 
-@planted('FP8', 'Q41', 'FP8', opset=19)
-def _fp8(g, wrong):
-    g.dtype = TensorProto.FLOAT8E4M3FN if wrong else TensorProto.INT8
+def fp8(g, wrong):
+    """E4M3 and, where it shall be wrong, something else."""
+    g.dtype = TensorProto.INT8 if wrong else TensorProto.FLOAT8E4M3FN
+
+
+@planted('E5M2', 'Q41', 'other FP8', opset=19)
+def _e5m2(g, wrong):
+    g.dtype = TensorProto.FLOAT8E5M2 if wrong else TensorProto.FLOAT8E4M3FN
+    return g.conv('x', 'conv')
+
+
+@planted('FP8 input, INT8 weight', 'Q43', 'layer', opset=19)
+def _mixed_weight(g, wrong):
+    fp8(g, False)
+    x = g.qdq('x')
+    fp8(g, wrong)
+    return conv(g, x, weight(g))
+
+
+@planted('INT8 input, FP8 weight', 'Q43', 'layer', opset=19)
+def _mixed_input(g, wrong):
+    fp8(g, wrong)
+    x = g.qdq('x')
+    fp8(g, False)
+    return conv(g, x, weight(g))
+
+
+@planted('concat of INT8 and FP8', 'Q43', 'concat', opset=19)
+def _mixed_concat(g, wrong):
+    fp8(g, False)
+    a = g.qdq('x')
+    fp8(g, wrong)
+    b = g.qdq(g.node('Relu', 'x'))
+    fp8(g, False)
+    y = g.qdq(g.node('Concat', a, b, axis=1))
+    return conv(g, y, weight(g, g.channels, 2 * g.channels, 3, 3))
+
+
+@planted('FP8 zero point', 'Q20', 'FP8', opset=19)
+def _fp8_zero(g, wrong):
+    fp8(g, False)
+    return g.conv('x', 'conv', zero=int(wrong))
+
+
+@planted('FP8 in a large kernel', 'Q45', opset=19, twin=False)
+def _fp8_large(g, wrong):
+    fp8(g, False)
+    rows, columns = (3, 11) if wrong else (4, 8)
+    w = weight(g, g.channels, g.channels, rows, columns)
+    return g.node('Conv', g.qdq('x'), w, name='conv')
+
+
+@planted('FP8 before a MaxPool', 'Q05', 'input', opset=19)
+def _fp8_pool(g, wrong):
+    fp8(g, False)
+    pool = lambda x: g.node('MaxPool', x, kernel_shape=[2, 2], strides=[2, 2])  # noqa: E731
+    y = pool(g.qdq('x')) if wrong else g.qdq(pool('x'))
+    return conv(g, y, weight(g))
+
+
+@planted('FP8 too early', 'Q44', opset=17, typed=(False,))
+def _fp8_early(g, wrong):
+    fp8(g, not wrong)
     return g.conv('x', 'conv')
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from mmdet3d_quant.export.graph import names_read, stored_tensors
+from mmdet3d_quant.export.graph import decoded, names_read, stored_tensors
 
 #: Ops whose result is not taken for a constant though their inputs are: rounding, and chance.
 _NEVER = frozenset({
@@ -42,7 +42,7 @@ class Constants:
     def value(self, tensor: str) -> np.ndarray | None:
         """Reads or computes a tensor; None if it is no constant, or cannot be computed."""
         if tensor in self.stored:
-            return numpy_helper.to_array(self.stored[tensor])
+            return decoded(self.stored[tensor])
         if tensor in self._known and tensor not in self._made:
             self._made[tensor] = self._compute(tensor)
         return self._made.get(tensor)

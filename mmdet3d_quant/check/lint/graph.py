@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto
 
 from mmdet3d_quant.check.lint.constants import Constants
-from mmdet3d_quant.check.lint.moves import reached, source_of_weight, unpadded
+from mmdet3d_quant.check.lint.moves import FP8, reached, source_of_weight, unpadded
 from mmdet3d_quant.check.lint.profiles import profile_of
 from mmdet3d_quant.export.graph import ONNX_DOMAINS, axis_of
 from mmdet3d_quant.export.targets import TARGET_KEY, target_in
@@ -26,6 +27,8 @@ CONVOLUTIONS = {'Conv': 0, 'ConvTranspose': 1}
 PRODUCTS = ('Gemm', 'MatMul')
 #: Types of integers with which a layer runs in INT8; those of TensorRT take UINT8 for INT8.
 _BYTES = ('INT8', 'UINT8', '')
+#: Places of a kernel up to which a convolution runs in FP8.
+FP8_PLACES = 32
 
 
 class LintError(ValueError):
@@ -158,17 +161,35 @@ class Graph:
         """Pairs whose integers a layer reads as its activation, moved or not."""
         return reached(self, self.data(layer))
 
-    def is_int8(self, node: NodeProto) -> bool:
-        """Whether both factors of a convolution or product are quantized as the engine wants."""
+    def runs_in(self, node: NodeProto) -> str:
+        """Tells in which of ``Int8`` and ``FP8`` a layer runs, as NVIDIA's compiler calls them.
+
+        Returns:
+            One of the two if both factors are quantized as the engine wants; else nothing.
+        """
         read, weight = self.read_pairs(node), self.weight_pair(node)
         if node.op_type == 'ConvTranspose' and not self.profile.deconvolutions:
-            return False
-        if not read or weight is None or any(p.kind not in _BYTES for p in (*read, weight)):
-            return False
+            return ''
+        if not read or weight is None:
+            return ''
+        kinds = {pair.kind for pair in (*read, weight)}
+        fp8 = self.profile.fp8 and kinds == {FP8} and self.places(node) <= FP8_PLACES
+        if not fp8 and not kinds <= set(_BYTES):
+            return ''
         if any(self.is_per_channel(pair, node) for pair in read):
-            return False
+            return ''
         one = weight.scale is None or weight.scale.size == 1 or node.op_type == 'ConvTranspose'
-        return one or weight.axis == self.output_axis(node)
+        fits = one or weight.axis == self.output_axis(node)
+        return ('FP8' if fp8 else 'Int8') if fits else ''
+
+    def places(self, layer: NodeProto) -> int:
+        """Counts the places of a convolution's kernel; 1 of a product or if it is not known."""
+        shape = self.shapes.get(layer.input[1], []) if layer.op_type in CONVOLUTIONS else []
+        return prod(max(size, 1) for size in shape[2:])
+
+    def is_int8(self, node: NodeProto) -> bool:
+        """Whether both factors of a convolution or product are integers as the engine wants."""
+        return self.runs_in(node) == 'Int8'
 
     def is_per_channel(self, pair: Pair, layer: NodeProto) -> bool:
         """Whether the engine takes the scale of a layer's activation for scales per channel."""

@@ -18,24 +18,28 @@ class Layer:
     Attributes:
         name: Of its node.
         macs: Multiply-accumulates of one run; of a dynamic batch, of one sample.
-        int8: Whether input and weight are quantized.
+        int8: Whether input and weight are integers.
+        fp8: Whether they are FP8.
     """
 
     name: str
     macs: int
     int8: bool
+    fp8: bool = False
 
 
 def layers(graph: Graph) -> list[Layer]:
     """Lists all layers with weights in the order of the file."""
-    return [Layer(graph.name(n), _macs(graph, n), graph.is_int8(n)) for n in graph.layers()]
+    found = ((graph.name(n), _macs(graph, n), graph.runs_in(n)) for n in graph.layers())
+    return [Layer(name, macs, kind == 'Int8', kind == 'FP8') for name, macs, kind in found]
 
 
 def coverage(convolutions: Iterable[Layer]) -> float:
-    """Computes the share of multiply-accumulates in INT8, 0 to 1; NaN without layers."""
+    """Computes the share of multiply-accumulates in INT8 or FP8, 0 to 1; NaN without layers."""
     convolutions = list(convolutions)
     total = sum(layer.macs for layer in convolutions)
-    return sum(layer.macs for layer in convolutions if layer.int8) / total if total else math.nan
+    quantized = sum(layer.macs for layer in convolutions if layer.int8 or layer.fp8)
+    return quantized / total if total else math.nan
 
 
 def _macs(graph: Graph, node: NodeProto) -> int:

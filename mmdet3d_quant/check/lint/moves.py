@@ -21,6 +21,8 @@ MOVES = frozenset({
     'Pad', 'Reshape', 'Slice', 'SpaceToDepth', 'Split', 'Squeeze', 'Tile', 'Transpose',
     'Unsqueeze',
 })  # yapf: disable  # fmt: skip
+#: The 8-bit floating numbers that layers run in; they pass a MaxPool no more.
+FP8 = 'FLOAT8E4M3FN'
 #: Ops that a DQ of a weight passes.
 _OF_WEIGHTS = frozenset(
     {'Cast', 'Identity', 'Reshape', 'Slice', 'Squeeze', 'Transpose', 'Unsqueeze'}
@@ -95,7 +97,7 @@ def scaled(graph: Graph, node: NodeProto, channels: bool = False) -> tuple[str |
     """
     fills = node.op_type == 'Pad' and not _copies(node)
     if node.op_type in MOVES and node.op_type != 'Concat' and not fills:
-        return node.input[0], 1.0
+        return (None if _stops(graph, node) else node.input[0]), 1.0
     if node.op_type in _FACTORS:
         for i in (0, 1) if node.op_type == 'Mul' else (1,):
             value = graph.constant(node.input[i])
@@ -104,6 +106,13 @@ def scaled(graph: Graph, node: NodeProto, channels: bool = False) -> tuple[str |
                 number = number if node.op_type == 'Mul' else 1 / number if number else np.inf
                 return node.input[1 - i], number
     return None, 1.0
+
+
+def _stops(graph: Graph, node: NodeProto) -> bool:
+    """Whether numbers of FP8 come to an op that only integers pass."""
+    return node.op_type == 'MaxPool' and any(
+        pair.kind == FP8 for pair, _ in _reached(graph, node.input[0])
+    )
 
 
 def source_of_weight(graph: Graph, tensor: str, axis: int) -> tuple[str, int]:

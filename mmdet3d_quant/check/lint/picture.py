@@ -12,7 +12,7 @@ from mmdet3d_quant.check.lint.reformat import TO_FLOAT, TO_INT8, Reformat
 from mmdet3d_quant.check.lint.rules import Finding
 
 _MARKERS = {TO_INT8: ('^', '#264653'), TO_FLOAT: ('v', '#c0392b')}
-_COLOURS = {'INT8': '#2a9d8f', 'float': '#e9a23b'}
+_COLOURS = {'INT8': '#2a9d8f', 'FP8': '#3a6ea5', 'float': '#e9a23b'}
 
 
 def draw(
@@ -39,7 +39,8 @@ def draw(
         wrong.setdefault(finding.node, set()).add(finding.rule.id)
     total = sum(layer.macs for layer in layers) or 1
     share = [100 * layer.macs / total for layer in layers]
-    colours = [_COLOURS['INT8' if layer.int8 else 'float'] for layer in layers]
+    kinds = ['INT8' if x.int8 else 'FP8' if x.fp8 else 'float' for x in layers]
+    colours = [_COLOURS[kind] for kind in kinds]
     axes.barh(range(len(layers)), share, color=colours, height=0.8)
     for row, layer in enumerate(layers):
         if layer.name in wrong:
@@ -60,7 +61,11 @@ def draw(
     axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=6)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xlabel('share of the multiply-accumulates, %')
-    axes.set_title(f'{title}: {100 * coverage(layers):.1f} % in INT8, {len(findings)} findings')
-    patches = [Patch(color=c, label=n) for n, c in _COLOURS.items()]
+    shown = [name for name in _COLOURS if name != 'FP8' or name in kinds]
+    quantized = ' and '.join(shown[:-1])
+    axes.set_title(
+        f'{title}: {100 * coverage(layers):.1f} % in {quantized}, {len(findings)} findings'
+    )
+    patches = [Patch(color=c, label=n) for n, c in _COLOURS.items() if n in shown]
     axes.legend(handles=[*patches, *axes.get_lines()], loc='lower right', fontsize=7)
     return figure

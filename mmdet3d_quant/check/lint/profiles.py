@@ -19,6 +19,7 @@ class Profile:
         float_scales: Whether scales must be float32, since the bytes of others are read as such.
         last_opset: The last that is supported; None where none was seen that is not.
         deconvolutions: Whether a transposed convolution runs in INT8.
+        fp8: Whether layers run in FP8.
         scalars: Whether the scale of an activation must have no dimension: one of shape (1,) is
             one per channel.
     """
@@ -31,17 +32,25 @@ class Profile:
     last_opset: int | None = None
     deconvolutions: bool = True
     scalars: bool = False
+    fp8: bool = True
 
 
 #: By the name of the target, in the order of the columns of ``docs/lint.md``.
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
-        Profile('tensorrt8', 'TensorRT 8.6', zero_points=True, float_scales=True, last_opset=17),
+        Profile(
+            'tensorrt8',
+            'TensorRT 8.6',
+            zero_points=True,
+            float_scales=True,
+            last_opset=17,
+            fp8=False,
+        ),
         Profile('tensorrt10', 'TensorRT 10'),
         Profile('tensorrt11', 'TensorRT 11', scalars=True),
         Profile('tensorrt-rtx', 'TensorRT for RTX 1.7', deconvolutions=False, scalars=True),
-        Profile('openvino', 'OpenVINO', unsigned=True),
+        Profile('openvino', 'OpenVINO', unsigned=True, fp8=False),
     )
 }
 

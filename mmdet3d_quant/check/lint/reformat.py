@@ -66,7 +66,7 @@ def _from_int8(graph: Graph, tensor: str) -> bool:
     if node is None:
         return False
     if node.op_type in (*CONVOLUTIONS, *PRODUCTS):
-        return graph.is_int8(node)
+        return bool(graph.runs_in(node))
     if node.op_type == 'DequantizeLinear':
         return True
     if node.op_type in ('Add', 'Sum'):  # part of an INT8 layer's kernel, which reads the others
@@ -85,7 +85,7 @@ def _to_int8(graph: Graph, tensor: str) -> bool:
         return False
     for node, _ in graph.readers[tensor]:
         if node.op_type in (*CONVOLUTIONS, *PRODUCTS):
-            good = graph.is_int8(node)
+            good = bool(graph.runs_in(node))
         elif _moves(node):
             good = _to_int8(graph, node.output[0])
         else:

@@ -121,7 +121,7 @@ def _ranges(
         if quantizer.spec.format != INT8:
             raise ExportError(
                 f'{name} has {quantizer.spec.format.name}; libspconv has int8: set '
-                'num_bits = 8 and calibrate again'
+                f'its format to {INT8.name} and calibrate again'
             )
     return _floats(of_input.amax)[0], _floats(of_weight.amax)
 

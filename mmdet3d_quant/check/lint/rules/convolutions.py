@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from mmdet3d_quant.check.lint.graph import Graph
-from mmdet3d_quant.check.lint.moves import reached, scaled
+from mmdet3d_quant.check.lint.graph import FP8_PLACES, Graph
+from mmdet3d_quant.check.lint.moves import FP8, reached, scaled
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
 
 #: Arithmetic on values; between a DQ and a layer it keeps the two from each other.
 BETWEEN = (
     'Add', 'AveragePool', 'BatchNormalization', 'Cast', 'Clip', 'Div', 'GlobalAveragePool',
-    'LeakyRelu', 'Max', 'Min', 'Mul', 'Neg', 'Pad', 'Relu', 'Resize', 'Sigmoid', 'Sub', 'Upsample',
+    'LeakyRelu', 'Max', 'MaxPool', 'Min', 'Mul', 'Neg', 'Pad', 'Relu', 'Resize', 'Sigmoid', 'Sub',
+    'Upsample',
 )  # yapf: disable  # fmt: skip
 
 
@@ -133,6 +134,19 @@ def _transposed(graph: Graph) -> Found:
             yield node, 'with Q/DQ', ''
 
 
+@rule(
+    'Q45',
+    'FP8 convolution with a large kernel',
+    f'a kernel of more than {FP8_PLACES} places, as 7x7, runs in the type outside of Q/DQ',
+    'quantize the layer to INT8, or keep it float: its rounding costs accuracy for nothing',
+)
+def _large_kernel(graph: Graph) -> Found:
+    for node in graph.of('Conv'):
+        kinds = {pair.kind for pair in graph.read_pairs(node)}
+        if FP8 in kinds and graph.profile.fp8 and graph.places(node) > FP8_PLACES:
+            yield node, f'{graph.places(node)} places', ''
+
+
 _OPEN, _QUANTIZED, _SEVERAL, _BEHIND = 'open', 'quantized', 'on several grids', 'behind arithmetic'
 
 
@@ -183,6 +197,6 @@ def _reached(graph: Graph, forward: bool) -> set[int]:
             near = [graph.producer[t] for t in node.input if t in graph.producer]
         else:
             near = [n for t in node.output for n, _ in graph.readers[t]]
-        if any(id(n) in reached or (graph.is_layer(n) and graph.is_int8(n)) for n in near):
+        if any(id(n) in reached or (graph.is_layer(n) and graph.runs_in(n)) for n in near):
             reached.add(id(node))
     return reached

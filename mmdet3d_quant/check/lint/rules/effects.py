@@ -95,7 +95,10 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
     },
     'Q14': {'': _case(SLOWER, openvino=(SLOWER, UNSEEN))},
     'Q15': {'': _case(NOTHING, openvino=_SAME)},
-    'Q20': {'': _parsed(REFUSED, _SAME)},
+    'Q20': {
+        'integers': _parsed(REFUSED, _SAME),
+        'FP8': _case(WRONG, (REFUSED, PARSER8), openvino=(UNKNOWN, UNSEEN)),
+    },
     'Q21': {
         'UINT8': _case(WRONG, (REFUSED, PARSER8), (WRONG, PARSER10)),
         'no zero point': _case(WRONG, (REFUSED, PARSER8), (WRONG, PARSER10)),
@@ -154,8 +157,21 @@ EFFECTS: dict[str, dict[str, dict[str, Effect]]] = {
         'INT16': _case(REFUSED, (REFUSED, PARSER8), (REFUSED, PARSER10), openvino=_FLOAT),
         'INT4': _case(REFUSED, (REFUSED, PARSER8), openvino=_SAME),
         'INT4 weight only': _case(FLOAT, (REFUSED, PARSER8), openvino=(FLOAT, UNSEEN)),
-        'FP8': _case(REFUSED, (REFUSED, PARSER8), (UNKNOWN, PARSER10), (UNKNOWN, UNSEEN), _FLOAT),
+        'FP8': {'tensorrt8': Effect(REFUSED, PARSER8), 'openvino': Effect(*_FLOAT)},
+        'other FP8': _case(REFUSED, (REFUSED, PARSER8), openvino=(FLOAT, UNSEEN)),
     },
+    'Q43': {
+        'layer': _case(REFUSED, openvino=(FLOAT, UNSEEN)),
+        'concat': _case(REFUSED, openvino=(FLOAT, UNSEEN)),
+    },
+    'Q45': {
+        '': {
+            'tensorrt10': Effect(FLOAT, UNSEEN),
+            'tensorrt11': Effect(FLOAT, UNSEEN),
+            'tensorrt-rtx': Effect(FLOAT, MEASURED),
+        }
+    },
+    'Q44': {'': _case(NOTHING, openvino=(UNKNOWN, UNSEEN))},
     'Q42': {
         'in the operator': _case(
             REFUSED, (REFUSED, 'onnx/onnx-tensorrt#560'), (REFUSED, PARSER10), openvino=_SAME

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from mmdet3d_quant.check.lint.graph import Graph
+from mmdet3d_quant.check.lint.moves import FP8
 from mmdet3d_quant.check.lint.rules.helpers import all_pairs
 from mmdet3d_quant.check.lint.rules.registry import DYNAMIC_OPS, INTEGER_OPS, Found, rule
 
-#: Integers and small floats that are no INT8 or UINT8, by the case of Q41.
+#: Integers and small floats that are no INT8 or UINT8, by the case of Q41; FP8 is all right where
+#: an engine has it.
 _OTHERS = {
     'INT16': ('INT16', 'UINT16'),
     'INT4': ('INT4', 'UINT4', 'INT2', 'UINT2'),
-    'FP8': ('FLOAT8E4M3FN', 'FLOAT8E4M3FNUZ', 'FLOAT8E5M2', 'FLOAT8E5M2FNUZ', 'FLOAT4E2M1'),
+    'FP8': (FP8,),
+    'other FP8': ('FLOAT8E4M3FNUZ', 'FLOAT8E5M2', 'FLOAT8E5M2FNUZ', 'FLOAT4E2M1'),
 }
+
+
+#: The first opset with FP8.
+FIRST_FP8 = 19
 
 
 @rule(
@@ -56,10 +63,10 @@ def _opset(graph: Graph) -> Found:
 
 @rule(
     'Q41',
-    'integers of another width than 8 bits, or FP8',
-    'no layer runs in INT8 on them; TensorRT has INT4 for weights only, and FP8 from compute '
-    'capability 8.9 on',
-    'quantize to int8',
+    'numbers that the engine has no layers for',
+    'TensorRT has INT4 for weights only, and of FP8 E4M3 (FLOAT8E4M3FN) only, from TensorRT 10 and '
+    'compute capability 8.9 on',
+    'quantize to int8, or to E4M3 for an engine that has it',
 )
 def _other_kind(graph: Graph) -> Found:
     for pair in all_pairs(graph):
@@ -67,6 +74,38 @@ def _other_kind(graph: Graph) -> Found:
             if pair.kind in kinds:
                 alone = case == 'INT4' and pair.q is None and graph.holds_weight(pair)
                 yield pair.dq, pair.kind, 'INT4 weight only' if alone else case
+
+
+@rule(
+    'Q43',
+    'INT8 and FP8 in one operator',
+    'no kernel multiplies or joins the two',
+    'give input and weight, and all inputs of a concat, one number format',
+)
+def _mixed(graph: Graph) -> Found:
+    for node in graph.layers():
+        weight = graph.weight_pair(node)
+        kinds = {p.kind for p in (*graph.read_pairs(node), *([weight] if weight else ()))}
+        if FP8 in kinds and len(kinds) > 1:
+            yield node, ' and '.join(sorted(kinds)), 'layer'
+    for node in graph.of('Concat'):
+        pairs = [graph.pair(tensor) for tensor in node.input]
+        kinds = {pair.kind for pair in pairs if pair is not None}
+        if FP8 in kinds and len(kinds) > 1:
+            yield node, ' and '.join(sorted(kinds)), 'concat'
+
+
+@rule(
+    'Q44',
+    'FP8 in an opset that has none',
+    'ONNX has it from opset 19 on; tools that check a file refuse it',
+    'export with opset 19 or later',
+)
+def _early(graph: Graph) -> Found:
+    if graph.opset < FIRST_FP8:
+        for pair in all_pairs(graph):
+            if pair.kind == FP8:
+                yield pair.dq, f'opset {graph.opset}', ''
 
 
 @rule(

@@ -37,7 +37,7 @@ def _residual(graph: Graph) -> Found:
         # What something else reads, too, as a layer norm beside the add, is kept in float anyway.
         alone = [t for t in node.input if len(graph.readers.get(t, ())) == 1]
         makers = [_maker(graph, t) for t in alone]
-        int8 = [m for m in makers if m is not None and graph.is_layer(m) and graph.is_int8(m)]
+        int8 = [m for m in makers if m is not None and graph.is_layer(m) and graph.runs_in(m)]
         if int8:
             yield node, f'adds to {graph.name(int8[0])}', ''
 

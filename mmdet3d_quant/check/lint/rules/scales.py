@@ -8,13 +8,12 @@ import numpy as np
 from onnx import NodeProto
 
 from mmdet3d_quant.check.lint.graph import Graph
+from mmdet3d_quant.check.lint.moves import FP8
 from mmdet3d_quant.check.lint.rules.registry import Found, rule
-from mmdet3d_quant.core.formats import INT8, MIN_AMAX
+from mmdet3d_quant.core.formats import INT8, MIN_AMAX, STORED
 from mmdet3d_quant.export.graph import nonfinite_tensors
 from mmdet3d_quant.export.weight_scales import LEAST_HALF
 
-#: The scale of a tensor that was all zeros while calibrating.
-DEAD = MIN_AMAX / INT8.qmax
 HUGE = 1e4
 
 
@@ -39,7 +38,8 @@ def _scales(graph: Graph) -> Iterator[tuple[NodeProto, np.ndarray]]:
 def _zero_point(graph: Graph) -> Found:
     for node, _, zero in _grids(graph):
         if zero is not None and zero.any():
-            yield node, f'zero point {zero[zero != 0][0]}', ''
+            case = 'FP8' if graph.kind(node) == FP8 else 'integers'
+            yield node, f'zero point {zero[zero != 0][0]}', case
 
 
 @rule(
@@ -125,7 +125,8 @@ def _huge(graph: Graph) -> Found:
 )
 def _dead(graph: Graph) -> Found:
     for node, scale in _scales(graph):
-        dead = ((scale >= 0.99 * DEAD) & (scale <= 1.01 * DEAD)).all()
+        least = MIN_AMAX / STORED.get(graph.kind(node), INT8).qmax  # of a tensor of zeros
+        dead = ((scale >= 0.99 * least) & (scale <= 1.01 * least)).all()
         if node.op_type == 'QuantizeLinear' and dead:
             yield node, f'scale {scale.flat[0]:.3g}', ''
 
@@ -174,6 +175,8 @@ def _bias(graph: Graph) -> Found:
         one, many = of_input[0].scale, of_weight.scale
         if one is None or many is None or one.size > 1 or bias.size % many.size:
             continue
+        if graph.runs_in(node) == 'FP8':
+            continue  # adds it in float
         step = one.astype(np.float64) * many
         overflows = np.abs(bias.reshape(-1, many.size)) > np.iinfo(np.int32).max * step
         if (step > 0).all() and overflows.any():
