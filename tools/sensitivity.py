@@ -7,6 +7,7 @@ import argparse
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 from mmengine.config import DictAction
 from rich.console import Console
@@ -39,6 +40,9 @@ examples:
   # the most accurate within 5 % more time; with at least 35 dB at the head; both
   python tools/sensitivity.py $CONFIG int8.pth --max-latency 1.05
   python tools/sensitivity.py $CONFIG int8.pth --least-sqnr 35 --max-latency 1.1
+
+  # times of layers measured in OpenVINO, of the folders that tools/export_onnx.py has written
+  python tools/sensitivity.py $CONFIG int8.pth --onnx onnx/float onnx/int8
 
   # four processes; go on after an interruption
   python tools/sensitivity.py $CONFIG int8.pth --measure 20 --processes 4 --resume
@@ -81,6 +85,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help='write a config that takes at most so many times as long as all INT8')  # fmt: skip
     add('--engine', choices=RATES, default='gpu',
         help='nominal engine of estimated times; default: %(default)s')  # fmt: skip
+    add('--onnx', nargs=2, type=Path, metavar=('FLOAT', 'INT8'),
+        help='exported folders (or files): their layers are timed in OpenVINO')  # fmt: skip
     add('--processes', type=int, default=1, help='default: %(default)s')
     add('--resume', action='store_true', help='go on where an interrupted run stopped')
     add('--force', action='store_true', help='replace a config that is there')
@@ -105,6 +111,11 @@ def main(argv: list[str] | None = None) -> int:
     console = open_console()
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn())
     listener = ConsoleListener(console, *columns, TimeRemainingColumn())
+    measured = None
+    if args.onnx:
+        from mmdet3d_quant.check.layer_times import layer_times  # which needs OpenVINO
+
+        measured = layer_times(*args.onnx, listener=listener)
     made = analyse_sensitivity(
         args.config,
         args.checkpoint,
@@ -113,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         effort=effort,
         limits=limits,
         truth=args.truth,
-        rates=args.engine,
+        rates='cpu' if measured else args.engine,
+        measured=measured,
         processes=args.processes,
         resume=args.resume,
         force=args.force,

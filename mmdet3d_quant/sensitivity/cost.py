@@ -36,6 +36,16 @@ RATES = {
 }
 
 
+def slower(rates: Rates, times: float) -> Rates:
+    """Makes an engine that takes so many times as long."""
+    return replace(
+        rates,
+        int8=rates.int8 / times,
+        full=rates.full / times,
+        bandwidth=rates.bandwidth / times,
+    )
+
+
 @dataclass(frozen=True)
 class Layer:
     """What a layer, or the quantizer of an add or a concat, works on.
@@ -79,7 +89,8 @@ class Costs:
         layers: Of one frame, by name, float layers too.
         members: Names of those that are INT8 unless made float.
         rates: Of the engine.
-        measured: Seconds in INT8 and in float by name, of layers for which they are known.
+        measured: Seconds in INT8 and in float by name, of layers for which they are known. The
+            others are estimated for an engine that is as much slower than ``rates``.
     """
 
     def __init__(
@@ -90,7 +101,12 @@ class Costs:
         measured: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         self.layers, self.members, self.rates = dict(layers), set(members), rates
-        self.measured = dict(measured or {})
+        known = {n: seconds for n, seconds in (measured or {}).items() if n in self.layers}
+        self.measured: dict[str, tuple[float, float]] = {}
+        if known:
+            guess = sum(self._seconds(n, int8) for n in known for int8 in (True, False))
+            self.rates = slower(rates, sum(map(sum, known.values())) / guess)
+            self.measured = known
         self._readers: dict[tuple, list[str]] = {}
         for name, layer in self.layers.items():
             self._readers.setdefault(layer.sources, []).append(name)

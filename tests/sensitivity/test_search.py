@@ -52,10 +52,13 @@ def test_a_tensor_read_in_both_is_written_twice_and_once_per_scale():
     assert Costs(layers, 'abd', RATES).total('d').conversions == 2
 
 
-def test_measured_seconds_replace_estimates():
-    costs = Costs(chain('a', 'b'), 'ab', RATES, dict(a=(1.0, 7.0)))
-    assert costs.total('a').seconds - costs.total().seconds == pytest.approx(7 - 1 - 5 + 5)
-    # the input is rounded no more, the tensor between is
+def test_measured_seconds_replace_estimates_and_scale_the_others():
+    layers = chain('a', 'b')
+    # a is estimated with 5 s in INT8, 10 s in float; it takes twice that
+    costs = Costs(layers, 'ab', RATES, dict(a=(12.0, 18.0), gone=(1.0, 1.0)))
+    assert costs.total().seconds == pytest.approx(12 + 2 * 5 + 2 * 5)
+    assert costs.total('a').seconds == pytest.approx(18 + 2 * 5 + 2 * 5)
+    assert list(costs.measured) == ['a']
 
 
 def test_bytes_decide_where_work_does_not():
