@@ -33,6 +33,7 @@ FLOORS = {
     'improve': 4,
     'check': 5,
     'report': 5,
+    'sensitivity': 5,
     'jobs': 6,  # from files to files: what a tool does, with what all others offer
 }
 #: Rooms that know fewer others than their floor lets them.

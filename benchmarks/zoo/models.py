@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Union
 
 import mmdet3d
+
 from zoo import vovnet  # noqa: F401 - registers the stand-ins
 
 ROOT = Path(__file__).resolve().parents[2]

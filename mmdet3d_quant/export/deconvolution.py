@@ -20,9 +20,9 @@ def to_depth_to_space(graph: onnx.GraphProto, names: Mapping[str, str]) -> dict[
 
     With a square kernel as large as its stride, every output value is the product of one input
     position with one place of the kernel: a 1x1 convolution to k * k times the channels, which
-    DepthToSpace lays out, if k is not 1. Weights, their scales and the bias are repeated or moved, so integers
-    and sums are the same; the scales are then those of a convolution, along axis 0, which every
-    engine takes. Others stay: groups, padding, dilation, another stride.
+    DepthToSpace lays out, if k is not 1. Weights, their scales and the bias are repeated or moved,
+    so integers and sums are the same; the scales are then those of a convolution, along axis 0,
+    which every engine takes. Others stay: groups, padding, dilation, another stride.
 
     Args:
         graph: Weights are stored in float with a Q/DQ pair.

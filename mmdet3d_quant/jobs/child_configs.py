@@ -109,15 +109,15 @@ def int8_text(cfg: Config, config: Path, out: Path, swaps: Sequence[Swap]) -> st
         *_COMMANDS,
     ]
     if Config._is_lazy_import(str(config)):  # a text config has no Python config as its base
-        plain = Config(dict(cfg._cfg_dict.to_dict(), custom_imports=_imports(cfg)))
+        plain = Config(dict(cfg._cfg_dict.to_dict(), custom_imports=with_package(cfg)))
         plain.merge_from_dict(dict(model=model_change(cfg, swaps)))
         comments = [line for s in swaps for line in _comments(s, '')]
         return '\n'.join([*head, *comments, plain.pretty_text])
     change = model_change(cfg, swaps)
     lines = [
         *head,
-        f'_base_ = [{_base(config, out)!r}]',
-        assignment('custom_imports', _imports(cfg)),
+        f'_base_ = [{base_name(config, out)!r}]',
+        assignment('custom_imports', with_package(cfg)),
         '',
         'model = dict(',
     ]
@@ -130,7 +130,7 @@ def int8_text(cfg: Config, config: Path, out: Path, swaps: Sequence[Swap]) -> st
     return '\n'.join([*lines, ')', ''])
 
 
-def _base(config: Path, out: Path) -> str:
+def base_name(config: Path, out: Path) -> str:
     """How a config at ``out`` names another as its base."""
     config = config.resolve()
     if _WHEEL.resolve() in config.parents:
@@ -138,7 +138,7 @@ def _base(config: Path, out: Path) -> str:
     return Path(os.path.relpath(config, out.resolve().parent)).as_posix()
 
 
-def _imports(cfg: Config, *more: str) -> dict[str, Any]:
+def with_package(cfg: Config, *more: str) -> dict[str, Any]:
     """The config's ``custom_imports`` with this package."""
     given = dict(cfg.get('custom_imports') or {})
     there = given.get('imports') or []
@@ -181,7 +181,7 @@ def qat_text(cfg: Config, int8: Path, swaps: Sequence[Swap]) -> str:
         f'# QAT of {int8.name}, from its calibrated checkpoint. docs/qat.md has the reasons.',
         '#   python tools/train.py THIS_CONFIG',
         f'_base_ = [{int8.name!r}]',
-        assignment('custom_imports', _imports(cfg, 'mmdet3d_quant.qat')),
+        assignment('custom_imports', with_package(cfg, 'mmdet3d_quant.qat')),
         '',
         f'load_from = {CALIBRATED!r}',
         'custom_hooks = [',

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from mmdet3d_quant.calibration import Band, CalibratedRange, Calibration, Strata
@@ -31,6 +27,7 @@ from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.files.outputs import whole
 from mmdet3d_quant.files.plain import finite_or_none
 from mmdet3d_quant.improve import Equalization
+from mmdet3d_quant.report.svg import to_svg
 
 _TEMPLATE = Path(__file__).with_name('calibration.html')
 #: Bars of a drawn histogram.
@@ -80,9 +77,9 @@ def write_ranges(
     """
     path = Path(path)
     facts = range_facts(calibration, about, strata, equalized)
-    pictures = dict(sqnr=_svg(draw_sqnr(facts)))
+    pictures = dict(sqnr=to_svg(draw_sqnr(facts)))
     if len(calibration.looks) > 1:
-        pictures['looks'] = _svg(draw_looks(facts))
+        pictures['looks'] = to_svg(draw_looks(facts))
     drawn = _thumbnails(facts['ranges'])
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -217,19 +214,5 @@ def _thumbnails(rows: list[dict[str, Any]]) -> dict[str, Markup]:
         axes.stairs(np.log1p(counts), edges, fill=True, color='#0369a1')
         axes.axvline(row['amax'], color='#c2410c', linewidth=1.5)
         axes.set_xlim(0, max(edges[-1], row['amax'] * 1.02))
-        drawn[row['name']] = _svg(figure)
+        drawn[row['name']] = to_svg(figure)
     return drawn
-
-
-def _svg(figure: Figure) -> Markup:
-    """Converts a figure to an SVG element."""
-    buffer = io.StringIO()
-    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': '0', 'font.size': 9}):
-        figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None})
-    text = buffer.getvalue()
-    text = re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg') :], flags=re.DOTALL)
-    # Ids must differ between the pictures of a page, or their clips would be each other's.
-    mark = f'p{sha256(text.encode()).hexdigest()[:12]}-'
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{mark}\1"', text)
-    text = re.sub(r'url\(#([^)]+)\)', rf'url(#{mark}\1)', text)
-    return Markup(re.sub(r'href="#([^"]+)"', rf'href="#{mark}\1"', text))

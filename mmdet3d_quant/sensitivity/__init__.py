@@ -1,0 +1,1 @@
+"""What the quantization of each layer costs in accuracy, and what it would cost to undo it."""
