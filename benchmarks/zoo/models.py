@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import mmdet3d
 
@@ -26,7 +26,7 @@ class Model:
     """
 
     name: str
-    config: Union[Path, str]
+    config: Path | str
     changes: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
