@@ -7,13 +7,15 @@ READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: help setup demo test test-slow test-frame test-matrix lint format wheel bench
-.PHONY: bench-engines bench-peers files pages release clean
+.PHONY: bench-engines bench-peers files pages docs release clean
 
 # NNCF, the peer in INT8, wants a newer torch: an environment of its own.
 NNCF ?= .venv-nncf
 # Model-Optimizer and NNCF for bench-peers, each in an environment of its own.
 PEERS ?= .venv-peers
 
+# The site.
+DOCS ?= .venv-docs
 # What builds and checks a release.
 RELEASE ?= .venv-release
 
@@ -29,6 +31,7 @@ help:
 	@echo 'make wheel      the package with tools and configs, in dist/'
 	@echo 'make release    sdist and wheel, checked, in dist/'
 	@echo 'make files      docs/files.md: every module in a sentence'
+	@echo 'make docs       the site, in site/'
 	@echo 'make pages      the pages of docs/ that are written from code and data'
 	@echo 'make bench      the measurements in benchmarks/'
 	@echo 'make bench-engines  speed of the INT8 files against float and NNCF'
@@ -72,6 +75,15 @@ wheel: $(READY)
 	rm -rf build
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
+$(DOCS)/ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo 'Look at it: python -m http.server -d site'
+
 $(RELEASE)/ready: requirements/release.txt
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip install --disable-pip-version-check -r requirements/release.txt
@@ -93,6 +105,7 @@ files: $(READY)
 
 pages: $(READY)
 	$(BIN)/python -m pages.licences
+	$(BIN)/python -m pages.support
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -118,4 +131,4 @@ bench-peers: $(READY) data/synthetic/synthetic.json
 	$(BIN)/python benchmarks/peers.py --setup $(PEERS)
 
 clean:
-	rm -rf $(VENV) $(NNCF) $(PEERS) $(RELEASE) .venv-matrix work_dirs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(NNCF) $(PEERS) $(RELEASE) $(DOCS) site .venv-matrix work_dirs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

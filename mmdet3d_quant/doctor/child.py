@@ -11,9 +11,10 @@ import inspect
 import json
 import os
 import sys
+from typing import Any, Callable, Dict
 
 
-def torch_facts(torch):
+def torch_facts(torch: Any) -> dict[str, Any]:
     """Reads what torch sees of the machine."""
     count = torch.cuda.device_count()
     kinds = [torch.cuda.get_device_properties(i) for i in range(count)]
@@ -28,14 +29,14 @@ def torch_facts(torch):
 
 
 #: What more is asked of a module.
-MORE = {
+MORE: Dict[str, Callable[[Any], Any]] = {
     'torch': torch_facts,
     'mmcv.ops': lambda m: dict(cuda=m.get_compiling_cuda_version()),
     'onnxruntime': lambda m: dict(providers=m.get_available_providers()),
 }
 
 
-def main(home, names):
+def main(home: str, names: list[str]) -> None:
     """Imports modules by name.
 
     Args:
@@ -49,7 +50,7 @@ def main(home, names):
     if home not in sys.path:
         sys.path.insert(0, home)
 
-    def say(**answer):
+    def say(**answer: Any) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
     for name in names:

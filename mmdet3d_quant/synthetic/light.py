@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmdet3d_quant.synthetic.sensors import CAMERAS
+from mmdet3d_quant.synthetic.sensors import CAMERAS, Pose
 from mmdet3d_quant.synthetic.solid import GLOWS
 
 #: Share of day, dusk and night.
@@ -46,7 +46,7 @@ class Light:
     noise: float
     rain: float
 
-    def on(self, points: np.ndarray, lamps: np.ndarray, ego) -> np.ndarray:
+    def on(self, points: np.ndarray, lamps: np.ndarray, ego: Pose) -> np.ndarray:
         """Computes the light of lamps at points on or near the ground.
 
         Args:
