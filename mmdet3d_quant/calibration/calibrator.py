@@ -30,6 +30,7 @@ from mmdet3d_quant.calibration.result import (
     Correction,
 )
 from mmdet3d_quant.calibration.stability import TOLERANCE, Stability
+from mmdet3d_quant.calibration.unsigned import note_unsigned_ranges
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.errors import QuantError
@@ -150,6 +151,7 @@ class Calibrator:
             for choice in choices:
                 for name in choice.unit.names:
                     self._active[name].amax = choice.amax
+            note_unsigned_ranges(choices, self._active)
             set_mode(self.model, 'quant')
             for correct in after:
                 correct(self.model, choices, list(batches))

@@ -14,6 +14,7 @@ from mmdet3d_quant.core.formats import UINT8
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.ties import ties
+from mmdet3d_quant.core.unsigned import unsigned_amax
 from mmdet3d_quant.export.graph import opset
 from mmdet3d_quant.export.pairs import ExportError, count_pairs, stored_names
 from mmdet3d_quant.files.outputs import whole
@@ -120,9 +121,9 @@ def describe_scales(model: nn.Module, unsigned: Collection[int] = ()) -> list[di
 
 
 def _describe_scale(quantizer: Quantizer, names: list[str], unsigned: bool) -> dict[str, Any]:
-    amax = float(quantizer._amax)
+    amax = unsigned_amax(quantizer) if unsigned else float(quantizer._amax)
     fmt = UINT8 if unsigned else quantizer.spec.format
-    scale = float(fmt.step(quantizer._amax))
+    scale = float(fmt.step(quantizer._amax.new_tensor(amax)))
     known = quantizer.known
     why = dict(known=known.reason) if known and amax == known.amax else {}
     return dict(scale=scale, amax=amax, dtype=fmt.name, quantizers=names, **why)

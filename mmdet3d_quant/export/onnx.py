@@ -18,6 +18,7 @@ from mmdet3d_quant.core.copies import tensors, uncompiled
 from mmdet3d_quant.core.formats import FP8
 from mmdet3d_quant.core.modes import quantizers, require_calibrated
 from mmdet3d_quant.core.ties import unequal_ties
+from mmdet3d_quant.core.unsigned import unsigned_amax
 from mmdet3d_quant.export.deconvolution import to_depth_to_space
 from mmdet3d_quant.export.fp8 import to_fp8
 from mmdet3d_quant.export.graph import nonfinite_tensors
@@ -160,7 +161,8 @@ def export_onnx(
         if quantized:
             store_names(model, names)
         if wants.unsigned:
-            to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges)
+            finer = {n: unsigned_amax(found[n]) for n in ranges}
+            to_unsigned(model, {n: q for n, q in names.items() if q in ranges}, ranges, finer)
             drop_unused(model.graph)
         strong = fp16 and wants.strong
         fp8 = {name for name, q in found.items() if q.spec.format == FP8}

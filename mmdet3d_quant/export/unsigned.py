@@ -1,4 +1,4 @@
-"""UINT8 for activations that are never negative: the same range in twice as many steps."""
+"""UINT8 for activations that are never negative: twice as many steps, in the range for them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mmdet3d_quant.core.compat import set_submodule
 from mmdet3d_quant.core.formats import UINT8
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.quantizer import Quantizer
+from mmdet3d_quant.core.unsigned import unsigned_amax
 from mmdet3d_quant.export.nonnegative import nonnegative_tensors
 
 #: Key in a file's ``metadata_props`` for the names of the unsigned quantizers, as JSON.
@@ -25,7 +26,10 @@ UNSIGNED_KEY = 'mmdet3d_quant.unsigned'
 
 
 def to_unsigned(
-    model: onnx.ModelProto, names: Mapping[str, str], ranges: Mapping[str, float]
+    model: onnx.ModelProto,
+    names: Mapping[str, str],
+    ranges: Mapping[str, float],
+    unsigned: Mapping[str, float],
 ) -> None:
     """Makes the quantizers of non-negative tensors unsigned, in place.
 
@@ -37,6 +41,7 @@ def to_unsigned(
             the quantizers made unsigned are stored under :data:`UNSIGNED_KEY`.
         names: Name of the quantizer by output of the QuantizeLinear node; of activations only.
         ranges: amax by name of the quantizer.
+        unsigned: That of the unsigned grid, likewise.
     """
     graph = model.graph
     safe = nonnegative_tensors(graph)
@@ -44,13 +49,14 @@ def to_unsigned(
     for node in graph.node:
         for tensor in node.input:
             readers[tensor].append(node)
-    groups: dict[float, list[NodeProto]] = defaultdict(list)
+    groups: dict[tuple[float, float], list[NodeProto]] = defaultdict(list)
     for node in graph.node:
         if node.op_type == 'QuantizeLinear' and node.output[0] in names:
-            groups[ranges[names[node.output[0]]]].append(node)
+            name = names[node.output[0]]
+            groups[ranges[name], unsigned[name]].append(node)
     chosen: list[str] = []
     zero = numpy_helper.from_array(torch.tensor(0, dtype=UINT8.dtype).numpy(), 'unsigned_zero')
-    for amax, group in groups.items():
+    for (_, amax), group in groups.items():
         if not all(node.input[0] in safe for node in group):
             continue
         step = numpy_helper.from_array(unsigned_scale(amax), f'unsigned_scale_{len(chosen)}')
@@ -89,7 +95,7 @@ class UnsignedQuantizer(Quantizer):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer.spec, label=quantizer.label)
-        self.amax = quantizer._amax.detach()
+        self.amax = unsigned_amax(quantizer)
         self.mode = quantizer.mode
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from mmdet3d_quant.calibration.stability import TOLERANCE
 from mmdet3d_quant.core.coverage import coverage, float_parts
 from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.spec import QuantSpec
+from mmdet3d_quant.core.unsigned import unsigned_ranges
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
 from mmdet3d_quant.improve import Equalization, equalize_concats
 from mmdet3d_quant.jobs.distance import sensor_of as sensor_of
@@ -168,6 +169,7 @@ def calibrate_checkpoint(
         told.warn(warning)
     calibration = dict(method=result.method, num_batches=result.num_batches, loader=name)
     meta.update(about, calibration=calibration, kept_float=result.kept_float)
+    meta.update(unsigned_ranges=unsigned_ranges(model))
     meta.update(macs={k.name: k.macs for k in result.coverage.layers if k.macs is not None})
     if equalized is not None:
         meta['equalized'] = [*meta.get('equalized', ()), *(m.plain() for m in equalized.moves)]

@@ -19,6 +19,7 @@ from mmdet3d_quant.core.modes import (
     quantizers,
     require_calibrated,
 )
+from mmdet3d_quant.core.unsigned import load_unsigned_ranges
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.parents.derived import take_derived_from_config
 from mmdet3d_quant.parents.sparse_layout import accept_any_layout
@@ -90,6 +91,7 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
     if calibrated:
         reasons = checkpoint['meta'].get('kept_float')
         require_calibrated(model, reasons if isinstance(reasons, dict) else None)
+    load_unsigned_ranges(model, checkpoint['meta'].get('unsigned_ranges') or {})
     return checkpoint['meta']
 
 

@@ -210,7 +210,7 @@ def test_unsigned_quantizers_round_to_255_steps_of_the_same_range(seed, by_scale
     ranges = {names[n]: 127 * s for n, s in scales.items()}
     safe = nonnegative_tensors(model.graph)
     sources = {names[n.name]: n.input[0] for n in model.graph.node if n.name in names}
-    to_unsigned(model, names, ranges)
+    to_unsigned(model, names, ranges, ranges)
     onnx.checker.check_model(model, full_check=True)
     # all of one range, or none
     expected = {

@@ -12,6 +12,7 @@ from mmdet3d_quant import calibrate, quantizers, set_mode, ties
 from mmdet3d_quant.check.lint import Graph, lint, read_graph
 from mmdet3d_quant.check.verify import sqnr
 from mmdet3d_quant.core.spec import QuantSpec
+from mmdet3d_quant.core.unsigned import load_unsigned_ranges, unsigned_ranges
 from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export.nonnegative import nonnegative_tensors
@@ -199,17 +200,49 @@ def test_a_file_computes_what_the_unsigned_module_computes(files):
     assert sqnr(exact, unsigned) > sqnr(exact, signed) + 1  # what it is for
 
 
+class One(nn.Module):
+    """Hands on what is positive, rounded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = QuantConv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.conv.weight)
+
+    def forward(self, x):
+        return self.conv(x.relu())
+
+
+def step_of(net, x, path):
+    """Step of the only activation in a net's file for OpenVINO."""
+    ((step, dtype),) = grids(export_onnx(net, [x], path, ['x'], ['y'], target='openvino')).values()
+    assert dtype == np.uint8
+    return step
+
+
+def test_the_range_is_searched_in_the_steps_of_the_file(tmp_path):
+    torch.manual_seed(0)
+    net, x = One().eval(), torch.randn(1, 1, 200, 200) ** 3
+    calibrate(net, [x])
+    values, own = x.relu().numpy().astype(np.float64), float(net.conv._input_quantizer.amax)
+
+    def error(step):
+        return ((np.round(values / step).clip(0, 255) * step - values) ** 2).mean()
+
+    step = step_of(net, x, tmp_path / 'm.onnx')
+    best = min(error(limit / 255) for limit in np.linspace(own / 2, values.max(), 2000))
+    assert error(step) < 1.001 * best < 0.9 * error(own / 255)
+    # Also from a checkpoint; and no longer, once the quantizer has another range.
+    again = One().eval()
+    again.load_state_dict(net.state_dict())
+    assert step_of(again, x, tmp_path / 'm.onnx') == pytest.approx(own / 255)
+    load_unsigned_ranges(again, unsigned_ranges(net))
+    assert step_of(again, x, tmp_path / 'm.onnx') == step
+    again.conv._input_quantizer.amax = 2.0
+    assert step_of(again, x, tmp_path / 'm.onnx') == pytest.approx(2 / 255)
+
+
 def test_twice_the_steps_are_6_db(tmp_path):
-    class One(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = QuantConv2d(1, 1, 1, bias=False)
-
-        def forward(self, x):
-            return self.conv(x.relu())
-
     net, x = One(), torch.rand(1, 1, 100, 100)
-    nn.init.ones_(net.conv.weight)
     calibrate(net, [x], 'max')
     found = {}
     for target in ('tensorrt', 'openvino'):

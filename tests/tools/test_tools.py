@@ -15,6 +15,7 @@ from mmengine.config import Config
 
 from mmdet3d_quant import CalibrationError, UncalibratedError, quantizers, ties
 from mmdet3d_quant.calibration.histogram import NonFiniteError
+from mmdet3d_quant.core.unsigned import unsigned_ranges
 from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.engines.openvino.floats import overflows
@@ -58,7 +59,10 @@ def test_the_calibrated_checkpoint_is_plain_and_tells_where_it_comes_from(work):
     assert meta['source_checkpoint']['name'] == 'float.pth' and meta['epoch'] == 1
     assert meta['versions']['torch'] == version('torch') and 'QuantResNet' in meta['cfg']
     ranges = {k: v for k, v in checkpoint['state_dict'].items() if k.endswith('_amax')}
-    assert len(ranges) == len(quantizers(loaded(work)))
+    model = loaded(work)
+    assert len(ranges) == len(quantizers(model))
+    finer = unsigned_ranges(model)
+    assert finer == meta['unsigned_ranges'] and any(amax > own for own, amax in finer.values())
     assert all(torch.isfinite(v).all() for v in ranges.values())
 
 
