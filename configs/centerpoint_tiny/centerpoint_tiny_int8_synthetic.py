@@ -1,4 +1,4 @@
-# The tiny CenterPoint in INT8, as tools/quantize_config.py writes it: types change.
+# The tiny CenterPoint in INT8, types changed as by tools/quantize_config.py.
 _base_ = ['./centerpoint_tiny_synthetic.py']
 
 model = dict(
@@ -10,7 +10,12 @@ model = dict(
             'lost in steps of INT8'
         ),
     ),
-    pts_backbone=dict(type='QuantSECOND'),
+    pts_backbone=dict(
+        type='QuantSECOND',
+        # Cells without points share one value per channel. Rounded here, where few cells are a
+        # hundred times larger, it is off alike in all of them (docs/accuracy.md).
+        skip={'blocks.0.3': 'the value of empty cells is lost beside that of the largest'},
+    ),
     pts_neck=dict(type='QuantSECONDFPN'),
     pts_bbox_head=dict(type='Quant', of='CenterHead'),
 )

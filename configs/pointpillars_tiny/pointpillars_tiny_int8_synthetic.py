@@ -1,4 +1,4 @@
-# The tiny PointPillars in INT8, as tools/quantize_config.py writes it: types change.
+# The tiny PointPillars in INT8, types changed as by tools/quantize_config.py.
 _base_ = ['./pointpillars_tiny_synthetic.py']
 
 model = dict(
@@ -10,7 +10,12 @@ model = dict(
             'lost in steps of INT8'
         ),
     ),
-    backbone=dict(type='QuantSECOND'),
+    backbone=dict(
+        type='QuantSECOND',
+        # Cells without points share one value per channel. Rounded here, where few cells are a
+        # hundred times larger, it is off alike in all of them (docs/accuracy.md).
+        skip={'blocks.0.3': 'the value of empty cells is lost beside that of the largest'},
+    ),
     neck=dict(type='QuantSECONDFPN'),
     bbox_head=dict(type='Quant', of='Anchor3DHead'),
 )
