@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import mmdet3d
+
 from zoo import vovnet  # noqa: F401 - registers the stand-ins
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ class Model:
     """
 
     name: str
-    config: Union[Path, str]
+    config: Path | str
     changes: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
