@@ -12,8 +12,8 @@ findings of the linter, and the verdict of NVIDIA's compiler.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,15 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def cpu_time() -> float:
+    """Seconds of one core that this process and its children took."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def measure(model: Model, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All numbers of one model."""
-    start = time.perf_counter()
+    start = cpu_time()
     config = model.write(folder)
     written = quantize_config(config, folder / f'{config.stem}_int8.py')
     cfg = fc.read_config(written.int8)
@@ -98,7 +104,7 @@ def measure(model: Model, folder: Path, args: argparse.Namespace) -> dict[str, A
         float_equal=equal,
         reload_equal=reload_equal(detector, again, small),
         files=judge_files(detector, again, small, folder, sm),
-        seconds=round(time.perf_counter() - start),
+        seconds=round(cpu_time() - start),
     )
 
 

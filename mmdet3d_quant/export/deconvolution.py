@@ -1,7 +1,4 @@
-"""Transposed convolutions whose kernel is their stride, as 1x1 convolutions and a shuffle.
-
-Of stride 1 they are 1x1 convolutions, without a shuffle.
-"""
+"""Transposed convolutions as convolutions to more channels, and a shuffle of these."""
 
 from __future__ import annotations
 
@@ -16,13 +13,17 @@ from mmdet3d_quant.export.graph import axis_of, stored_tensors
 
 
 def to_depth_to_space(graph: onnx.GraphProto, names: Mapping[str, str]) -> dict[str, str]:
-    """Rewrites quantized transposed convolutions whose outputs do not overlap, in place.
+    """Rewrites quantized transposed convolutions where that costs little or nothing, in place.
 
-    With a square kernel as large as its stride, every output value is the product of one input
-    position with one place of the kernel: a 1x1 convolution to k * k times the channels, which
-    DepthToSpace lays out, if k is not 1. Weights, their scales and the bias are repeated or moved,
-    so integers and sums are the same; the scales are then those of a convolution, along axis 0,
-    which every engine takes. Others stay: groups, padding, dilation, another stride.
+    * With a square kernel as large as its stride, every output value is the product of one input
+      position with one place of the kernel: a 1x1 convolution to k * k times the channels, which
+      DepthToSpace lays out. Of stride 1 it is the convolution alone.
+    * Depthwise, and with a kernel of twice its even stride, as those that interpolate: a depthwise
+      3x3 convolution to as many channels, of which each reads two places in each direction. The
+      others are zeros, with few products in comparison to the bytes of float.
+
+    Weights, their scales and the bias are repeated or moved, so integers and sums are the same; the
+    scales are then those of a convolution, along axis 0, which every engine takes. Others stay.
 
     Args:
         graph: Weights are stored in float with a Q/DQ pair.
@@ -39,7 +40,11 @@ def to_depth_to_space(graph: onnx.GraphProto, names: Mapping[str, str]) -> dict[
     for node in graph.node:
         pair = _weight_pair(node, producer) if node.op_type == 'ConvTranspose' else None
         weight = stored.get(pair[0].input[0]) if pair else None
-        if pair is None or weight is None or not _tiles(node, weight):
+        if (
+            pair is None
+            or weight is None
+            or not (_tiles(node, weight) or _interpolates(node, weight))
+        ):
             nodes.append(node)
             continue
         constants = [n for n in (*pair[0].input, *node.input[2:]) if n in stored]
@@ -74,20 +79,53 @@ def _weight_pair(
 
 def _tiles(node: NodeProto, weight: onnx.TensorProto) -> bool:
     """True if outputs of neighbouring inputs lie side by side in squares."""
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    if len(weight.dims) != 4:
-        return False
-    kernel = list(weight.dims[2:])
-    return (
-        kernel[0] == kernel[1]
-        and list(attributes.get('strides', [1, 1])) == kernel
-        and attributes.get('group', 1) == 1
-        and not any(attributes.get('pads', []))
+    stride = _stride(node, weight)
+    return stride == weight.dims[-1] and _attributes(node)['group'] == 1 and _pads(node) == {0}
+
+
+def _interpolates(node: NodeProto, weight: onnx.TensorProto) -> bool:
+    """True if every channel is its own, and outputs of two neighbours in a row overlap by half."""
+    stride, alone = _stride(node, weight), weight.dims[1] == 1
+    depthwise = alone and _attributes(node)['group'] == weight.dims[0]
+    halves = stride % 2 == 0 and 2 * stride == weight.dims[-1]
+    return depthwise and halves and _pads(node) == {stride // 2}
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    return {'group': 1, **{a.name: helper.get_attribute_value(a) for a in node.attribute}}
+
+
+def _pads(node: NodeProto) -> set[int]:
+    return set(_attributes(node).get('pads', [0]))
+
+
+def _stride(node: NodeProto, weight: onnx.TensorProto) -> int:
+    """The stride in both directions, 0 of what is not rewritten whatever its kernel."""
+    attributes = _attributes(node)
+    kernel, strides = list(weight.dims[2:]), list(attributes.get('strides', [1, 1]))
+    plain = (
+        len(weight.dims) == 4
+        and kernel[0] == kernel[1]
+        and strides[0] == strides[1]
         and not any(attributes.get('output_padding', []))
         and all(d == 1 for d in attributes.get('dilations', []))
         and attributes.get('auto_pad', b'NOTSET') in (b'NOTSET', b'VALID')
         and 'output_shape' not in attributes
     )
+    return strides[0] if plain else 0
+
+
+def _by_place(weight: np.ndarray, size: int) -> np.ndarray:
+    """Weights (C, 1, 2 s, 2 s) as those (C s s, 1, 3, 3) by place in a square of outputs."""
+    channels = len(weight)
+    moved = np.zeros((channels, size, size, 3, 3), weight.dtype)
+    # Output s * m + r reads input m - 1 + t at the kernel's place s * (1 - t) + r + s / 2.
+    taps = [(r, t, size * (1 - t) + r + size // 2) for r in range(size) for t in range(3)]
+    inside = [(r, t, at) for r, t, at in taps if 0 <= at < 2 * size]
+    for row, up, y in inside:
+        for column, left, x in inside:
+            moved[:, row, column, up, left] = weight[:, 0, y, x]
+    return moved.reshape(-1, 1, 3, 3)
 
 
 def _rewritten(
@@ -96,7 +134,8 @@ def _rewritten(
     """The new nodes of one layer, under the old names, and their constants."""
     q, dq = pair
     weight = values[q.input[0]]
-    size = weight.shape[2]
+    size = _attributes(node).get('strides', [1])[0]
+    tiled = weight.shape[2] == size
     tensors: dict[str, np.ndarray] = {}
 
     def put(name: str, value: np.ndarray) -> str:
@@ -106,12 +145,20 @@ def _rewritten(
 
     def repeated(name: str) -> str:
         value = values[name]
-        return put(name, np.tile(value, size * size)) if value.ndim else name
+        if not value.ndim:
+            return name
+        many = np.tile if tiled else np.repeat  # by place, or by channel
+        return put(name, many(value, size * size))
 
     per_channel = values[q.input[1]].ndim > 0
     if per_channel and axis_of(q) != 1:
         raise ValueError(f'{node.name}: scales along axis {axis_of(q)}, not the output channels')
-    moved = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0], 1, 1)
+    if tiled:
+        moved = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0], 1, 1)
+        form: dict[str, Any] = dict(kernel_shape=[1, 1])
+    else:
+        moved = _by_place(weight, size)
+        form = dict(kernel_shape=[3, 3], pads=[1] * 4, group=len(weight))
     grid = [repeated(name) for name in q.input[1:]]
     axis: dict[str, Any] = dict(axis=0) if per_channel else {}
     quantized, real, wide = (f'{node.output[0]}.{what}' for what in ('quantized', 'weight', 'wide'))
@@ -122,11 +169,9 @@ def _rewritten(
             'QuantizeLinear', [put(q.input[0], moved), *grid], [quantized], name=q.name, **axis
         ),
         helper.make_node('DequantizeLinear', [quantized, *grid], [real], name=dq.name, **axis),
-        helper.make_node(
-            'Conv', [node.input[0], real, *bias], [made], name=node.name, kernel_shape=[1, 1]
-        ),
+        helper.make_node('Conv', [node.input[0], real, *bias], [made], name=node.name, **form),
     ]
     if size > 1:
-        tiles: dict[str, Any] = dict(name=f'{node.name}.tiles', blocksize=size, mode='DCR')
+        tiles = dict(name=f'{node.name}.tiles', blocksize=size, mode='DCR' if tiled else 'CRD')
         nodes.append(helper.make_node('DepthToSpace', [wide], [node.output[0]], **tiles))
     return nodes, [numpy_helper.from_array(v, n) for n, v in tensors.items()]

@@ -101,7 +101,7 @@ def plugins_needed(model: onnx.ModelProto) -> str:
         return ''
     kinds = [f'{kind} at {at[0]}' + _more(len(at) - 1) for kind, at in found.items()]
     return (
-        f'it has operators that ONNX lacks, and no engine runs without a plugin: {"; ".join(kinds)}'
+        f'it has operators that ONNX lacks, and TensorRT without a plugin, too: {"; ".join(kinds)}'
         '. Leave them out of the model (dcn=None, or conv_cfg of another type), or, where the '
         'engine has the plugin, allow them: custom_ops=True, --allow-custom-ops'
     )

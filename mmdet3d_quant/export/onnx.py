@@ -102,7 +102,7 @@ def export_onnx(
             ``'custom'``: ``nv::CustomLayerNormalization``, the plugin of CUDA-BEVFusion.
         metadata: More entries of the file's ``metadata_props``.
         custom_ops: Allow operators that ONNX does not have, such as deformable convolutions: the
-            file then needs plugins, and is not tried here.
+            file then needs plugins, and is not tried with another batch size.
 
     Returns:
         The exported model.

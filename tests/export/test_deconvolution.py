@@ -14,11 +14,11 @@ from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
 
 
-def net(kernel=2, stride=2, channels=6, bias=True, **kwargs):
+def net(kernel=2, stride=2, channels=6, bias=True, inputs=4, **kwargs):
     torch.manual_seed(0)
-    up = QuantConvTranspose2d(4, channels, kernel, stride, bias=bias, **kwargs)
+    up = QuantConvTranspose2d(inputs, channels, kernel, stride, bias=bias, **kwargs)
     model = nn.Sequential(
-        QuantConv2d(3, 4, 3), nn.ReLU(), up, nn.ReLU(), QuantConv2d(channels, 5, 1)
+        QuantConv2d(3, inputs, 3), nn.ReLU(), up, nn.ReLU(), QuantConv2d(channels, 5, 1)
     )
     calibrate(model.eval(), [torch.randn(2, 3, 9, 7)])
     return model
@@ -40,6 +40,9 @@ def export(model, path, **kwargs):
         dict(kernel=1, stride=1),
         dict(channels=1),
         dict(channels=4),
+        dict(kernel=4, padding=1, groups=4, channels=4),
+        dict(kernel=4, padding=1, inputs=1, channels=1),
+        dict(kernel=8, stride=4, padding=2, groups=4, channels=4, bias=False),
     ],
 )
 def test_it_is_the_same_function(kwargs, weights, engine, tmp_path):
@@ -67,6 +70,10 @@ def test_it_is_the_same_function(kwargs, weights, engine, tmp_path):
         dict(kernel=2, output_padding=1),
         dict(kernel=(2, 4), stride=(2, 4)),
         dict(kernel=2, groups=2),
+        dict(kernel=4, padding=1, groups=2, channels=4),
+        dict(kernel=4, padding=1, groups=4, channels=8),
+        dict(kernel=4, padding=2, groups=4, channels=4),
+        dict(kernel=6, stride=3, padding=1, groups=4, channels=4),
     ],
 )
 def test_others_stay(kwargs, tmp_path):

@@ -10,6 +10,7 @@ from mmdet3d.registry import MODELS
 from torch import nn
 
 from mmdet3d_quant import UncalibratedError, calibrate, fold_bn, quantizers, set_mode
+from mmdet3d_quant.check.lint import Graph, lint
 from mmdet3d_quant.check.verify import sqnr
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
@@ -221,3 +222,17 @@ def test_a_swin_stage_within_one_window_is_run(tmp_path, engine):
     with torch.no_grad():
         expected = swin(x)[0]
     assert sqnr(expected, engine(path)({'x': x.numpy()})['y']) > 90
+
+
+@pytest.mark.parametrize('target', ['tensorrt8', 'tensorrt10', 'tensorrt-rtx'])
+def test_the_scale_of_a_layer_with_one_channel_is_a_number(target, tmp_path):
+    """Engines refuse a list of one for FP16 weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(QuantConv2d(4, 8, 3), nn.ReLU(), QuantConv2d(8, 1, 1)).eval()
+    x = torch.randn(1, 4, 8, 8)
+    calibrate(model, [x])
+    made = export_onnx(model, [x], tmp_path / 'm.onnx', ['x'], ['y'], target=target)
+    assert not lint(Graph(made))
+    values = constants(made.graph)
+    shapes = [values[n.input[1]].shape for n in made.graph.node if n.op_type == 'DequantizeLinear']
+    assert sorted(shapes) == [(), (), (), (8,)]
