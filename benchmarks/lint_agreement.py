@@ -30,7 +30,7 @@ from mmdet3d_quant.check.compiled import TARGET  # noqa: E402
 from mmdet3d_quant.check.lint import RULES  # noqa: E402
 from mmdet3d_quant.check.lint.rules.effects import EFFECTS  # noqa: E402
 from mmdet3d_quant.engines.tensorrt_rtx.compiler import check_installed  # noqa: E402
-from tests.check.agreement import SM, costs, grow, judge, kinds, plant  # noqa: E402
+from tests.check.agreement import SM, SM_FP8, costs, grow, judge, kinds, plant  # noqa: E402
 from tests.check.planted import PLANTED  # noqa: E402
 
 
@@ -98,7 +98,7 @@ def study(path: Path, seeds: int) -> dict[str, Any]:
             rules[rule].update(random=1, random_agree=not outcome.told)
     return dict(
         compiler=version,
-        sm=SM,
+        sm=f'{SM}, with FP8 {SM_FP8}',
         totals=dict(totals),
         rules={rule.id: dict(rules[rule.id]) for rule in RULES},
         disagreements=disagreements,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Calibrate a quantized model: find the INT8 range of every layer from a few batches of data."""
+"""Calibrate a quantized model: find the range of every INT8 or FP8 layer from some data."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ examples:
 
   # branches of a concat that differ in size, scaled alike; the float model stays as it is
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --equalize-concats
+
+  # FP8 instead of INT8 for a part of the model (docs/fp8.md)
+  python tools/calibrate.py $CONFIG float.pth --out fp8.pth \\
+      --cfg-options model.pts_backbone.format=fp8 model.pts_neck.format=fp8
 
   # keep the first convolution float
   python tools/calibrate.py $CONFIG float.pth --out int8.pth \\

@@ -9,12 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from mmdet3d_quant.check.compiled import disagreements, groups, megabytes
 from mmdet3d_quant.check.lint import Graph
+from mmdet3d_quant.core.formats import FP8
+from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.engines import EngineError
 from mmdet3d_quant.engines.tensorrt_rtx import SMS, Compiled, compile_onnx, is_installed
-from mmdet3d_quant.engines.tensorrt_rtx.compiler import DEFAULT_SMS, INSTALL
+from mmdet3d_quant.engines.tensorrt_rtx.compiler import DEFAULT_SMS, FP8_SMS, INSTALL
 from mmdet3d_quant.export.deploy import is_built
 from mmdet3d_quant.export.manifest import add_to_manifest
 from mmdet3d_quant.export.targets import target_of
@@ -33,6 +36,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--no-compile', action='store_const', dest='compile', const=[], help='do not compile'
     )
+
+
+def check_generations(model: nn.Module, wanted: list[str] | None) -> None:
+    """Checks that GPU generations which are asked for run the number formats of a model.
+
+    Raises:
+        ValueError: If one has no FP8, and a quantizer is FP8; names both.
+    """
+    names = [n for n, q in quantizers(model).items() if q.spec.format == FP8 and q.calibrated]
+    old = [sm for sm in wanted or () if sm not in FP8_SMS]
+    if names and old:
+        raise ValueError(
+            f'{names[0]} is {FP8.name}, which {old[0]} does not run: leave it out of --compile '
+            f'({", ".join(FP8_SMS)} do), or set `format` of its part to int8 and calibrate again'
+        )
 
 
 def compile_exported(
@@ -69,7 +87,9 @@ def compile_exported(
             console.print(f'{name}: not compiled, since it needs plugins')
             continue
         console.print(f'Compiling {name}')
-        verdicts[name] = compile_onnx(Path(folder) / name, wanted or DEFAULT_SMS)
+        fp8 = FP8.name in manifest['precision'].split('+')
+        default = [sm for sm in DEFAULT_SMS if sm in FP8_SMS or not fp8]
+        verdicts[name] = compile_onnx(Path(folder) / name, wanted or default)
     if not verdicts:
         return
     tried = [verdict for of_file in verdicts.values() for verdict in of_file.values()]
@@ -103,7 +123,8 @@ def compiled_table(verdicts: dict[str, dict[str, Compiled]], version: str) -> Ta
         for sms, verdict in groups(of_file):
             row = ['refused', '', '', '']
             if verdict.accepted:
-                counts = f'{verdict.int8} of {len(verdict.products)}'
+                fp8 = f' + {verdict.fp8} FP8' if verdict.fp8 else ''
+                counts = f'{verdict.int8}{fp8} of {len(verdict.products)}'
                 row = ['accepted', counts, str(verdict.kernels), megabytes(verdict)]
             table.add_row(name, sms, *row)
     return table
@@ -117,9 +138,11 @@ def tell_compiled(console: Console, graph: Graph, verdicts: dict[str, Compiled])
             console.print(f'[red]{title}: refused:[/red] {escape(verdict.error)}', highlight=False)
             continue
         products = len(verdict.products)
+        fp8 = f', {verdict.fp8} in FP8' if verdict.fp8 else ''
         console.print(
             f'{title}: accepted, {verdict.int8} of {products} convolutions and matrix '
-            f'multiplications in INT8, {verdict.kernels} kernels, {megabytes(verdict)} MB written'
+            f'multiplications in INT8{fp8}, {verdict.kernels} kernels, '
+            f'{megabytes(verdict)} MB written'
         )
         for warning in verdict.warnings:
             console.print('  warning:', warning, markup=False, highlight=False)

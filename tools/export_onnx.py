@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from agreement import verify_files
-from compiler import add_options, compile_exported
+from compiler import add_options, check_generations, compile_exported
 from examples import add_input_options, example_inputs
 from mmengine.config import DictAction
 from terminal import open_console, run_tool
 
 from mmdet3d_quant.check.verify import Agreement
+from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.export import Cut, export_suite
 from mmdet3d_quant.export.deploy import MAX_BATCH
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
-from mmdet3d_quant.export.targets import DEFAULT, target_names
+from mmdet3d_quant.export.targets import DEFAULT, require_formats, target_names, target_of
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.provenance import provenance
 
@@ -42,6 +43,9 @@ examples:
   python tools/export_onnx.py $CONFIG int8.pth --out-dir onnx/small --weights int8 \
       --dynamic-batch --opset 21 --inputs generated --num-cams 6 --no-verify
 
+  # FP8 (a config with format='fp8', docs/fp8.md), for engines of Ada and later
+  python tools/export_onnx.py fp8.py fp8.pth --out-dir onnx/fp8 --target tensorrt-rtx
+
   # PointPillars: lidar.detector.onnx has the backbone, the neck and the head up to its predictions
   python tools/export_onnx.py pointpillars_int8.py int8.pth --out-dir onnx/pointpillars
 
@@ -62,8 +66,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         choices=target_names(),
         default=DEFAULT,
         help='generation of the engine that the files are for: tensorrt8 builds float32 files by '
-        'flags (CUDA-BEVFusion); tensorrt10, tensorrt11 and tensorrt-rtx run FP16 and INT8 as the '
-        'file says; openvino takes unsigned activations; default: %(default)s, which is tensorrt8',
+        'flags (CUDA-BEVFusion); tensorrt10, tensorrt11 and tensorrt-rtx run FP16, INT8 and FP8 as '
+        'the file says; openvino takes unsigned activations; default: %(default)s, which is '
+        'tensorrt8',
     )
     parser.add_argument(
         '--only',
@@ -127,6 +132,9 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
     cfg = fc.read_config(args.config, args.cfg_options)
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=not args.float)
+    if not args.float:
+        check_generations(model, args.compile)
+        require_formats(quantizers(model), target_of(args.target))
     inputs, real = example_inputs(cfg, model, args, console)
     results: list[Agreement] = []
 

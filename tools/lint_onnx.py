@@ -27,7 +27,7 @@ from mmdet3d_quant.check.lint import (
     read_graph,
     reformats,
 )
-from mmdet3d_quant.check.lint.layers import coverage
+from mmdet3d_quant.check.lint.layers import coverage, summary
 from mmdet3d_quant.check.lint.picture import draw
 from mmdet3d_quant.check.lint.reformat import TO_FLOAT, TO_INT8
 from mmdet3d_quant.check.lint.rules import is_quantized
@@ -152,16 +152,13 @@ def tell(
     between: list[Reformat],
 ) -> None:
     """The layers of one file and the conversions between them, for people."""
-    int8 = sum(layer.int8 for layer in convolutions)
     share = coverage(convolutions)
     work = '' if math.isnan(share) else f', {share:.1%} of their multiply-accumulates'
     told = f'; the file says {graph.told}' if graph.told else ''
     console.print(f'for {graph.profile.title}{told}', highlight=False)
     notes = sum(not finding.counts for finding in findings)
     counted = f'{len(findings) - notes} findings{f", {notes} notes" if notes else ""}'
-    fp8 = sum(layer.fp8 for layer in convolutions)
-    more = f' and {fp8} in FP8' if fp8 else ''
-    console.print(f'{int8} of {len(convolutions)} convolutions in INT8{more}{work}; {counted}')
+    console.print(f'{summary(convolutions)}{work}; {counted}')
     for kind in (TO_INT8, TO_FLOAT):
         same_kind = [x for x in between if x.kind == kind]
         if same_kind:

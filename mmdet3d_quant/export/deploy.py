@@ -265,8 +265,8 @@ def readme(manifest: Mapping[str, Any]) -> str:
 #: How layers get their types, for the README.
 _UNTYPED = ('Files without Q/DQ are float and built in FP16, the others in INT8 and FP16.',)
 _TYPED = (
-    'Layers run in the types that the files say: INT8 between Q/DQ, FP16 elsewhere, but for those',
-    'of `float32` in `manifest.json`, whose numbers FP16 cannot hold.',
+    'Layers run in the types that the files say: INT8 or FP8 between Q/DQ, FP16 elsewhere, but for',
+    'those of `float32` in `manifest.json`, whose numbers FP16 cannot hold.',
 )
 
 

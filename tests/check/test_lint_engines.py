@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from mmdet3d_quant.check.compiled import TARGET, beside, disagreements
 from mmdet3d_quant.check.lint import RULES, Graph, layers, lint
 from mmdet3d_quant.check.lint.effects import ERROR, NOTE, UNSEEN, WARNING, Effect
+from mmdet3d_quant.check.lint.layers import coverage
 from mmdet3d_quant.check.lint.page import EXPLAINED, page
 from mmdet3d_quant.check.lint.profiles import PROFILES, profile_of
 from mmdet3d_quant.engines.tensorrt_rtx import Compiled, is_installed
@@ -123,6 +124,18 @@ def test_integers_that_leave_and_weights_of_four_bits():
     graph = Graph(g.model(y, 21), TARGET)
     assert ('Q41', 'INT4 weight only') in {(f.rule.id, f.case) for f in lint(graph)}
     assert not layers(graph)[0].int8
+
+
+def test_fp8_is_for_engines_that_have_it():
+    model = plant('FP8 zero point', False, 8, False)
+    for target, told in (('tensorrt8', 'refused'), ('openvino', 'float')):
+        found = [f for f in lint(Graph(model, target)) if f.rule.id == 'Q41']
+        assert {(f.case, f.effect.what) for f in found} == {('FP8', told)}
+        assert not any(x.fp8 or x.int8 for x in layers(Graph(model, target)))
+    for target in ('tensorrt10', 'tensorrt11', 'tensorrt-rtx'):
+        graph = Graph(model, target)
+        assert lint(graph) == [] and [(x.int8, x.fp8) for x in layers(graph)] == [(False, True)]
+    assert coverage(layers(Graph(model, TARGET))) == 1
 
 
 def test_functions_of_a_file_are_looked_into():

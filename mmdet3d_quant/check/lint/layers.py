@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from onnx import NodeProto
@@ -40,6 +40,13 @@ def coverage(convolutions: Iterable[Layer]) -> float:
     total = sum(layer.macs for layer in convolutions)
     quantized = sum(layer.macs for layer in convolutions if layer.int8 or layer.fp8)
     return quantized / total if total else math.nan
+
+
+def summary(convolutions: Sequence[Layer]) -> str:
+    """Composes ``'5 of 8 convolutions in INT8 and 2 in FP8'``, without the latter where none is."""
+    int8, fp8 = sum(x.int8 for x in convolutions), sum(x.fp8 for x in convolutions)
+    more = f' and {fp8} in FP8' if fp8 else ''
+    return f'{int8} of {len(convolutions)} convolutions in INT8{more}'
 
 
 def _macs(graph: Graph, node: NodeProto) -> int:

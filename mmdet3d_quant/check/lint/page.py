@@ -33,8 +33,9 @@ _MEANING = {
     NOTHING: 'the same engine as without',
 }
 _SOURCES = {
-    MEASURED: 'TensorRT for RTX 1.7.1, for SM86 (`benchmarks/lint_agreement.py`): verdict, '
-    'type of every layer, kernels and bytes; no GPU ran it, so numbers are not among them',
+    MEASURED: 'TensorRT for RTX 1.7.1, for SM86, with FP8 for SM89 '
+    '(`benchmarks/lint_agreement.py`): verdict, type of every layer, kernels and bytes; no GPU ran '
+    'it, so numbers are not among them',
     PARSER8: "assertions of NVIDIA's ONNX parser, branch `release/8.6-GA`",
     PARSER10: 'the same, branch `release/10.1-GA`',
     MANUAL: '"Working with Quantized Types": where Q/DQ belong, scales known when it builds',

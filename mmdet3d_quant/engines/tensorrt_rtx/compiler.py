@@ -22,6 +22,8 @@ from mmdet3d_quant.engines.tensorrt_rtx.record import Compiled, read_layers, rea
 SMS = ('SM75', 'SM80', 'SM86', 'SM89', 'SM120', 'SM121')
 #: Those that are tried where none is named: the last three of GeForce and RTX.
 DEFAULT_SMS = ('SM86', 'SM89', 'SM120')
+#: Those that run FP8.
+FP8_SMS = ('SM89', 'SM120', 'SM121')
 INSTALL = (
     'pip install --no-deps tensorrt-rtx-cu12-libs==1.7.1.116 tensorrt-rtx-cu12-bindings==1.7.1.116'
 )
