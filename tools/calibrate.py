@@ -45,9 +45,14 @@ examples:
   # branches of a concat that differ in size, scaled alike; the float model stays as it is
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --equalize-concats
 
+<<<<<<< HEAD
   # FP8 instead of INT8 for a part of the model (docs/fp8.md)
   python tools/calibrate.py $CONFIG float.pth --out fp8.pth \\
       --cfg-options model.pts_backbone.format=fp8 model.pts_neck.format=fp8
+=======
+  # mean errors of layers taken off their biases
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --bias-correction 'pts_backbone'
+>>>>>>> w-G
 
   # keep the first convolution float
   python tools/calibrate.py $CONFIG float.pth --out int8.pth \\
@@ -87,6 +92,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help='scale inputs of a concat that differ much in size to one size, by powers of two '
         'that go into the batch norm before and out of the convolution behind: the float model '
         'stays as it is')  # fmt: skip
+    add('--bias-correction', action='append', default=[], metavar='PATTERN',
+        help='take the mean error of the outputs of these layers off their biases; may be '
+        "repeated; '*': all")  # fmt: skip
     add('--resume', action='store_true', help='go on where an interrupted run stopped')
     add('--strict', action='store_true', help='a warning is an error: nothing is written')
     add('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
@@ -154,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         resume=args.resume,
         strict=args.strict,
         equalize=args.equalize_concats,
+        bias_correction=args.bias_correction,
         launcher=args.launcher,
         device=args.device,
         overrides=args.cfg_options,

@@ -29,7 +29,7 @@ from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.spec import QuantSpec
 from mmdet3d_quant.core.unsigned import unsigned_ranges
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
-from mmdet3d_quant.improve import Equalization, equalize_concats
+from mmdet3d_quant.improve import BiasCorrection, Equalization, equalize_concats
 from mmdet3d_quant.jobs.distance import sensor_of as sensor_of
 from mmdet3d_quant.jobs.distance import strata_of
 from mmdet3d_quant.jobs.outliers import outliers
@@ -73,6 +73,7 @@ def calibrate_checkpoint(
     resume: bool = False,
     strict: bool = False,
     equalize: bool = False,
+    bias_correction: Sequence[str] = (),
     launcher: str = 'none',
     device: str | None = None,
     overrides: dict[str, Any] | None = None,
@@ -98,6 +99,8 @@ def calibrate_checkpoint(
         strict: A warning is an error: nothing is written.
         equalize: Scale the inputs of each concat to one size first, see
             :func:`mmdet3d_quant.improve.equalize_concats`.
+        bias_correction: Name patterns of layers whose mean output error is taken off their bias,
+            see :class:`mmdet3d_quant.improve.BiasCorrection`; measured on batches held out.
         launcher: Launcher that started the processes, one of ``processes.LAUNCHERS``; they are
             joined here.
         device: ``'cpu'`` or ``'cuda:N'``; by default a GPU where there is one.
@@ -133,7 +136,11 @@ def calibrate_checkpoint(
     rank, world = get_dist_info()
     place = fc.pick_device(processes.own_device(device))
     calibrator = Calibrator(model.to(place), plan, tolerance=until_stable or TOLERANCE)
-    seen, held_out = hold_out(batches) if calibrator.needs_held_out else (batches, {})
+    correct = BiasCorrection(bias_correction)
+    after = [correct] if bias_correction else []
+    if after:
+        correct.layers(model)
+    seen, held_out = hold_out(batches) if calibrator.needs_held_out or after else (batches, {})
     data = Share(name, loader, seen, held_out, rank, world)
     key = dict(checkpoint=sha256(checkpoint), config=cfg.pretty_text)
     key.update(data=name, batches=list(seen.values()), equalize=equalize)
@@ -144,7 +151,7 @@ def calibrate_checkpoint(
     done = _go_on(calibrator, saved, resume, rank)
     _observe(calibrator, data, done, saved, bool(until_stable), told.listener)
     try:
-        result = calibrator.finish(data.load(held_out))
+        result = calibrator.finish(data.load(held_out), after)
     except CalibrationError:
         if rank == 0:
             saved.clear()  # the same batches would end the same way
@@ -171,6 +178,9 @@ def calibrate_checkpoint(
     meta.update(about, calibration=calibration, kept_float=result.kept_float)
     meta.update(unsigned_ranges=unsigned_ranges(model))
     meta.update(macs={k.name: k.macs for k in result.coverage.layers if k.macs is not None})
+    if after:
+        meta['bias_corrected'] = sorted({*meta.get('bias_corrected', ()), *correct.corrected})
+        told.listener.note(str(correct))
     if equalized is not None:
         meta['equalized'] = [*meta.get('equalized', ()), *(m.plain() for m in equalized.moves)]
     with whole(out) as path:
