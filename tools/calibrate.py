@@ -45,14 +45,12 @@ examples:
   # branches of a concat that differ in size, scaled alike; the float model stays as it is
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --equalize-concats
 
-<<<<<<< HEAD
   # FP8 instead of INT8 for a part of the model (docs/fp8.md)
   python tools/calibrate.py $CONFIG float.pth --out fp8.pth \\
       --cfg-options model.pts_backbone.format=fp8 model.pts_neck.format=fp8
-=======
+
   # mean errors of layers taken off their biases
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --bias-correction 'pts_backbone'
->>>>>>> w-G
 
   # keep the first convolution float
   python tools/calibrate.py $CONFIG float.pth --out int8.pth \\

@@ -27,7 +27,7 @@ class UnsignedSpec(QuantSpec):
 
 def set_unsigned_amax(quantizer: Quantizer, amax: float) -> None:
     """Notes a quantizer's range for UINT8; it counts as long as the quantizer's own stays."""
-    vars(quantizer)[_KEY] = float(quantizer._amax), float(amax)
+    quantizer.__dict__[_KEY] = float(quantizer._amax), float(amax)
 
 
 def unsigned_amax(quantizer: Quantizer) -> float:
@@ -52,4 +52,4 @@ def load_unsigned_ranges(model: nn.Module, ranges: Mapping[str, Sequence[float]]
     known = quantizers(model)
     for name in known.keys() & ranges.keys():
         own, amax = ranges[name]
-        vars(known[name])[_KEY] = float(own), float(amax)
+        known[name].__dict__[_KEY] = float(own), float(amax)
