@@ -26,9 +26,11 @@ from torch import Tensor, nn
 import mmdet3d_quant as mq
 import mmdet3d_quant.bevfusion  # noqa: F401 - the float neck
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.ties import share_ranges
 from mmdet3d_quant.qat import LearnedRanges, WeightRanges
 
-MODES = ('eager', 'graph', 'compiled')
+#: 'reduced' is compiled with ``mode='reduce-overhead'``: CUDA graphs, which torch makes.
+MODES = ('eager', 'graph', 'compiled', 'reduced')
 TYPES = {'float32': None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
 
 
@@ -68,7 +70,10 @@ def stepper(
         for quantizer in mq.quantizers(model).values():
             if quantizer.spec.axis is None:
                 quantizer.learn()
-    run = torch.compile(model) if mode == 'compiled' else model
+    share_ranges(model)
+    run = model
+    if mode in ('compiled', 'reduced'):
+        run = torch.compile(model, mode='reduce-overhead' if mode == 'reduced' else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     if kind == 'learned':
         LearnedRanges(model).attach(optimizer)
