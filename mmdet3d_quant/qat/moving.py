@@ -168,8 +168,8 @@ class LearnedRanges:
         if any(not _lead(g).equal(start) for g, start in strict_zip(self._groups, self._start)):
             raise RuntimeError(
                 "the optimizer's step hooks are not called, without which learned ranges go wrong: "
-                f'torch.compile takes them off below torch 2.4, and this is {torch.__version__}. Take '
-                'a newer torch, leave out `compile` in the config, or train with fixed ranges '
+                f'torch.compile takes them off below torch 2.4 (here: {torch.__version__}). Take a '
+                'newer torch, leave out `compile` in the config, or train with fixed ranges '
                 '(learn_amax=False)'
             )
 
