@@ -9,7 +9,7 @@ from mmdet3d_quant.calibration.amax import search_many
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.quantizer import KnownRange
+from mmdet3d_quant.core.known import KnownRange
 from mmdet3d_quant.core.spec import Method, QuantSpec
 
 #: What ``auto`` chooses from.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +10,10 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.fake_quant import compiling
 from mmdet3d_quant.core.formats import FP8, MIN_AMAX
 from mmdet3d_quant.core.joined import Grid, grid_of, quantize
+from mmdet3d_quant.core.known import KnownRange
 from mmdet3d_quant.core.spec import QuantSpec, check_mode
 from mmdet3d_quant.core.switches import Switches
 
@@ -27,19 +28,6 @@ _IF_OTHERS_HAVE = (
     'checkpoint was saved: keep it float with `skip`, of its Quant* type, or of '
     "`model = dict(type='Quantized', of=DETECTOR, skip={PATTERN: REASON})`. Else:"
 )
-
-
-@dataclass(frozen=True)
-class KnownRange:
-    """A range that follows from what a tensor is, not from data.
-
-    Attributes:
-        amax: The range limit.
-        reason: Where it comes from.
-    """
-
-    amax: float
-    reason: str
 
 
 class UncalibratedError(QuantError):
@@ -102,6 +90,8 @@ class Quantizer(Switches):
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
         self.register_buffer('_amax', torch.full(shape, float('nan')))
         self._calibrated = False
+        #: Quantizers of equal ranges, a list that all of them hold; see `core.ties.share_ranges`.
+        self.equals: list[Quantizer] = []
 
     @property
     def _version(self) -> Any:  # type: ignore[override]
@@ -139,6 +129,7 @@ class Quantizer(Switches):
         with torch.no_grad():
             self._amax.copy_(new.reshape(self._amax.shape))
         self._calibrated = True
+        self.equals.clear()
 
     def forget(self) -> None:
         """Drops the range: the quantizer is uncalibrated again."""
@@ -146,6 +137,7 @@ class Quantizer(Switches):
             with torch.no_grad():
                 self._amax.fill_(float('nan'))
             self._calibrated = False
+            self.equals.clear()
 
     @property
     def calibrated(self) -> bool:
@@ -178,6 +170,7 @@ class Quantizer(Switches):
         self.float_reason = reason
         self._amax = None
         self._calibrated = False
+        self.equals.clear()
         self.mode = 'float'
 
     def learn(self) -> None:
@@ -186,6 +179,7 @@ class Quantizer(Switches):
             amax = self._amax
             del self._amax
             self._amax = nn.Parameter(amax)
+            self.equals.clear()
 
     @property
     def learned(self) -> bool:
@@ -215,7 +209,9 @@ class Quantizer(Switches):
             raise UncalibratedError([self.label], _IF_OTHERS_HAVE)
         if self.use_fb_fake_quant and torch.onnx.is_in_onnx_export():  # the library's own export
             return self._fb_fake_quant(x, self._amax.clamp(min=MIN_AMAX))
-        return quantize(x, self._amax, self.spec)
+        # Compilers join roundings by one tensor, not by tensors of one value.
+        equals = self.equals if compiling() else ()
+        return quantize(x, equals[0]._amax if equals else self._amax, self.spec)
 
     @property
     def grid(self) -> Grid | None:
@@ -291,6 +287,7 @@ class Quantizer(Switches):
             with torch.no_grad():
                 self._amax.fill_(float('nan'))
         self._calibrated = self._is_range()
+        self.equals.clear()
 
     def _is_range(self) -> bool:
         return bool((torch.isfinite(self._amax) & (self._amax >= 0)).all())

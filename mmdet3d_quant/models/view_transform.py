@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mmdet3d.registry import MODELS
 from torch import nn
 
-from mmdet3d_quant.core.quantizer import KnownRange
+from mmdet3d_quant.core.known import KnownRange
 from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.models.base import Formats, Skip, finish
 from mmdet3d_quant.parents import DepthLSSTransform, LSSTransform

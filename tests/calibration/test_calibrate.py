@@ -8,7 +8,7 @@ from torch import nn
 
 from mmdet3d_quant import CalibrationError, calibrate, quantizers
 from mmdet3d_quant.calibration.histogram import NonFiniteError
-from mmdet3d_quant.core.quantizer import KnownRange
+from mmdet3d_quant.core.known import KnownRange
 from mmdet3d_quant.layers import QuantConcat, QuantConv2d, QuantConvTranspose2d, QuantLinear
 
 
