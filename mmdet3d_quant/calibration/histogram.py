@@ -57,6 +57,12 @@ class Histogram:
         num_tensors: Number of tensors seen.
     """
 
+    bins: Tensor
+    exponent: Tensor
+    lowest: Tensor
+    highest: Tensor
+    least_peak: Tensor
+
     def __init__(self, name: str = 'tensor') -> None:
         self.name = name
         self.reset()
