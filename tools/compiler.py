@@ -87,7 +87,7 @@ def compile_exported(
             console.print(f'{name}: not compiled, since it needs plugins')
             continue
         console.print(f'Compiling {name}')
-        fp8 = FP8.name in manifest['precision'].split('+')
+        fp8 = FP8.name in manifest.get('precision', '').split('+')
         default = [sm for sm in DEFAULT_SMS if sm in FP8_SMS or not fp8]
         verdicts[name] = compile_onnx(Path(folder) / name, wanted or default)
     if not verdicts:

@@ -228,6 +228,7 @@ class Calibrator:
                     group_of.get(name),
                     examine(h, choice.amax, choice.unit.spec, peaks),
                     peaks.batch if peaks else None,
+                    choice.unit.spec.format.name,
                 )
         return Calibration(
             str(self.plan),

@@ -13,6 +13,7 @@ from mmdet3d_quant.calibration.observe import Statistics
 from mmdet3d_quant.calibration.stability import Look
 from mmdet3d_quant.core.coverage import Coverage
 from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.formats import INT8
 
 
 class CalibrationError(QuantError):
@@ -63,6 +64,7 @@ class CalibratedRange:
         group: Index of its tie group in ``Calibration.groups``, or None.
         health: How its own tensors fit the range.
         largest_in: Number of the batch that the largest value is in.
+        format: Name of its number format.
     """
 
     name: str
@@ -74,6 +76,7 @@ class CalibratedRange:
     group: int | None
     health: Health
     largest_in: int | None = None
+    format: str = INT8.name
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmdet3d_quant.core.compat import removeprefix
+from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.macs import weighted
 from mmdet3d_quant.core.skip import WHY, covering, skip_lines
 
@@ -31,6 +33,7 @@ class Layer:
         macs: Multiply-accumulates of one batch, or None if they were not counted.
         reason: Why it is float, or None if it is quantized.
         meant: Whether somebody said that it shall be float.
+        format: Name of the number format of its input, if it is quantized.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Layer:
     macs: int | None
     reason: str | None
     meant: bool
+    format: str = ''
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Coverage:
     def quantized(self) -> tuple[Layer, ...]:
         """The layers whose input and weight are quantized."""
         return tuple(layer for layer in self.layers if layer.reason is None)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Number of quantized layers by the name of their number format."""
+        return dict(Counter(layer.format for layer in self.quantized))
 
     @property
     def uncounted(self) -> list[str]:
@@ -90,6 +99,9 @@ class Coverage:
     def summary(self) -> str:
         """Tells how much is quantized, in a sentence."""
         text = f'{len(self.quantized)} of {len(self.layers)} layers quantized'
+        formats = self.formats
+        if set(formats) - {INT8.name}:
+            text += f' ({", ".join(f"{count} {name}" for name, count in formats.items())})'
         if self.share is None:
             return f'{text}; multiply-accumulates were not counted'
         text += f', {100 * self.share:.1f} % of the multiply-accumulates'
@@ -115,6 +127,7 @@ class Coverage:
         return dict(
             layers=len(self.layers),
             quantized=len(self.quantized),
+            formats=self.formats,
             share=self.share,
             uncounted=self.uncounted,
             float=self.float_groups(),
@@ -154,7 +167,8 @@ def coverage(model: nn.Module, macs: Mapping[str, int] | None = None) -> Coverag
     for name, module in weighted(model).items():
         kind = removeprefix(type(module).__name__, 'Portable')  # spconv's, in `parents`
         reason, meant = _float_reason(module, kind)
-        layers.append(Layer(name, kind, known.get(name), reason, meant))
+        fmt = module._input_quantizer.spec.format.name if reason is None else ''
+        layers.append(Layer(name, kind, known.get(name), reason, meant, fmt))
     return Coverage(tuple(layers))
 
 

@@ -150,3 +150,14 @@ def test_auto_leaves_out_what_is_for_integers():
     model = QuantSECOND(4, [4, 8], [1, 1], [1, 2], format={'blocks.1.*': 'fp8'}).eval()
     result = mq.calibrate(model, list(torch.randn(4, 1, 4, 16, 16)), 'auto')
     assert all(r.amax > 0 and r.method.startswith('auto: ') for r in result.ranges)
+
+
+def test_a_calibration_tells_the_format_of_ranges_and_layers():
+    torch.manual_seed(0)
+    model = QuantSECOND(4, [4, 8], [1, 1], [1, 2], format={'blocks.1.*': 'fp8'}).eval()
+    result = mq.calibrate(model, [torch.randn(1, 4, 16, 16)], 'max')
+    told = {r.name.partition('._')[0]: r.format for r in result.ranges}
+    assert set(told.values()) == {'int8', 'fp8'}
+    assert all((own == 'fp8') == name.startswith('blocks.1.') for name, own in told.items())
+    assert result.coverage.plain()['formats'] == {'int8': 2, 'fp8': 2}
+    assert '(2 int8, 2 fp8)' in result.coverage.summary()

@@ -2,15 +2,18 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from mmdet3d_quant.check.compiled import disagreements
 from mmdet3d_quant.check.lint import read_graph
+from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.engines import EngineError
 from mmdet3d_quant.engines.tensorrt_rtx import Compiled, is_installed
 from mmdet3d_quant.engines.tensorrt_rtx.record import Kernel, Product
+from mmdet3d_quant.layers import QuantConv2d
 from tests.engines.qdq import CHANNELS, QDQ
 from tests.small import ROOT
 from tests.tools.tiny import tool
@@ -110,6 +113,22 @@ def test_when_nothing_is_compiled(tell, folder, monkeypatch):
     compiler.compile_exported(console, folder, json.loads(before), None)
     assert 'Not compiled' in (told := console.export_text()) and 'pip install --no-deps' in told
     assert (folder / 'manifest.json').read_text() == before
+
+
+def test_fp8_is_compiled_for_generations_that_run_it_and_others_are_refused(tell):
+    fp8 = Product('a', 'Conv', 'FP8', 'x')
+    told = tell(lambda sm: accepted(sm, products=(fp8, *PRODUCTS)), precision='fp8+int8')
+    found = rows(told)
+    assert any(row[1:4] == ['SM89, SM120', 'accepted', '2 + 1 FP8 of 4'] for row in found)
+    assert 'SM86' not in told and 'SM86' in tell(accepted, precision='int8')
+    model = QuantConv2d(3, 4, 1)
+    for quantizer in quantizers(model).values():
+        quantizer.spec = replace(quantizer.spec, num_bits=(4, 3))
+        quantizer.amax = 1.0 if quantizer.spec.axis is None else [1.0] * 4
+    for fine in (None, [], ['SM89', 'SM120']):
+        compiler.check_generations(model, fine)
+    with pytest.raises(ValueError, match='_input_quantizer is fp8, which SM86 does not run: leave'):
+        compiler.check_generations(model, ['SM89', 'SM86'])
 
 
 def test_options_of_the_export_tool():

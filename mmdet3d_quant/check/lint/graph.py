@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from onnx import NodeProto, TensorProto
 
 from mmdet3d_quant.check.lint.constants import Constants
 from mmdet3d_quant.check.lint.moves import FP8, reached, source_of_weight, unpadded
+from mmdet3d_quant.check.lint.pair import Pair
 from mmdet3d_quant.check.lint.profiles import profile_of
 from mmdet3d_quant.export.graph import ONNX_DOMAINS, axis_of
 from mmdet3d_quant.export.targets import TARGET_KEY, target_in
@@ -33,33 +33,6 @@ FP8_PLACES = 32
 
 class LintError(ValueError):
     """A file is no ONNX graph that can be looked at."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A DequantizeLinear and what comes before it.
-
-    Attributes:
-        dq: The DequantizeLinear.
-        q: The QuantizeLinear before it; None for integers stored in the file.
-        source: The tensor that is quantized.
-        scale: Flat float array, or None if it is no constant.
-        zero: Zero points, flat, or None if absent or no constant.
-        axis: Channel axis of ``scale``.
-        dims: Number of dimensions of ``scale``; 0 if it is no constant.
-        kind: Type of the integers in ONNX's words, such as ``INT8``; empty if it is not known.
-        blocks: Whether scales are those of blocks.
-    """
-
-    dq: NodeProto
-    q: NodeProto | None
-    source: str
-    scale: np.ndarray | None
-    zero: np.ndarray | None
-    axis: int
-    dims: int = 0
-    kind: str = ''
-    blocks: bool = False
 
 
 class Graph:
