@@ -107,7 +107,7 @@ def ask(
         onnx.save(_telling(graph, choice), str(file))
         engine = make(file)
         outputs = dict(engine(inputs))
-    logits, scores = (np.float32(outputs.pop(n)) for n in (choice.logits, choice.scores))
+    logits, scores = (outputs.pop(n).astype(np.float32) for n in (choice.logits, choice.scores))
     cells = torch.as_tensor(outputs.pop(choice.cells)).long()
     outputs[HEATMAP] = logits
     fault = choice_fault(cut.module.bbox_head, torch.as_tensor(scores), cells)

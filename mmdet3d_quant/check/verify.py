@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +15,7 @@ from mmdet3d_quant.check.align import SPARE, align
 from mmdet3d_quant.check.fit import Fit, range_fault, range_fits, worst_fits
 from mmdet3d_quant.check.queries import HEATMAP, Asked, ask, choice_in
 from mmdet3d_quant.check.runs import run_torch, sqnr
-from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
+from mmdet3d_quant.engines import Arrays, Engine, ONNXRuntime, OpenVINO
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import coding_of
@@ -93,6 +93,7 @@ def verify(
         found = {'ONNX Runtime': ONNXRuntime(path)(arrays), 'OpenVINO': engine(arrays)}
         runs = {name: Asked(outputs, expected, plain) for name, outputs in found.items()}
     else:
+        makers: dict[str, Callable[[Path], Engine]]
         makers = {'ONNX Runtime': ONNXRuntime, 'OpenVINO': OpenVINO}
         runs = {name: ask(cut, graph, choice, make, mode) for name, make in makers.items()}
     for run in runs.values():
