@@ -180,10 +180,7 @@ class TransFusionHead(HeadLosses):
             )
         with torch.autocast(bev.device.type, enabled=False):
             dense_heatmap = self.heatmap_head(bev.float())
-        peaks = heatmap_peaks(
-            dense_heatmap, self.num_classes, self.nms_kernel_size, self.test_cfg['dataset']
-        )
-        top = peaks.flatten(1).topk(self.num_proposals, dim=1).indices
+        peaks, top = self.propose(dense_heatmap.detach().sigmoid())
         labels, cells = top // peaks.shape[2], top % peaks.shape[2]
 
         def at_cells(x: Tensor) -> Tensor:
@@ -207,12 +204,19 @@ class TransFusionHead(HeadLosses):
         merged = {key: torch.cat([layer[key] for layer in layers], dim=-1) for key in layers[0]}
         return [{**merged, **dict(strict_zip(_SHARED, shared))}]
 
-    def forward(self, feats: Tensor | Sequence[Tensor], metas: Any = None) -> Outputs:
-        """Predicts from the neck's output.
+    def propose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses the queries, the highest peaks of the scores (B, classes, X, Y) of all cells.
 
-        Args:
-            feats: (B, in_channels, X, Y), or a sequence of one such tensor.
-            metas: Not used.
+        Returns:
+            Scores of the peaks (B, classes, X * Y), 0 elsewhere; and which of them are queries,
+            int64 (B, P), counted over classes and cells, highest first.
+        """
+        dataset = self.test_cfg['dataset']
+        peaks = heatmap_peaks(scores, self.num_classes, self.nms_kernel_size, dataset)
+        return peaks, peaks.flatten(1).topk(self.num_proposals, dim=1).indices
+
+    def forward(self, feats: Tensor | Sequence[Tensor], metas: Any = None) -> Outputs:
+        """Predicts from the neck's output, (B, in_channels, X, Y) or a sequence of one such tensor.
 
         Returns:
             A tuple of one element, the result of :meth:`forward_single`.

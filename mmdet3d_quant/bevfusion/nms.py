@@ -13,11 +13,11 @@ _SMALL = {'nuScenes': [8, 9], 'Waymo': [1, 2]}
 _RADIUS = {'nuScenes': {8: 0.175, 9: 0.175}, 'Waymo': {0: 0.7, 1: 0.7, 2: 0.7}}
 
 
-def heatmap_peaks(dense_heatmap: Tensor, num_classes: int, kernel: int, dataset: str) -> Tensor:
+def heatmap_peaks(scores: Tensor, num_classes: int, kernel: int, dataset: str) -> Tensor:
     """Finds the cells that no neighbour exceeds.
 
     Args:
-        dense_heatmap: Class logits, (B, classes, X, Y).
+        scores: By class, (B, classes, X, Y), positive.
         num_classes: Number of classes.
         kernel: Side of the window in which a peak is the maximum, cells, odd.
         dataset: Name of the data set; decides in which classes every cell is a peak.
@@ -25,7 +25,6 @@ def heatmap_peaks(dense_heatmap: Tensor, num_classes: int, kernel: int, dataset:
     Returns:
         (B, classes, X*Y): scores of the peaks, 0 elsewhere.
     """
-    scores = dense_heatmap.detach().sigmoid()
     # A full window must fit: cells at the edge of the map are no peaks.
     highest = F.pad(F.max_pool2d(scores, kernel, stride=1), [kernel // 2] * 4)
     small = _SMALL.get(dataset, [])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from mmdet3d_quant.check.align import SPARE, align
 from mmdet3d_quant.check.fit import Fit, range_fault, range_fits, worst_fits
+from mmdet3d_quant.check.queries import HEATMAP, Asked, ask, choice_in
 from mmdet3d_quant.check.runs import run_torch, sqnr
-from mmdet3d_quant.engines import Arrays, ONNXRuntime, OpenVINO
+from mmdet3d_quant.engines import Arrays, Engine, ONNXRuntime, OpenVINO
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import coding_of
@@ -66,6 +68,9 @@ def verify(
 ) -> list[Agreement]:
     """Compares an exported file with its model on the example inputs.
 
+    A head is compared on the queries that the file chose, its heatmap and its choice by themselves;
+    see :mod:`mmdet3d_quant.check.queries`.
+
     Args:
         cut: The cut, its module in eval mode on the CPU.
         path: The file exported from it.
@@ -73,32 +78,46 @@ def verify(
         real: Whether the inputs are data; else ranges, which are of data, are not judged by them.
 
     Returns:
-        List of :class:`Agreement`, one per output.
+        List of :class:`Agreement`, one per output, and of a head one of its heatmap.
 
     Raises:
         ExportError: If the file has other outputs than the cut.
     """
-    expected = run_torch(cut, 'quant' if quantized else 'float')
-    plain = run_torch(cut, 'float')
-    arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
-    reference, engine = ONNXRuntime(path)(arrays), OpenVINO(path)
-    result, convs = engine(arrays), engine.int8_convolutions()
-    found = {'ONNX Runtime': reference, 'OpenVINO': result}
-    for outputs in found.values():
-        require_outputs(cut, path, outputs)
-    results, half = [], is_strong(path)
+    mode, graph = 'quant' if quantized else 'float', onnx.load(str(path))
+    engine = OpenVINO(path)
+    convs = engine.int8_convolutions()
+    choice, half = choice_in(cut, graph), is_strong(path)
+    if choice is None:
+        arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
+        expected, plain = run_torch(cut, mode), run_torch(cut, 'float')
+        found = {'ONNX Runtime': ONNXRuntime(path)(arrays), 'OpenVINO': engine(arrays)}
+        runs = {name: Asked(outputs, expected, plain) for name, outputs in found.items()}
+    else:
+        makers: dict[str, Callable[[Path], Engine]]
+        makers = {'ONNX Runtime': ONNXRuntime, 'OpenVINO': OpenVINO}
+        runs = {name: ask(cut, graph, choice, make, mode) for name, make in makers.items()}
+    for run in runs.values():
+        require_outputs(cut, path, run.outputs)
+    results = []
     fits = range_fits(cut) if quantized and real else {}
     spare = SPARE if half else 0
-    aligned = {engine: align(expected, outputs, spare) for engine, outputs in found.items()}
-    for name in cut.output_names:
-        cost = sqnr(plain[name], expected[name])
-        closeness = {e: sqnr(expected[name], a[name]) for e, a in aligned.items()}
-        least = least_of(cost, cut.output_names, half)
-        fault = nonfinite('torch', name, expected[name])
+    aligned = {
+        name: run.outputs if choice else align(run.expected, run.outputs, spare)
+        for name, run in runs.items()
+    }
+    for name in cut.output_names if choice is None else (HEATMAP, *cut.output_names):
+        first = runs['ONNX Runtime']
+        cost = sqnr(first.plain[name], first.expected[name])
+        closeness = {e: sqnr(run.expected[name], aligned[e][name]) for e, run in runs.items()}
+        least = least_of(cost, () if choice else cut.output_names, half)
+        fault = nonfinite('torch', name, first.expected[name])
         for at, value in closeness.items():
+            run = runs[at]
+            fault = fault or (run.fault and f'{at}: {run.fault}')
             fault = fault or output_fault(at, name, value, least, aligned[at][name])
             if fault:
-                fault += swapped(name, expected, found[at], cost, half)
+                own = {n: run.expected[n] for n in cut.output_names}
+                fault += swapped(name, own, run.outputs, cost, half)
                 break
         fault = fault or cost_fault(name, cost, fits)
         results.append(

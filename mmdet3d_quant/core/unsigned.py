@@ -27,13 +27,13 @@ class UnsignedSpec(QuantSpec):
 
 def set_unsigned_amax(quantizer: Quantizer, amax: float) -> None:
     """Notes a quantizer's range for UINT8; it counts as long as the quantizer's own stays."""
-    quantizer.__dict__[_KEY] = float(quantizer._amax), float(amax)
+    setattr(quantizer, _KEY, (float(quantizer._amax), float(amax)))
 
 
 def unsigned_amax(quantizer: Quantizer) -> float:
     """Finds the range limit for UINT8: the quantizer's own where none was noted for that."""
     own = float(quantizer._amax)
-    known, amax = vars(quantizer).get(_KEY, (own, own))
+    known, amax = getattr(quantizer, _KEY, (own, own))
     return amax if known == own else own
 
 
@@ -43,7 +43,7 @@ def unsigned_ranges(model: nn.Module) -> dict[str, tuple[float, float]]:
     Returns:
         Dict from name to the quantizer's own range and that for UINT8.
     """
-    found = {name: vars(q).get(_KEY) for name, q in quantizers(model).items()}
+    found = {name: getattr(q, _KEY, None) for name, q in quantizers(model).items()}
     return {name: pair for name, pair in found.items() if pair is not None}
 
 
@@ -52,4 +52,4 @@ def load_unsigned_ranges(model: nn.Module, ranges: Mapping[str, Sequence[float]]
     known = quantizers(model)
     for name in known.keys() & ranges.keys():
         own, amax = ranges[name]
-        known[name].__dict__[_KEY] = float(own), float(amax)
+        setattr(known[name], _KEY, (float(own), float(amax)))

@@ -13,30 +13,32 @@ from mmdet3d_quant.layers.joining import Found, make_joining
 from mmdet3d_quant.layers.swap import swap_layers
 from mmdet3d_quant.models.base import Skip, finish
 
-#: What works on the map, and what on queries.
-MAP = ('shared_conv', 'heatmap_head')
+#: What works on queries instead of the map.
 QUERIES = ('class_encoding', 'decoder', 'prediction_heads')
-WHY_FLOAT = 'it works on queries: little work, which attention decides by small differences'
+WHY_QUERIES = 'it works on queries: little work, which attention decides by small differences'
+WHY_LAST = 'its scores rank all cells, at next to no work'
 
 
 @MODELS.register_module()
 def QuantTransFusionHead(  # noqa: N802 - reads as the types beside it
     of: Any = 'TransFusionHead',
     decoder: bool = False,
+    scores: bool = False,
     skip: Skip = (),
     learn_amax: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a TransFusion head with its convolutions over the map quantized.
 
-    Those are ``shared_conv`` and ``heatmap_head``. The head is that of this package or that of
-    mmdet3d's BEVFusion project, whichever is registered.
+    Those are ``shared_conv`` and ``heatmap_head``, but for its last convolution. The head is that
+    of this package or that of mmdet3d's BEVFusion project, whichever is registered.
 
     Args:
         of: Type of the float head.
         decoder: Also quantize the convolutions and linear layers that work on queries, but for the
             projections inside of attention.
-        skip: Layers to keep float: name patterns such as ``'heatmap_head.1'``, or
+        scores: Also quantize the last convolution of ``heatmap_head``.
+        skip: Layers to keep float: name patterns such as ``'heatmap_head'``, or
             ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
         **kwargs: Arguments of the head.
@@ -49,11 +51,14 @@ def QuantTransFusionHead(  # noqa: N802 - reads as the types beside it
         ValueError: If a pattern of ``skip`` matches nothing.
     """
     head: Any = MODELS.build(dict(kwargs, type=of))
-    for part in (*MAP, *(QUERIES if decoder else ())):
+    last = f'heatmap_head.{len(head.heatmap_head) - 1}'
+    kept = {} if scores else {last: WHY_LAST}
+    for part in (head.shared_conv, *head.heatmap_head[:-1], *([head.heatmap_head[-1]] * scores)):
+        swap_layers(part)
+    for part in QUERIES if decoder else ():
         for name, reason in swap_layers(getattr(head, part)).items():
             keep_float(head, {f'{part}.{name}' if name else part: reason})
-    if not decoder:
-        keep_float(head, dict.fromkeys(QUERIES, WHY_FLOAT))
+    keep_float(head, kept if decoder else {**kept, **dict.fromkeys(QUERIES, WHY_QUERIES)})
     make_joining(head, Found(_read_together(head), [['shared_conv._input_quantizer']], [[]]))
     finish(head, skip, learn_amax)
     vars(head)['takes_skip'] = True  # as errors advise it

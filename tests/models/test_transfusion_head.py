@@ -20,7 +20,7 @@ from mmdet3d_quant.runs import from_config as fc
 from tests.small import ROOT
 
 TINY = ROOT / 'configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_synthetic.py'
-ON_MAP = ['shared_conv', 'heatmap_head.0.conv', 'heatmap_head.1']
+ON_MAP = ['shared_conv', 'heatmap_head.0.conv']
 
 
 def config(**changes):
@@ -63,8 +63,9 @@ def test_the_map_is_quantized_and_coverage_says_why_the_queries_are_not():
         head(bev())
     found = coverage(head, counted.macs)
     assert [layer.name for layer in found.quantized] == ON_MAP
-    (line,) = {line.partition('): ')[2] for line in found.lines()}
-    assert line.startswith('it works on queries')
+    last, queries = (line.partition('): ')[2] for line in found.lines())
+    assert last.startswith('its scores rank') and queries.startswith('it works on queries')
+    assert coverage(heads(scores=True)[1]).layers[2].reason is None
     assert all(layer.meant for layer in found.layers if layer.name not in ON_MAP)
 
 
@@ -87,7 +88,7 @@ def test_the_map_rounds_and_float_parts_stay():
 
 
 def test_the_decoder_on_request_but_for_attention():
-    _, head = heads(decoder=True)
+    _, head = heads(decoder=True, scores=True)
     left = {layer.name: layer.reason for layer in coverage(head).layers if layer.reason}
     names = [f'decoder.{i}.{a}_attn.attn.out_proj' for i in (0, 1) for a in ('self', 'cross')]
     assert left == dict.fromkeys(names, 'attention reads its weight without calling it')
@@ -136,11 +137,11 @@ def test_a_neck_that_hands_on_what_it_reads_is_tied_to_the_head():
 
 
 def test_settings_reach_it():
-    _, head = heads(skip={'heatmap_head.1': 'measured'}, learn_amax=True)
+    _, head = heads(skip={'heatmap_head.1': 'measured'}, scores=True, learn_amax=True)
     assert head.heatmap_head[1]._input_quantizer.float_reason == 'measured'
     assert head.shared_conv._input_quantizer.learned
-    with pytest.raises(ValueError, match="'heatmap' matches no quantized layer"):
-        heads(skip='heatmap')
+    with pytest.raises(ValueError, match="'heat' matches no quantized layer"):
+        heads(skip='heat')
     for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert ties(other) == ties(head) and other.input_readers() == head.input_readers()
 
@@ -163,7 +164,7 @@ def detector():
 def test_a_checkpoint_that_had_it_float_is_told_with_the_config_that_fits(detector, tmp_path):
     for quantizer in quantizers(detector).values():
         quantizer.amax = torch.ones_like(quantizer._amax)
-    later = ('bbox_head.', 'view_transform.downsample.')
+    later = ('bbox_head.', 'pts_neck.')
     state = {
         k: v for k, v in detector.state_dict().items()
         if not (k.startswith(later) and k.endswith('._amax'))
@@ -173,8 +174,8 @@ def test_a_checkpoint_that_had_it_float_is_told_with_the_config_that_fits(detect
     with pytest.raises(UncalibratedError, match='Other quantizers have ranges') as err:
         fc.load_weights(fc.build_model(cfg), tmp_path / 'old.pth', calibrated=True)
     text = str(err.value)
-    assert "'view_transform.downsample': 'why'" in text and "'bbox_head" in text
-    kept = {name: 'as it was' for name in ('bbox_head', 'view_transform.downsample')}
+    assert "skip={'pts_neck': 'why', 'bbox_head': 'why'}" in text
+    kept = dict.fromkeys(('pts_neck', 'bbox_head'), 'as it was')
     cfg.model.update(type='Quantized', of='BEVFusion', skip=kept)
     fc.load_weights(fc.build_model(cfg), tmp_path / 'old.pth', calibrated=True)
 
@@ -189,4 +190,5 @@ def test_quantize_config_writes_it(tmp_path, detector):
             cut.module(*cut.inputs.values())
     assert coverage(model, counted.macs).share > 0.95
     ours, found = ({k.name for k in coverage(m).quantized} for m in (detector, model))
-    assert ours == {name for name in found if not name.startswith('pts_middle_encoder')}
+    more = ('pts_middle_encoder', 'view_transform.downsample')
+    assert ours == {name for name in found if not name.startswith(more)}

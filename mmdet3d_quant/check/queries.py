@@ -1,0 +1,172 @@
+"""Comparison of a head with its file on equal queries: what chooses them is judged by itself.
+
+A head makes a query of each of the highest cells of its heatmap. Where two are equal but for the
+last bits, two correct runs choose others, and attention spreads that to all outputs. So a file is
+asked which cells it chose; the choice must be the best of its own heatmap, the heatmap must be that
+of torch, and torch computes the outputs of the same queries.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from mmdet3d_quant.check.runs import run_torch
+from mmdet3d_quant.engines import Arrays, Engine
+from mmdet3d_quant.export.cuts import Cut
+
+#: Name of the output that is no output of the file: class logits of all cells.
+HEATMAP = 'dense_heatmap'
+#: How far scores, which are between 0 and 1, of chosen and of best cells may be apart.
+_TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tensors of a head's graph that tell how it chose its queries, by name.
+
+    Attributes:
+        logits: Heatmap before the sigmoid, (B, classes, X, Y).
+        scores: Behind it.
+        cells: Which were chosen, (B, P), counted over classes and cells.
+    """
+
+    logits: str
+    scores: str
+    cells: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One run of an engine, and torch on the queries that the engine chose.
+
+    Attributes:
+        outputs: Outputs of the engine by name, :data:`HEATMAP` among them.
+        expected: Those of torch in the mode of the file.
+        plain: Those of torch in float.
+        fault: What is wrong with the choice, or empty.
+    """
+
+    outputs: Arrays
+    expected: Arrays
+    plain: Arrays
+    fault: str = ''
+
+
+def choice_in(cut: Cut, graph: onnx.ModelProto) -> Choice | None:
+    """Finds in a file how it chooses queries.
+
+    Args:
+        cut: The cut that it was exported from.
+        graph: The file.
+
+    Returns:
+        :class:`Choice`; None if the cut has no head that proposes, or the file no single TopK
+        behind a Sigmoid.
+    """
+    best = [node for node in graph.graph.node if node.op_type == 'TopK']
+    if not hasattr(getattr(cut.module, 'bbox_head', None), 'propose') or len(best) != 1:
+        return None
+    makers = {output: node for node in graph.graph.node for output in node.output}
+    todo, seen = [best[0].input[0]], set()
+    while todo:
+        node = makers.get(todo.pop(0))
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.op_type == 'Sigmoid':
+            return Choice(node.input[0], node.output[0], best[0].output[1])
+        todo.extend(node.input)
+    return None
+
+
+def ask(
+    cut: Cut, graph: onnx.ModelProto, choice: Choice, make: Callable[[Path], Engine], mode: str
+) -> Asked:
+    """Runs a file that also says what it chose, and torch on the same queries.
+
+    Args:
+        cut: The cut, its module in eval mode on the CPU.
+        graph: The file.
+        choice: How it chooses.
+        make: Constructor of the engine.
+        mode: Mode of the quantizers that the file has.
+    """
+    inputs = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f'{cut.name}.onnx'
+        onnx.save(_telling(graph, choice), str(file))
+        engine = make(file)
+        outputs = dict(engine(inputs))
+    logits, scores = (outputs.pop(n).astype(np.float32) for n in (choice.logits, choice.scores))
+    cells = torch.as_tensor(outputs.pop(choice.cells)).long()
+    outputs[HEATMAP] = logits
+    fault = choice_fault(cut.module.bbox_head, torch.as_tensor(scores), cells)
+    if fault:  # torch cannot be asked about queries that there are not
+        cells = cut.module.bbox_head.propose(torch.as_tensor(scores))[1]
+    peaks = cut.module.bbox_head.propose(torch.as_tensor(scores))[0] > 0
+    expected, plain = (_on_queries(cut, m, peaks, cells) for m in (mode, 'float'))
+    return Asked(outputs, expected, plain, fault)
+
+
+def _telling(graph: onnx.ModelProto, choice: Choice) -> onnx.ModelProto:
+    """Copies a graph with the tensors of its choice as outputs, too."""
+    result = onnx.ModelProto()
+    result.CopyFrom(graph)
+    known = {v.name: v for v in onnx.shape_inference.infer_shapes(graph).graph.value_info}
+    kinds = {choice.cells: TensorProto.INT64}
+    for name in (choice.logits, choice.scores, choice.cells):
+        kind = known[name].type.tensor_type.elem_type if name in known else TensorProto.FLOAT
+        value = helper.make_tensor_value_info(name, kinds.get(name, kind), None)
+        result.graph.output.append(value)
+    return result
+
+
+def choice_fault(head: Any, scores: Tensor, cells: Tensor) -> str:
+    """Describes what is wrong with the cells that a file chose by its own scores; empty if nothing.
+
+    Args:
+        head: The head.
+        scores: By class and cell, (B, classes, X, Y).
+        cells: int64 (B, P).
+    """
+    flat = scores.flatten(1)
+    if bool((cells < 0).any()) or bool((cells >= flat.shape[1]).any()):
+        return f'queries are chosen from outside of the map, which has {flat.shape[1]} cells'
+    if any(len(row.unique()) < len(row) for row in cells):
+        return 'one cell is chosen for several queries'
+    peaks, best = head.propose(scores)
+    if best.shape != cells.shape:
+        return f'{cells.shape[1]} queries are chosen, not {best.shape[1]}'
+    wanted, found = (peaks.flatten(1).gather(1, c).sort(dim=1).values for c in (best, cells))
+    off = int(((wanted - found).abs() > _TIE).sum())
+    return (
+        f'{off} of {found.numel()} queries are not the highest peaks of the heatmap' if off else ''
+    )
+
+
+def _on_queries(cut: Cut, mode: str, peaks: Tensor, cells: Tensor) -> Arrays:
+    """Runs a cut in torch on given queries; returns its outputs by name, and the heatmap."""
+    head: Any = cut.module.bbox_head
+    dense: list[Tensor] = []
+
+    def propose(scores: Tensor) -> tuple[Tensor, Tensor]:
+        return scores.flatten(2) * peaks.to(scores.device), cells.to(scores.device)
+
+    hook = head.heatmap_head.register_forward_hook(lambda m, args, out: dense.append(out))
+    vars(head)['propose'] = propose
+    try:
+        outputs = run_torch(cut, mode)
+    finally:
+        del vars(head)['propose']
+        hook.remove()
+    return {**outputs, HEATMAP: dense[0].cpu().numpy()}
