@@ -41,8 +41,9 @@ class Target:
             file says them.
         compiled: Whether NVIDIA's compiler judges the files.
         boxes: How the outputs of the head code boxes.
-        tiles: Whether a transposed convolution with a kernel as large as its stride becomes a 1x1
-            convolution and DepthToSpace, which runs in INT8 where the other may not.
+        tiles: Whether a transposed convolution with a kernel as large as its stride, or a depthwise
+            one that interpolates, becomes a convolution and DepthToSpace, which runs in INT8 where
+            the other may not.
     """
 
     name: str
