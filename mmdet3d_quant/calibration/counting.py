@@ -63,13 +63,13 @@ def count(x: Tensor, exponent: Tensor) -> Tensor:
 
 def _count_on_gpu(x: Tensor, exponent: Tensor) -> Tensor:
     """Counts on a GPU in one pass over memory."""
-    total = torch.zeros(BINS, dtype=torch.int64, device=x.device)
+    totals = []
     for part in x.contiguous().split(_PART):
         tables = torch.zeros((_TABLES, BINS), dtype=torch.int32, device=x.device)
         grid = (-(-part.numel() // _PROGRAM),)
         launch(kernels.count, grid, part, exponent, tables, part.numel(), _TABLES, _PROGRAM)
-        total += tables.sum(0)
-    return total
+        totals.append(tables.sum(0))
+    return totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
 
 
 def count_by_histc(x: Tensor, exponent: Tensor) -> Tensor:

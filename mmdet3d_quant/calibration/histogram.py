@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Iterable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmdet3d_quant.calibration.counting import BINS, BITS, OCTAVES, PER_OCTAVE, count
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.formats import MIN_AMAX
 
 #: Bins of equal width of a :meth:`Histogram.view`.
@@ -62,11 +63,7 @@ class Histogram:
 
     def reset(self) -> None:
         """Resets to the histogram of no tensors."""
-        self.bins = torch.zeros(BINS, dtype=torch.int64)
-        self.exponent = torch.tensor(_LEAST, dtype=torch.int32)
-        self.lowest = torch.tensor(float('inf'))
-        self.highest = torch.tensor(float('-inf'))
-        self.least_peak = torch.tensor(float('inf'))
+        vars(self).update(_EMPTY)  # shared, as no tensor is changed in place
         self.num_elements = 0
         self.num_tensors = 0
 
@@ -115,13 +112,11 @@ class Histogram:
             return
         if self.bins.device != other.bins.device:
             self.to(other.bins.device)
-        exponent = torch.maximum(self.exponent, other.exponent)
-        bins = _coarsen(self.bins, exponent - self.exponent)
-        self.bins = bins + _coarsen(other.bins, exponent - other.exponent)
-        self.exponent = exponent
-        self.lowest = torch.minimum(self.lowest, other.lowest)
-        self.highest = torch.maximum(self.highest, other.highest)
-        self.least_peak = torch.minimum(self.least_peak, other.least_peak)
+        tensors = (tuple(getattr(h, name) for name in TENSORS) for h in (self, other))
+        vars(self).update(strict_zip(TENSORS, _merged(*tensors)))
+        self._count(other)
+
+    def _count(self, other: Histogram) -> None:
         self.num_elements += other.num_elements
         self.num_tensors += other.num_tensors
 
@@ -210,9 +205,55 @@ class Histogram:
         return counts[:n], np.arange(n + 1) * width
 
 
+_EMPTY = dict(
+    bins=torch.zeros(BINS, dtype=torch.int64),
+    exponent=torch.tensor(_LEAST, dtype=torch.int32),
+    lowest=torch.tensor(float('inf')),
+    highest=torch.tensor(float('-inf')),
+    least_peak=torch.tensor(float('inf')),
+)
+TENSORS = tuple(_EMPTY)
+#: Histograms that are merged together at most, which bounds the memory that takes.
+_TOGETHER = 64
 #: Octave of each bin above the lowest; what lies below has bins of the lowest's width.
 _OCTAVE = np.repeat(np.r_[0, np.arange(OCTAVES)], PER_OCTAVE).astype(np.float64)
-TENSORS = ('bins', 'exponent', 'lowest', 'highest', 'least_peak')
+
+
+def merge_all(pairs: Iterable[tuple[Histogram, Histogram]]) -> None:
+    """Merges the second histogram of each pair into the first; on a GPU in few launches for all.
+
+    Args:
+        pairs: Histograms as :meth:`Histogram.merge` takes them, no first one twice.
+    """
+    by_device: dict[torch.device, list[tuple[Histogram, Histogram]]] = {}
+    for mine, other in pairs:
+        device = other.bins.device
+        if device.type == 'cpu' or mine.bins.device != device or not mine.num_tensors:
+            mine.merge(other)
+        elif other.num_tensors:
+            by_device.setdefault(device, []).append((mine, other))
+    for some in by_device.values():
+        for i in range(0, len(some), _TOGETHER):
+            _merge_stacked(some[i : i + _TOGETHER])
+
+
+def _merge_stacked(pairs: list[tuple[Histogram, Histogram]]) -> None:
+    """Merges pairs of one device, all by the same launches."""
+    first, second = (
+        [torch.stack([getattr(pair[i], name) for pair in pairs]) for name in TENSORS]
+        for i in (0, 1)
+    )
+    for (mine, other), *tensors in strict_zip(pairs, *_merged(first, second)):
+        vars(mine).update(strict_zip(TENSORS, tensors))
+        mine._count(other)
+
+
+def _merged(mine: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Merges the tensors of two histograms, or of stacks of histograms."""
+    exponent = torch.maximum(mine[1], other[1])
+    bins = _coarsen(mine[0], exponent - mine[1]) + _coarsen(other[0], exponent - other[1])
+    lowest, highest = torch.minimum(mine[2], other[2]), torch.maximum(mine[3], other[3])
+    return bins, exponent, lowest, highest, torch.minimum(mine[4], other[4])
 
 
 def flat(x: Tensor) -> Tensor:
@@ -227,17 +268,17 @@ def _coarsen(bins: Tensor, doublings: Tensor) -> Tensor:
     An octave moves down by as many octaves. Where that is below the lowest one, its bins, which
     start at ``(2048 + j) << octave`` widths of the lowest bin, merge with those of equal width.
     """
-    if bins.device.type == 'cpu':
+    if bins.device.type == 'cpu' and bins.dim() == 1:
         return bins if not doublings else _scattered(bins, _places_on_cpu(int(doublings)))
-    return _scattered(bins, _places(doublings))
+    return _scattered(bins, _places(doublings[..., None]))
 
 
 def _scattered(bins: Tensor, places: Tensor) -> Tensor:
-    return torch.zeros_like(bins).scatter_add_(0, places, bins)
+    return torch.zeros_like(bins).scatter_add_(-1, places, bins)
 
 
 def _places(doublings: Tensor) -> Tensor:
-    """Where each bin goes, int64 (34816,)."""
+    """Where each bin goes, int64 (..., 34816), for doublings of shape (..., 1)."""
     index = torch.arange(BINS, device=doublings.device)
     octave = ((index >> BITS) - 1).clamp(min=0)
     start = index - octave * PER_OCTAVE
@@ -247,4 +288,4 @@ def _places(doublings: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _places_on_cpu(doublings: int) -> Tensor:
-    return _places(torch.tensor(doublings))
+    return _places(torch.tensor([doublings]))

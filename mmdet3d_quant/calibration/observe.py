@@ -11,7 +11,7 @@ import torch
 from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
-from mmdet3d_quant.calibration.histogram import TENSORS, Histogram
+from mmdet3d_quant.calibration.histogram import TENSORS, Histogram, merge_all
 from mmdet3d_quant.calibration.joins import Joins
 from mmdet3d_quant.calibration.peaks import Peaks
 from mmdet3d_quant.core.copies import deep_copy
@@ -56,8 +56,7 @@ class Statistics:
             both = sorted(self.batches & other.batches)
             raise ValueError(f'batch {both[0]} would be counted twice')
         merged = {name: copy.copy(h) for name, h in self.histograms.items()}
-        for name, histogram in merged.items():
-            histogram.merge(other.histograms[name])
+        merge_all((histogram, other.histograms[name]) for name, histogram in merged.items())
         peaks = dict(self.peaks)
         for name, more in other.peaks.items():
             peaks[name] = peaks.get(name, Peaks()).merge(more)
@@ -211,8 +210,10 @@ class _Seen:
             NonFiniteError: If one has NaN or infinity; names the first.
         """
         if self.order and self.order[0].bins.device.type != 'cpu':
-            ends = torch.stack([torch.stack((h.lowest, h.highest)) for h in self.order])
-            for i in torch.isfinite(ends).all(1).logical_not().nonzero().flatten().tolist():
+            ends = [torch.stack([getattr(h, n) for h in self.order]) for n in ('lowest', 'highest')]
+            for i in (
+                torch.isfinite(torch.stack(ends)).all(0).logical_not().nonzero().flatten().tolist()
+            ):
                 self.order[i].require_finite()
 
 

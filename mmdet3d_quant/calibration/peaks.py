@@ -44,9 +44,9 @@ class Peaks:
 
     def number(self, batch: int) -> None:
         """Declares all that was added to be of one batch."""
-        filled = [p.max() for p in self.channels if p.numel()]
+        filled = [p for p in self.channels if p.numel()]
         if filled:
-            self.by_batch = {batch: torch.stack(filled).max()}
+            self.by_batch = {batch: (torch.cat(filled) if filled[1:] else filled[0]).max()}
 
     def merge(self, other: Peaks) -> Peaks:
         """Returns the peaks of the batches of both; neither is changed."""
@@ -121,5 +121,7 @@ def bits_kept(peak: float, step: float) -> float:
 
 def _largest(a: Tensor, b: Tensor) -> Tensor:
     """Elementwise maximum; a channel that only one of both has keeps its value."""
+    if len(a) == len(b):
+        return torch.maximum(a, b)
     size = max(len(a), len(b))
     return torch.maximum(F.pad(a, (0, size - len(a))), F.pad(b, (0, size - len(b))))

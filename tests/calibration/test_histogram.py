@@ -1,11 +1,19 @@
 """Histograms against numpy, in any order and split."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from mmdet3d_quant.calibration.counting import count_by_histc
-from mmdet3d_quant.calibration.histogram import NUM_BINS, Histogram, NonFiniteError
+from mmdet3d_quant.calibration.histogram import (
+    NUM_BINS,
+    Histogram,
+    NonFiniteError,
+    _merge_stacked,
+)
+from mmdet3d_quant.core.compat import strict_zip
 
 
 def collected(*tensors):
@@ -130,3 +138,20 @@ def test_a_state_is_a_copy_that_torch_saves_as_plain_data(tmp_path):
     again.collect(torch.ones(7) * 50)
     h.collect(torch.ones(7) * 50)
     assert torch.equal(h.bins, again.bins) and h.amax == again.amax == 50
+
+
+def test_histograms_merged_in_a_stack_are_those_merged_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1, 300, 7, 1e-6, 1e5, 0, 1]
+    firsts, seconds = (
+        [Histogram.of(torch.randn(200, generator=generator) * size) for size in order]
+        for order in (sizes, sizes[::-1])
+    )
+    wanted = [copy.copy(h) for h in firsts]
+    for mine, other in strict_zip(wanted, seconds):
+        mine.merge(other)
+    _merge_stacked(list(strict_zip(firsts, seconds)))
+    for found, right in strict_zip(firsts, wanted):
+        assert int(found.bins.sum()) == found.num_elements == 400
+        for name, value in right.state_dict().items():
+            assert torch.equal(torch.as_tensor(vars(found)[name]), torch.as_tensor(value)), name
