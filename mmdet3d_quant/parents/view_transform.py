@@ -108,7 +108,8 @@ class DepthLSSTransform(ViewTransform):
         Returns:
             (B, N, 1, H, W), float32, metres; 0 where no point falls.
         """
-        matrices = (lidar2image, img_aug_matrix, lidar_aug_matrix)
+        undo = torch.inverse(lidar_aug_matrix[:, :3, :3])  # at once: a GPU is waited for
+        matrices = (lidar2image, img_aug_matrix, lidar_aug_matrix, undo)
         size = self.image_size
         maps = [_sample_depth(size, p, *m) for p, *m in strict_zip(points, *matrices)]
         return torch.stack(maps).view(len(maps), num_cams, 1, *size)
@@ -174,12 +175,12 @@ def _sample_depth(
     lidar2image: Tensor,
     img_aug: Tensor,
     lidar_aug: Tensor,
+    undo: Tensor,
 ) -> Tensor:
     """Projects one sample's points to depths, (N, H*W)."""
     height, width = image_size
     xyz = (points[:, :3].float() - lidar_aug[:3, 3]).T
-    xyz = torch.inverse(lidar_aug[:3, :3]) @ xyz
-    cam = lidar2image[:, :3, :3] @ xyz + lidar2image[:, :3, 3:]
+    cam = lidar2image[:, :3, :3] @ (undo @ xyz) + lidar2image[:, :3, 3:]
     depth = cam[:, 2].clamp(1e-5, 1e5)
     pixel = torch.cat([cam[:, :2] / depth[:, None], depth[:, None]], dim=1)
     pixel = img_aug[:, :3, :3] @ pixel + img_aug[:, :3, 3:]
