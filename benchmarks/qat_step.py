@@ -7,8 +7,8 @@ activations, too. Stock has pytorch-quantization's own TensorQuantizer in every 
 CUDA-BEVFusion uses it, with fixed ranges. All take turns step by step, in turning order, so that
 the machine's moods hit all alike. Memory is the peak of a process of its own.
 
-With --device cuda: a table of precisions, channels first and last, eager, compiled and as a CUDA
-graph, without stock (qat_gpu.py).
+With --device cuda: a table of precisions, channels first and last, eager, compiled (reduced:
+with CUDA graphs) and as a CUDA graph, without stock (qat_gpu.py).
 """
 
 from __future__ import annotations

@@ -219,22 +219,45 @@ def _lsq_factor(x: Tensor, amax: Tensor, qmax: int) -> Tensor:
 
 def _stepwise(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     """Rounds by steps that a compiler fuses."""
-    exact = x if x.dtype == torch.float64 else x.float()
-    scale = spec.format.step(amax.to(exact.dtype))
-    return spec.format.round_(exact * (1 / scale)).mul(scale).to(x.dtype)
+    scale = spec.format.step(amax.to(x.dtype))
+    return spec.format.round_(x * (1 / scale)).mul(scale)
 
 
 def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     """Computes :func:`fake_quantize` from operations that autograd and torch.compile know.
 
-    The result is the value without gradient, plus terms that are zero and have the gradients.
+    The result is the value without gradient, plus terms that are zero and have the gradients. In
+    the backward pass those are computed from ``x`` and the result: a compiler that has them needs
+    to keep nothing more.
     """
-    fixed = x.detach()
-    inside = fixed.abs() <= amax.detach()
-    y = _stepwise(fixed, amax.detach(), spec)
-    slope = torch.where(inside, y - fixed, y) * _lsq_factor(x, amax.detach(), spec.format.qmax)
-    y = y + torch.where(inside, x - fixed, 0)
-    return (y + slope * (amax - amax.detach())).to(x.dtype) if amax.requires_grad else y
+    exact = x if x.dtype == torch.float64 else x.float()
+    limit = amax.detach().to(exact.dtype)
+    y = _stepwise(exact.detach(), limit, spec)
+    if not amax.requires_grad:
+        clipped = _clipped(exact, limit)
+        return (y + (clipped - clipped.detach())).to(x.dtype)
+    share = (amax - limit) * _lsq_factor(x, limit, spec.format.qmax)
+    clipped = _clipped(exact * (1 - share), limit)
+    return (y + (clipped - clipped.detach()) + y * share).to(x.dtype)
+
+
+def _clipped(x: Tensor, limit: Tensor) -> Tensor:
+    """Clips ``x`` for its gradient, which passes where ``|x| <= limit``, edge included."""
+    if _EDGE_HALVED:
+        limit = torch.nextafter(limit, torch.full_like(limit, float('inf')))
+    return x.clamp(-limit, limit)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _halves_edges() -> bool:
+    """Tells whether this torch halves the gradient of a clamp at its limits (2.14 does)."""
+    edge = torch.ones(1, requires_grad=True)
+    grad = torch.autograd.grad(edge.clamp(-torch.ones(1), torch.ones(1)).sum(), edge)[0]
+    return bool(grad < 1)
+
+
+_EDGE_HALVED = _halves_edges()
 
 
 def masked(

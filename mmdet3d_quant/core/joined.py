@@ -213,6 +213,21 @@ def normed(
     return y if relu is None else rectified(y, relu, readers)
 
 
+def read_again(x: Tensor) -> Tensor:
+    """Gives compiled code another view of a tensor that a convolution has read before.
+
+    torch's partitioner keeps for the backward pass what is made of a tensor after a convolution
+    has read it, here the mask of a sum. What is made of a view it computes anew.
+
+    Args:
+        x: Tensor of any shape.
+
+    Returns:
+        Tensor like ``x``; ``x`` itself unless compiling.
+    """
+    return x.unsqueeze(0).squeeze(0) if compiling() else x
+
+
 def untouched(module: nn.Module) -> bool:
     """Tells whether a module has no forward hooks and its own forward, so that it may be joined.
 

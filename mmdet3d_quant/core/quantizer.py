@@ -10,6 +10,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.fake_quant import compiling
 from mmdet3d_quant.core.formats import MIN_AMAX
 from mmdet3d_quant.core.joined import Grid, grid_of, quantize
 from mmdet3d_quant.core.spec import QuantSpec, check_mode
@@ -84,6 +85,8 @@ class Quantizer(Switches):
         shape = [channels if i == spec.axis else 1 for i in range(ndim)]
         self.register_buffer('_amax', torch.full(shape, float('nan')))
         self._calibrated = False
+        #: Quantizers of equal ranges, a list that all of them hold; see `core.ties.share_ranges`.
+        self.equals: list[Quantizer] = []
 
     @property
     def amax(self) -> Tensor | None:
@@ -113,6 +116,7 @@ class Quantizer(Switches):
         with torch.no_grad():
             self._amax.copy_(new.reshape(self._amax.shape))
         self._calibrated = True
+        self.equals.clear()
 
     def forget(self) -> None:
         """Drops the range: the quantizer is uncalibrated again."""
@@ -120,6 +124,7 @@ class Quantizer(Switches):
             with torch.no_grad():
                 self._amax.fill_(float('nan'))
             self._calibrated = False
+            self.equals.clear()
 
     @property
     def calibrated(self) -> bool:
@@ -152,6 +157,7 @@ class Quantizer(Switches):
         self.float_reason = reason
         self._amax = None
         self._calibrated = False
+        self.equals.clear()
         self.mode = 'float'
 
     def learn(self) -> None:
@@ -160,6 +166,7 @@ class Quantizer(Switches):
             amax = self._amax
             del self._amax
             self._amax = nn.Parameter(amax)
+            self.equals.clear()
 
     @property
     def learned(self) -> bool:
@@ -189,7 +196,9 @@ class Quantizer(Switches):
             raise UncalibratedError([self.label], _IF_OTHERS_HAVE)
         if self.use_fb_fake_quant and torch.onnx.is_in_onnx_export():  # the library's own export
             return self._fb_fake_quant(x, self._amax.clamp(min=MIN_AMAX))
-        return quantize(x, self._amax, self.spec)
+        # Compilers join roundings by one tensor, not by tensors of one value.
+        equals = self.equals if compiling() else ()
+        return quantize(x, equals[0]._amax if equals else self._amax, self.spec)
 
     @property
     def grid(self) -> Grid | None:
@@ -256,3 +265,4 @@ class Quantizer(Switches):
             if len(error_msgs) > errors:
                 self._amax.fill_(float('nan'))
             self._calibrated = bool((torch.isfinite(self._amax) & (self._amax >= 0)).all())
+        self.equals.clear()

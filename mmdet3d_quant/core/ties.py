@@ -23,6 +23,7 @@ import re
 from dataclasses import dataclass
 from typing import Iterable
 
+import torch
 from torch import nn
 
 from mmdet3d_quant.core.modes import quantizers
@@ -89,6 +90,35 @@ def unequal_ties(model: nn.Module) -> list[tuple[str, ...]]:
         if any(not r.equal(ranges[0]) for r in ranges[1:]):
             broken.append(group)
     return broken
+
+
+def share_ranges(model: nn.Module) -> None:
+    """Lets compiled code round a tensor once for all quantizers that are tied.
+
+    Where members of a tie group have equal ranges, one stands for the others in what is compiled
+    from now on, until somebody sets, loads or forgets a range. Whoever trains ranges keeps groups
+    equal and adds up the gradients of the members
+    (:class:`~mmdet3d_quant.qat.moving.LearnedRanges`). In one of several processes learned ranges
+    stay apart, as DistributedDataParallel waits for a gradient of each.
+
+    Args:
+        model: A calibrated model.
+    """
+    by_name = quantizers(model)
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    for names in ties(model):
+        group = [by_name[name] for name in names]
+        first = group[0]
+        alike = all(
+            q.calibrated
+            and q.spec == first.spec
+            and q._amax.requires_grad == first._amax.requires_grad
+            and q._amax.equal(first._amax)
+            for q in group
+        )
+        if alike and (alone or not first.learned):
+            for quantizer in group:
+                quantizer.equals = group
 
 
 def _declared(model: nn.Module) -> Iterable[list[str]]:

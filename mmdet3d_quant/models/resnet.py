@@ -11,7 +11,14 @@ from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet3d_quant.core.joined import joins_norms, normed, rectified, rounded_once, untouched
+from mmdet3d_quant.core.joined import (
+    joins_norms,
+    normed,
+    read_again,
+    rectified,
+    rounded_once,
+    untouched,
+)
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.layers.base import input_quantizer, readers_of
 from mmdet3d_quant.models.base import Skip, arguments, finish, quant_conv_cfg
@@ -78,7 +85,7 @@ class _QuantBlock(_Block):
         x = rounded_once(x, readers_of(*self.readers()))
         out, norm = self._main_branch(x)
         identity = self.residual_quantizer(self._identity(x))
-        return normed(out, norm, relu, readers, identity)
+        return normed(out, norm, relu, readers, read_again(identity))
 
     def _identity(self, x: Tensor) -> Tensor:
         """Computes the identity branch; rounded, where that is one pass with its norm."""

@@ -19,7 +19,7 @@ from mmdet3d_quant.core.coverage import coverage, float_parts
 from mmdet3d_quant.core.modes import kept_float, quantizers, require_calibrated, set_mode
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import select
-from mmdet3d_quant.core.ties import unequal_ties
+from mmdet3d_quant.core.ties import share_ranges, unequal_ties
 from mmdet3d_quant.qat.averaging import averaging, fit_checkpoint, fit_model
 from mmdet3d_quant.qat.clipping import Clipping
 from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges, require_ranges
@@ -121,6 +121,7 @@ class QATHook(Hook):
         self._learned = LearnedRanges(model)
         if len(self._learned):
             self._learned.attach(optimizer_of_ranges(model, runner))
+        share_ranges(model)
         if getattr(runner.train_dataloader, 'persistent_workers', False):
             runner.logger.info(
                 'QATHook: workers of the train_dataloader live on between epochs '

@@ -160,16 +160,17 @@ class LearnedRanges:
         """Checks, after a step, that the hooks were called.
 
         Raises:
-            RuntimeError: If ranges moved without them. torch 2.1 takes the step hooks off all
-                optimizers when something is compiled for the first time.
+            RuntimeError: If ranges moved without them. torch below 2.4 takes the step hooks off
+                all optimizers when something is compiled for the first time.
         """
         if self._called:
             return
         if any(not _lead(g).equal(start) for g, start in strict_zip(self._groups, self._start)):
             raise RuntimeError(
                 "the optimizer's step hooks are not called, without which learned ranges go wrong: "
-                'torch.compile takes them off in torch 2.1. Leave out `compile` in the config, or '
-                'train with fixed ranges (learn_amax=False)'
+                f'torch.compile takes them off below torch 2.4 (here: {torch.__version__}). Take a '
+                'newer torch, leave out `compile` in the config, or train with fixed ranges '
+                '(learn_amax=False)'
             )
 
     @torch.no_grad()

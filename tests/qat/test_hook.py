@@ -224,3 +224,23 @@ def test_weight_decay_on_ranges_is_told(tmp_path, start):
     run.logger.warning = lambda text, *a: said.append(text)
     run.train()
     assert any('decay_mult=0' in text for text in said)
+
+
+@pytest.mark.usefixtures('same_optimizers')
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4),
+    reason='an older torch takes step hooks off optimizers',
+)
+@pytest.mark.parametrize('learn', [False, True])
+def test_a_compiled_run_ends_where_an_eager_one_does(learn, tmp_path, start):
+    ends = []
+    for name, kw in (('eager', {}), ('compiled', dict(compile=dict(backend='aot_eager')))):
+        run = runner(tmp_path / name, start, [QAT], model=dict(learn_amax=learn), **kw)
+        run.train()
+        assert unequal_ties(run.model) == []
+        ends.append(run.model.state_dict())
+    before, (eager, compiled) = weights(start), ends
+    key = 'a._input_quantizer._amax'
+    assert torch.equal(before[key], compiled[key]) != learn
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-3, atol=1e-5, msg=key)

@@ -93,6 +93,7 @@ def runner(
     resume=False,
     val=False,
     wrapper=None,
+    compile=None,
     **kw,
 ):
     """A Runner that trains the toy."""
@@ -122,8 +123,10 @@ def runner(
             val_cfg=dict(),
             val_evaluator=Evaluator(Error()),
         )
-    cfg.update(kw)
     extra = {} if wrapper is None else dict(model_wrapper_cfg=wrapper)
+    if compile is not None:
+        extra['compile'] = compile
+    cfg.update(kw)
     return Runner(**cfg, cfg=Config(dict(model=cfg['model'], **extra)))
 
 
