@@ -234,11 +234,30 @@ def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     limit = amax.detach().to(exact.dtype)
     y = _stepwise(exact.detach(), limit, spec)
     if not amax.requires_grad:
-        clipped = exact.clamp(-limit, limit)
+        clipped = _clipped(exact, limit)
         return (y + (clipped - clipped.detach())).to(x.dtype)
     share = (amax - limit) * _lsq_factor(x, limit, spec.format.qmax)
-    clipped = (exact * (1 - share)).clamp(-limit, limit)
+    clipped = _clipped(exact * (1 - share), limit)
     return (y + (clipped - clipped.detach()) + y * share).to(x.dtype)
+
+
+def _clipped(x: Tensor, limit: Tensor) -> Tensor:
+    """Clips ``x`` for its gradient, which passes where ``|x| <= limit``, edge included."""
+    if _EDGE_HALVED:
+        limit = torch.nextafter(limit, torch.full_like(limit, float('inf')))
+    return x.clamp(-limit, limit)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _halves_edges() -> bool:
+    """Tells whether this torch halves the gradient of a clamp at its limits (2.14 does)."""
+    edge = torch.ones(1, requires_grad=True)
+    grad = torch.autograd.grad(edge.clamp(-torch.ones(1), torch.ones(1)).sum(), edge)[0]
+    return bool(grad < 1)
+
+
+_EDGE_HALVED = _halves_edges()
 
 
 def masked(

@@ -30,6 +30,8 @@ from mmdet3d_quant.qat.schedule import read_schedule, read_time
 KEY = 'qat'
 #: Iterations from one look at what ranges clip to the next; there is one at the end of an epoch.
 CLIPPING_EVERY = 200
+#: What checkpoints go on telling in their ``meta``: the notes of calibration.
+_KEPT = ('kept_float', 'macs', 'unsigned_ranges')
 
 
 @HOOKS.register_module()
@@ -276,7 +278,7 @@ class QATHook(Hook):
             check_resumed(checkpoint, runner)
         self._saved = checkpoint.get(KEY) or {}
         meta = checkpoint.get('meta') or {}
-        self._meta = {key: meta[key] for key in ('kept_float', 'macs') if key in meta}
+        self._meta = {key: meta[key] for key in _KEPT if key in meta}
 
 
 def bare_model(runner: Runner) -> nn.Module:

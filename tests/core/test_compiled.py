@@ -51,7 +51,7 @@ def image():
 
 def results(net, run):
     net.zero_grad()
-    y = run(image())
+    y = run(image().to(next(net.parameters()).dtype))
     y.square().mean().backward()
     return [y.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
 
@@ -94,7 +94,7 @@ def test_compiled_code_keeps_what_a_float_model_keeps(learned):
 
 @pytest.mark.parametrize('learned', [False, True])
 def test_tied_ranges_are_one_in_compiled_code_until_one_is_set(learned):
-    blocks = quantized(learned)
+    blocks = quantized(learned).double()  # so that no value is rounded the other way
     wanted = results(blocks, blocks)
     torch._dynamo.reset()
     run = torch.compile(blocks, backend='aot_eager', fullgraph=True)
@@ -107,4 +107,4 @@ def test_tied_ranges_are_one_in_compiled_code_until_one_is_set(learned):
     assert not first.equals
     assert copy.deepcopy(blocks)[0].residual_quantizer.equals  # another group
     for a, b in zip(results(blocks, run), results(blocks, blocks)):
-        assert (a - b).norm() <= 0.02 * b.norm()  # a value between two steps may go either way
+        torch.testing.assert_close(a, b)
