@@ -232,9 +232,10 @@ def test_weight_decay_on_ranges_is_told(tmp_path, start):
     reason='an older torch takes step hooks off optimizers',
 )
 @pytest.mark.parametrize('learn', [False, True])
-def test_a_compiled_run_ends_where_an_eager_one_does(learn, tmp_path, start):
+def test_a_compiled_step_is_that_of_an_eager_run(learn, tmp_path, start):
     ends = []
     for name, kw in (('eager', {}), ('compiled', dict(compile=dict(backend='aot_eager')))):
+        kw.update(batch=16, epochs=1)  # a step: later ones of Adam magnify what rounding does
         run = runner(tmp_path / name, start, [QAT], model=dict(learn_amax=learn), **kw)
         run.train()
         assert unequal_ties(run.model) == []
@@ -243,4 +244,4 @@ def test_a_compiled_run_ends_where_an_eager_one_does(learn, tmp_path, start):
     key = 'a._input_quantizer._amax'
     assert torch.equal(before[key], compiled[key]) != learn
     for key, value in eager.items():
-        torch.testing.assert_close(compiled[key], value, rtol=1e-3, atol=1e-5, msg=key)
+        torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-5, msg=key)
