@@ -76,9 +76,9 @@ def engines(model, folder, *engine):
 def test_float_files_give_the_boxes_of_the_float_model(work, engine):
     model, folder, batch = work
     made = engines(model, folder / 'float', *([engine] if engine else []))
-    with set_mode(model, 'float'):
+    with set_mode(model, 'float'):  # the head of both, which no file replaces
         expected = found(model, batch)
-    result = found(made, batch)
+        result = found(made, batch)
     assert len(expected) == 2 and not np.array_equal(*expected)
     for there, here in strict_zip(expected, result):
         assert len(there) > 0
