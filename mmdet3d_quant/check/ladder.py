@@ -12,6 +12,9 @@ all of them should compute the same. Two checks are made:
   agree to :data:`LAYER_DB` or better; a layer with a scale that is 5 % off does not. A layer
   across a quantizer that was not found in the file is not judged alone.
 
+A head of any step is compared with the one that torch ran last, on the queries of that step; see
+:mod:`mmdet3d_quant.check.queries`.
+
 At fake-quant itself the range of each quantizer is held against its tensor.
 """
 
@@ -19,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -31,8 +33,10 @@ from torch import nn
 
 from mmdet3d_quant.check.align import SPARE, align
 from mmdet3d_quant.check.fit import range_fits
-from mmdet3d_quant.check.probes import cut_at_points, makers_of, points_of, torch_points
-from mmdet3d_quant.check.runs import run_torch, sqnr
+from mmdet3d_quant.check.probes import makers_of, output_point, points_of, torch_points
+from mmdet3d_quant.check.queries import HEATMAP, Choice, choice_in, telling
+from mmdet3d_quant.check.runs import sqnr
+from mmdet3d_quant.check.steps import Run, engine_run, torch_run
 from mmdet3d_quant.check.verify import cost_fault, least_of, nonfinite, require_outputs, swapped
 from mmdet3d_quant.engines import Arrays, Engine, ONNXRuntime
 from mmdet3d_quant.export.cuts import Cut
@@ -82,19 +86,6 @@ class Rung:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Results of one step.
-
-    Attributes:
-        outputs: Outputs by name, with no point replaced.
-        layers: Tensor that arrives at each point, by point, with all points replaced.
-    """
-
-    outputs: Arrays
-    layers: Arrays
-
-
 def climb(
     cut: Cut,
     reloaded: nn.Module,
@@ -123,49 +114,54 @@ def climb(
     """
     mode = 'quant' if quantized else 'float'
     tell('float')
-    first = run_torch(cut, 'float')
     rungs = [Rung(cut.name, 'float')]
     graph = onnx.load(str(path))
     fed = torch_points(cut, mode) if quantized else {}
-    makers, across = makers_of(graph, fed)
+    choice = choice_in(cut, graph)
+    makers, across = _makers(graph, fed, choice)
     there = set(points_of(graph, fed).values())
     missing = tuple(point for point in fed if point not in there)
 
-    def torch_run(module: nn.Module) -> Run:
-        part = replace(cut, module=module)
-        arrived = torch_points(part, mode, fed, outputs=True) if quantized else {}
-        return Run(run_torch(part, mode), arrived)
+    def in_torch(module: nn.Module) -> Run:
+        return torch_run(replace(cut, module=module), mode, fed, choice)
 
     def folded() -> nn.Module:
         module = copy.deepcopy(reloaded)
         return fold_bn(module, lambda m: m(*cut.inputs.values()))
 
     steps: dict[str, Callable[[], Run]] = {
-        'fake-quant': lambda: torch_run(cut.module),
-        'reloaded': lambda: torch_run(reloaded),
-        'folded': lambda: torch_run(folded()),
+        'fake-quant': lambda: in_torch(cut.module),
+        'reloaded': lambda: in_torch(reloaded),
+        'folded': lambda: in_torch(folded()),
     }
     if not quantized:
         steps.pop('fake-quant')
     strong, target = is_strong(graph), target_of(target_in(graph))
     plain = to_float32(graph) if strong else graph
     for name, make in engines.items():
-        steps[name] = partial(_engine_run, make, plain, cut, fed)
+        steps[name] = partial(engine_run, make, plain, cut, fed, choice)
     if strong or (target.half and not target.strong):
         half = graph if strong else round_half(graph)
-        steps[HALF] = partial(_engine_run, ONNXRuntime, half, cut, fed)
+        steps[HALF] = partial(engine_run, ONNXRuntime, half, cut, fed, choice)
 
-    last, cost = Run(first, {}), {}
+    last, cost = torch_run(cut, 'float', {}, choice), {}
+    first, (judge, judging) = last.outputs, (cut, 'float')
+    names = cut.output_names if choice is None else (HEATMAP, *cut.output_names)
     for stage, step in steps.items():
         tell(stage)
         run = step()
         require_outputs(cut, path, run.outputs)
         spare = SPARE if stage == HALF else 0
-        raw, run = run.outputs, Run(align(first, run.outputs, spare), run.layers)
-        to_previous = {n: sqnr(last.outputs[n], run.outputs[n]) for n in cut.output_names}
-        to_float = {n: sqnr(first[n], run.outputs[n]) for n in cut.output_names}
-        names = [n for n in makers if n in last.layers and n in run.layers and n not in across]
-        layers = {n: sqnr(last.layers[n], run.layers[n]) for n in names}
+        raw = run.outputs
+        if choice is None:
+            run = replace(run, outputs=align(first, raw, spare))
+        else:  # what torch computes of the same queries
+            last = torch_run(judge, judging, fed if judging == mode else {}, choice, run.queries)
+            first = torch_run(cut, 'float', {}, choice, run.queries[:1]).outputs
+        to_previous = {n: sqnr(last.outputs[n], run.outputs[n]) for n in names}
+        to_float = {n: sqnr(first[n], run.outputs[n]) for n in names}
+        alone = [n for n in makers if n in last.layers and n in run.layers and n not in across]
+        layers = {n: sqnr(last.layers[n], run.layers[n]) for n in alone}
         at_engine = stage in (*engines, HALF)
         if stage == 'fake-quant':
             cost = to_previous
@@ -174,13 +170,13 @@ def climb(
             spoiled = (cost_fault(n, c, fits) for n, c in cost.items())
             fault = next(filter(None, (*odd, *spoiled)), '')
         else:
-            fault = _fault(
+            fault = run.fault or _fault(
                 to_previous,
                 layers,
                 cost,
                 makers,
                 len(missing),
-                last.outputs,
+                {n: last.outputs[n] for n in cut.output_names},
                 raw,
                 HALF_LAYER_DB if stage == HALF else LAYER_DB,
                 stage == HALF or (strong and at_engine),
@@ -191,7 +187,21 @@ def climb(
         lost = missing if at_engine else ()
         rungs.append(Rung(cut.name, stage, to_previous, to_float, layers, points, lost, fault))
         last = run
+        judge, judging = (run.part, mode) if run.part else (judge, judging)
     return rungs
+
+
+def _makers(
+    graph: onnx.ModelProto, fed: Arrays, choice: Choice | None
+) -> tuple[dict[str, list[str]], set[str]]:
+    """Lists layers by point, as ``makers_of`` does; the heatmap of a head is an output, too."""
+    if choice is None:
+        return makers_of(graph, fed)
+    makers, across = makers_of(telling(graph, choice), fed)
+    for name in (choice.scores, choice.cells):
+        makers.pop(output_point(name))
+    logits = output_point(choice.logits)
+    return {output_point(HEATMAP) if p == logits else p: m for p, m in makers.items()}, across
 
 
 def _fault(
@@ -212,7 +222,7 @@ def _fault(
             return f'{made}: {value:.1f} dB in {name}, with equal inputs (least: {limit:.0f} dB)'
     for name, value in outputs.items():
         paid = cost.get(name, math.inf)
-        least = least_of(paid, outputs, half)
+        least = least_of(paid, () if HEATMAP in outputs else outputs, half)
         if not value >= least:
             where = 'no layer by itself, only the whole' if layers else 'somewhere in the graph'
             if missing:
@@ -237,23 +247,6 @@ def _overflow(fault: str, graph: onnx.ModelProto, cut: Cut) -> str:
     return '; '.join(
         filter(None, (fault, *(f'{s}; FP16 ends at {LARGEST:.0f}' for s in stored[:1])))
     )
-
-
-def _engine_run(
-    make: Callable[[Path], Engine], graph: onnx.ModelProto, cut: Cut, fed: Arrays
-) -> Run:
-    """Runs a graph, and the same cut at its points, in an engine."""
-    inputs = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f'{cut.name}.onnx'
-        onnx.save(graph, str(file))
-        outputs = make(file)(inputs)
-        if not fed:
-            return Run(outputs, {})
-        cutting, replaced, arriving = cut_at_points(graph, fed)
-        onnx.save(cutting, str(file))
-        pieces = make(file)({**inputs, **{name: fed[point] for name, point in replaced.items()}})
-    return Run(outputs, {point: pieces[tensor] for point, tensor in arriving.items()})
 
 
 def missing_points(rungs: Sequence[Rung]) -> list[str]:

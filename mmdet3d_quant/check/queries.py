@@ -9,8 +9,9 @@ of torch, and torch computes the outputs of the same queries.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet3d_quant.check.runs import run_torch
 from mmdet3d_quant.engines import Arrays, Engine
@@ -43,6 +44,27 @@ class Choice:
     logits: str
     scores: str
     cells: str
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries of one run.
+
+    Attributes:
+        peaks: Which cells are peaks, bool (B, classes, X * Y).
+        cells: Which were chosen, int64 (B, P), counted over classes and cells.
+    """
+
+    peaks: Tensor
+    cells: Tensor
+
+
+@dataclass
+class Seen:
+    """What a head did in torch: its heatmap before the sigmoid, and its queries."""
+
+    heatmap: np.ndarray = field(default_factory=lambda: np.empty(0))
+    queries: Queries | None = None
 
 
 @dataclass(frozen=True)
@@ -104,21 +126,31 @@ def ask(
     inputs = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f'{cut.name}.onnx'
-        onnx.save(_telling(graph, choice), str(file))
-        engine = make(file)
-        outputs = dict(engine(inputs))
-    logits, scores = (outputs.pop(n).astype(np.float32) for n in (choice.logits, choice.scores))
-    cells = torch.as_tensor(outputs.pop(choice.cells)).long()
-    outputs[HEATMAP] = logits
-    fault = choice_fault(cut.module.bbox_head, torch.as_tensor(scores), cells)
-    if fault:  # torch cannot be asked about queries that there are not
-        cells = cut.module.bbox_head.propose(torch.as_tensor(scores))[1]
-    peaks = cut.module.bbox_head.propose(torch.as_tensor(scores))[0] > 0
-    expected, plain = (_on_queries(cut, m, peaks, cells) for m in (mode, 'float'))
+        onnx.save(telling(graph, choice), str(file))
+        outputs = make(file)(inputs)
+    outputs, queries, fault = told(cut, choice, outputs)
+    expected, plain = (_on_queries(cut, m, queries) for m in (mode, 'float'))
     return Asked(outputs, expected, plain, fault)
 
 
-def _telling(graph: onnx.ModelProto, choice: Choice) -> onnx.ModelProto:
+def told(cut: Cut, choice: Choice, outputs: Arrays) -> tuple[Arrays, Queries, str]:
+    """Takes the choice from what a graph of :func:`telling` gave.
+
+    Returns:
+        Tuple of the outputs by name, :data:`HEATMAP` among them; the queries, of torch where
+        those of the graph cannot be; and what is wrong with the choice, or empty.
+    """
+    head: Any = cut.module.bbox_head
+    result = {n: v for n, v in outputs.items() if n not in (choice.scores, choice.cells)}
+    result[HEATMAP] = result.pop(choice.logits).astype(np.float32)
+    scores = torch.as_tensor(outputs[choice.scores].astype(np.float32))
+    cells = torch.as_tensor(outputs[choice.cells]).long()
+    fault = choice_fault(head, scores, cells)
+    peaks, best = head.propose(scores)
+    return result, Queries(peaks > 0, best if fault else cells), fault
+
+
+def telling(graph: onnx.ModelProto, choice: Choice) -> onnx.ModelProto:
     """Copies a graph with the tensors of its choice as outputs, too."""
     result = onnx.ModelProto()
     result.CopyFrom(graph)
@@ -154,19 +186,34 @@ def choice_fault(head: Any, scores: Tensor, cells: Tensor) -> str:
     )
 
 
-def _on_queries(cut: Cut, mode: str, peaks: Tensor, cells: Tensor) -> Arrays:
-    """Runs a cut in torch on given queries; returns its outputs by name, and the heatmap."""
+@contextmanager
+def watched(cut: Cut, queries: Queries | None = None) -> Iterator[Seen]:
+    """Watches the head of a cut in torch, on given queries or its own."""
     head: Any = cut.module.bbox_head
-    dense: list[Tensor] = []
+    seen, own = Seen(), head.propose
 
     def propose(scores: Tensor) -> tuple[Tensor, Tensor]:
-        return scores.flatten(2) * peaks.to(scores.device), cells.to(scores.device)
+        peaks, cells = own(scores)
+        if queries is not None:
+            peaks = scores.flatten(2) * queries.peaks.to(scores.device)
+            cells = queries.cells.to(scores.device)
+        seen.queries = Queries(peaks > 0, cells)
+        return peaks, cells
 
-    hook = head.heatmap_head.register_forward_hook(lambda m, args, out: dense.append(out))
+    def look(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.heatmap = out.detach().cpu().numpy()
+
+    hook = head.heatmap_head.register_forward_hook(look)
     vars(head)['propose'] = propose
     try:
-        outputs = run_torch(cut, mode)
+        yield seen
     finally:
         del vars(head)['propose']
         hook.remove()
-    return {**outputs, HEATMAP: dense[0].cpu().numpy()}
+
+
+def _on_queries(cut: Cut, mode: str, queries: Queries) -> Arrays:
+    """Runs a cut in torch on given queries; returns its outputs by name, and the heatmap."""
+    with watched(cut, queries) as seen:
+        outputs = run_torch(cut, mode)
+    return {**outputs, HEATMAP: seen.heatmap}

@@ -11,8 +11,10 @@ from torch import nn
 import mmdet3d_quant.bevfusion  # noqa: F401 - registers the head
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.check import verify as judge
+from mmdet3d_quant.check.ladder import climb
 from mmdet3d_quant.check.queries import HEATMAP, choice_fault
 from mmdet3d_quant.check.verify import QUERY_DB, verify
+from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
 from mmdet3d_quant.export import Cut, export_onnx
 from mmdet3d_quant.export.cuts import Head
 from tests.small import ROOT
@@ -82,6 +84,13 @@ def test_ties_that_fall_the_other_way_are_no_fault(kind, tmp_path, monkeypatch):
     assert [r.output for r in found] == [HEATMAP, *cut.output_names]
     assert not any(r.fault for r in found)
     assert all(min(r.onnxruntime, r.openvino) > 60 for r in found)
+    engines = dict(onnxruntime=ONNXRuntime, openvino=OpenVINO)
+    rungs = climb(cut, cut.module, tmp_path / 'm.onnx', engines, quantized, real=False)
+    assert not any(r.fault for r in rungs) and rungs[-1].stage == 'FP16'
+    assert all(set(r.to_previous) == {HEATMAP, *cut.output_names} for r in rungs[1:])
+    assert all(min(r.to_previous.values()) > 60 for r in rungs if r.stage in engines)
+    layers = {f'output {n}' for n in (HEATMAP, *cut.output_names)} if quantized else set()
+    assert layers <= set(rungs[-2].layers)
     # Without asking the file, queries of other cells are compared.
     monkeypatch.setattr(judge, 'choice_in', lambda *args: None)
     blind = verify(cut, tmp_path / 'm.onnx', quantized, real=False)
@@ -111,6 +120,10 @@ def test_a_wrong_heatmap_is_told(right, tmp_path):
     wrong = changed(model, 'heatmap_head.1.bias', lambda b: b * 1.1)
     found = faults(cut, wrong, tmp_path / 'm.onnx')
     assert found[HEATMAP].startswith(f'ONNX Runtime: {HEATMAP} agrees with torch to ')
+    engines = dict(onnxruntime=ONNXRuntime)
+    rungs = climb(cut, cut.module, tmp_path / 'm.onnx', engines, quantized=False)
+    assert [r.stage for r in rungs if r.fault][0] == rungs[-2].stage == 'onnxruntime'
+    assert f'dB in output {HEATMAP}' in rungs[-2].fault
 
 
 @pytest.mark.parametrize('what', ['lowest', 'no suppression', 'unread'])
@@ -146,6 +159,9 @@ def test_a_wrong_choice_is_told(right, tmp_path, what):
     else:
         text = 'are not the highest peaks of the heatmap'
         assert found and all(text in fault for fault in found.values()), found
+        engines = dict(onnxruntime=ONNXRuntime)
+        rungs = climb(cut, cut.module, tmp_path / 'm.onnx', engines, quantized=False)
+        assert text in rungs[-2].fault
 
 
 def test_choices_that_cannot_be_are_told(right):

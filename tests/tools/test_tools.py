@@ -173,7 +173,7 @@ def test_files_names_and_shapes(exported):
         assert [i.name for i in graph.input] == list(inputs)
         assert [o.name for o in graph.output] == list(outputs)
         assert 'BatchNormalization' not in told['nodes'] and 'Identity' not in told['nodes']
-    assert 'QuantizeLinear' not in manifest['files']['camera.vtransform.onnx']['nodes']
+        assert ('QuantizeLinear' in told['nodes']) == (name != 'camera.vtransform.onnx')
     assert set(manifest['compiled']['files']) == set(CONTRACT)
 
 
@@ -203,8 +203,11 @@ def test_engines_agree_better_than_quantization_costs(exported):
             # Images have signs, and nothing in the file says that depths have none; without VNNI
             # the convolutions that read them are float.
             signed = 2 if overflows() and r.cut == 'camera.backbone' else 0
-            assert r.int8_convs == r.all_convs - signed
-            assert r.openvino > r.fake_quant + 3 and r.onnxruntime > r.fake_quant + 3, r
+            # Of the head, the last of the heatmap and those of queries are float, too.
+            floats = 18 if r.cut == 'head.bbox' else signed
+            assert r.int8_convs == r.all_convs - floats
+            # Boxes of equal queries hardly depend on the map here, which is near zero.
+            assert min(r.openvino, r.onnxruntime) > min(r.fake_quant + 3, 110), r
         elif r.libspconv is not None:
             assert r.libspconv > 60 and r.onnxruntime is r.openvino is None
         else:
