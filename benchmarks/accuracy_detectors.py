@@ -3,9 +3,9 @@
 
 Rows of a detector: the float model; with pillars, INT8 calibrated without `--empty-cells` and bias
 correction; INT8 as its config says, simulated by torch; its ONNX files in OpenVINO; both again
-after the training of its QAT config. Where it has cameras also the float model with the images of other
-frames, which tells what the cameras are worth. Every row is mAP and NDS on the validation scenes
-with the 95 % interval of its difference to float (bootstrap over layouts).
+after the training of its QAT config. Where it has cameras also the float model with the images of
+other frames, which tells what the cameras are worth. Every row is mAP and NDS on the validation
+scenes with the 95 % interval of its difference to float (bootstrap over layouts).
 
 Example:
     python benchmarks/accuracy_detectors.py --only pointpillars_tiny centerpoint_tiny
