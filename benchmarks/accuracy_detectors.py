@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Cost of INT8 in the tiny detectors: simulated, in files that an engine runs, and after QAT.
 
-Rows of a detector: the float model; INT8 with every layer quantized, where the config skips one;
-INT8 as the config says, simulated by torch; its ONNX files in OpenVINO; both again after the
-training of its QAT config. Where it has cameras also the float model with the images of other
-frames, which tells what the cameras are worth. Every row is mAP and NDS on the validation scenes
-with the 95 % interval of its difference to float (bootstrap over layouts).
+Rows of a detector: the float model; with pillars, INT8 calibrated without `--empty-cells` and bias
+correction; INT8 as its config says, simulated by torch; its ONNX files in OpenVINO; both again
+after the training of its QAT config. Where it has cameras also the float model with the images of
+other frames, which tells what the cameras are worth. Every row is mAP and NDS on the validation
+scenes with the 95 % interval of its difference to float (bootstrap over layouts).
 
 Example:
     python benchmarks/accuracy_detectors.py --only pointpillars_tiny centerpoint_tiny
@@ -43,9 +43,10 @@ DETECTORS = {
     'centerpoint_tiny': 'centerpoint_tiny',
     'bevfusion_tiny_lidar-cam_swin': 'bevfusion_tiny',
 }
-EVERY = 'INT8, every layer'
-#: Detector -> part in which its INT8 config skips a layer; a row has it quantized.
-SKIPPING = {'pointpillars_tiny': 'backbone', 'centerpoint_tiny': 'pts_backbone'}
+#: Detectors with pillars, calibrated with these options; a row has them without.
+PILLARS = ('pointpillars_tiny', 'centerpoint_tiny')
+OPTIONS = ('--empty-cells', '--bias-correction', '*')
+PLAIN = 'INT8 without --empty-cells'
 
 
 def parse_args() -> argparse.Namespace:
@@ -95,24 +96,14 @@ class Detector:
     def calibrated(self) -> Path:
         """Calibrates; the QAT config names the checkpoint that it starts from."""
         path = Path(fc.read_config(self.config('qat')).load_from)
-        if not path.is_file():
-            batches = ('--num-batches', self.args.calib_batches)
-            tool('calibrate.py', self.int8_config, self.float, '--out', path, *batches)
-        return path
+        return self.calibrate(path, *(OPTIONS if self.name in PILLARS else ()))
 
-    def every_layer(self) -> nn.Module:
-        """The calibrated model, no layer skipped."""
-        path = self.out / 'every_layer.pth'
-        option = f'model.{SKIPPING[self.name]}.skip=[]'
+    def calibrate(self, path: Path, *options: str) -> Path:
+        """Calibrates into a file, unless it is there."""
         if not path.is_file():
             batches = ('--num-batches', self.args.calib_batches)
-            arguments = (self.int8_config, self.float, '--out', path, *batches)
-            tool('calibrate.py', *arguments, '--cfg-options', option)
-        cfg = self.cfg.copy()
-        cfg.model[SKIPPING[self.name]].skip = ()
-        model = fc.build_model(cfg)
-        fc.load_weights(model, path, calibrated=True)
-        return model
+            tool('calibrate.py', self.int8_config, self.float, '--out', path, *batches, *options)
+        return path
 
     def trained(self) -> Path:
         """Trains the calibrated model on as the QAT config says."""
@@ -161,8 +152,10 @@ class Detector:
         if self.cfg.val_dataloader.dataset.modality['use_camera']:
             row = 'float, images of other frames'
             found[row] = self.score(row, as_float, blind=True)
-        if self.name in SKIPPING:
-            found[EVERY] = self.score(EVERY, self.every_layer)
+        if self.name in PILLARS:
+            found[PLAIN] = self.score(
+                PLAIN, lambda: self.model(self.calibrate(self.out / 'without.pth'))
+            )
         starts = dict(INT8=self.calibrated)
         if not self.args.no_qat:
             starts['QAT'] = self.trained

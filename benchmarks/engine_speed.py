@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.config import DictAction
 from torch import nn
 
 import mmdet3d_quant as mq
@@ -38,6 +39,7 @@ EXAMPLE = """
 examples:
   python benchmarks/engine_speed.py --nncf-python /tmp/nncf-venv/bin/python
   python benchmarks/engine_speed.py --cams 1 --parts camera.backbone --runs 10
+  python benchmarks/engine_speed.py --cfg-options model.view_transform.quantize_downsample=True
 """
 
 
@@ -50,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--runs', type=int, default=20)
     parser.add_argument('--nncf-python', help='Python with nncf, openvino and onnx')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='of the INT8 config')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/engine_speed'))
     return parser.parse_args()
 
@@ -61,7 +64,7 @@ def main() -> None:
     for name in VARIANTS:  # files of a run with other parts would be measured too
         shutil.rmtree(folder / name, ignore_errors=True)
     torch.manual_seed(0)
-    model = fc.build_model(fc.read_config(CONFIG))
+    model = fc.build_model(fc.read_config(CONFIG, args.cfg_options))
     model.init_weights()
     inputs = {seed: generate_inputs(model, args.cams, seed) for seed in CALIBRATION + SAMPLES}
     for cut in bevfusion_cuts(model, inputs[CALIBRATION[0]]):

@@ -49,6 +49,9 @@ examples:
   python tools/calibrate.py $CONFIG float.pth --out fp8.pth \\
       --cfg-options model.pts_backbone.format=fp8 model.pts_neck.format=fp8
 
+  # a detector with pillars, most of whose cells are empty
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --empty-cells
+
   # mean errors of layers taken off their biases
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --bias-correction 'pts_backbone'
 
@@ -90,6 +93,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help='scale inputs of a concat that differ much in size to one size, by powers of two '
         'that go into the batch norm before and out of the convolution behind: the float model '
         'stays as it is')  # fmt: skip
+    add('--empty-cells', action='store_true',
+        help='put the value that a channel has over cells without points on a step of INT8, by '
+        'factors between batch norms and convolutions: for pillars; the float model stays as '
+        'it is')  # fmt: skip
     add('--bias-correction', action='append', default=[], metavar='PATTERN',
         help='take the mean error of the outputs of these layers off their biases; may be '
         "repeated; '*': all")  # fmt: skip
@@ -160,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         resume=args.resume,
         strict=args.strict,
         equalize=args.equalize_concats,
+        empty_cells=args.empty_cells,
         bias_correction=args.bias_correction,
         launcher=args.launcher,
         device=args.device,

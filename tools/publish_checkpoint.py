@@ -10,6 +10,7 @@ import torch
 from terminal import open_console, run_tool
 from torch import Tensor
 
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
 
@@ -20,7 +21,8 @@ examples:
 
 Leaves the optimizer's state and the logs behind. With --half, weights of convolutions and linear
 layers are stored as float16 (batch norm, biases and quantization ranges stay float32); they load
-into a float32 model as they are.
+into a float32 model as they are. In the file, tensors of a type lie one behind the other in one
+record: with a record each, every tensor would take about 200 bytes more than its numbers.
 """
 #: What of mmengine's `meta` says how the weights came about.
 KEPT = ('epoch', 'iter', 'seed', 'cfg', 'dataset_meta', 'calibration', 'mmengine_version')
@@ -50,6 +52,17 @@ def halve(name: str, value: Tensor) -> Tensor:
     return value.half()
 
 
+def packed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors into one piece of memory per type, of which each is a view."""
+    found = {}
+    for dtype in {value.dtype for value in state.values()}:
+        names = [name for name, value in state.items() if value.dtype == dtype]
+        memory = torch.cat([state[name].flatten() for name in names])
+        pieces = memory.split([state[name].numel() for name in names])
+        found.update((n, piece.view(state[n].shape)) for n, piece in strict_zip(names, pieces))
+    return {name: found[name] for name in state}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_writable(args.out)
@@ -64,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     source = Path(args.checkpoint)
     meta['source_checkpoint'] = dict(name=source.name, sha256=sha256(source))
     with whole(args.out) as path:
-        torch.save(dict(state_dict=state, meta=meta), path)
+        torch.save(dict(state_dict=packed(state), meta=meta), path)
     sizes = (Path(p).stat().st_size / 1e6 for p in (source, args.out))
     open_console().print('Wrote {}, {:.1f} MB became {:.1f} MB'.format(args.out, *sizes))
 

@@ -1,7 +1,7 @@
 # QAT of the tiny PointPillars: the INT8 model, trained on from its calibrated checkpoint.
 #   python tools/calibrate.py configs/pointpillars_tiny/pointpillars_tiny_int8_synthetic.py \
-#       checkpoints/pointpillars_tiny_synthetic.pth --num-batches 8 \
-#       --out work_dirs/pointpillars_int8.pth
+#       checkpoints/pointpillars_tiny_synthetic.pth --num-batches 8 --empty-cells \
+#       --bias-correction '*' --out work_dirs/pointpillars_int8.pth
 #   python tools/train.py configs/pointpillars_tiny/pointpillars_tiny_qat_synthetic.py --amp
 _base_ = ['./pointpillars_tiny_int8_synthetic.py']
 custom_imports = dict(
@@ -10,10 +10,11 @@ custom_imports = dict(
 )
 
 load_from = 'work_dirs/pointpillars_int8.pth'
+teacher = 'checkpoints/pointpillars_tiny_synthetic.pth'
 custom_hooks = [
     dict(type='QATHook', freeze_bn=0),
     # The float model teaches the map that the head reads.
-    dict(type='DistillHook', checkpoint=load_from, modules={'neck': 1.0}),
+    dict(type='DistillHook', checkpoint=teacher, modules={'neck': 1.0}),
 ]
 
 # An eighth of the training frames once, at a hundredth of the float learning rate.

@@ -276,7 +276,8 @@ class Quantizer(Switches):
             return
         if len(error_msgs) == errors and self._is_range():
             told = local_metadata.get('version', self._version)  # without metadata nothing is told
-            if (told == FP8.name) != (self._version == FP8.name):  # others number layouts of weights
+            # Numbers other than 1 are of layouts of weights.
+            if (told == FP8.name) != (self._version == FP8.name):
                 of = FP8.name if told == FP8.name else 'integers'
                 error_msgs.append(
                     f'format mismatch for {key}: calibrated for {of}, and this quantizer is '

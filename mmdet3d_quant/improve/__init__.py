@@ -1,7 +1,8 @@
 """Changes of weights that make a model fit INT8 better."""
 
 from mmdet3d_quant.improve.bias import BiasCorrection
+from mmdet3d_quant.improve.empty_cells import EmptyCells
 from mmdet3d_quant.improve.equalize import Equalization, Left, equalize_concats
 from mmdet3d_quant.improve.moves import Move
 
-__all__ = ['BiasCorrection', 'Equalization', 'Left', 'Move', 'equalize_concats']
+__all__ = ['BiasCorrection', 'EmptyCells', 'Equalization', 'Left', 'Move', 'equalize_concats']

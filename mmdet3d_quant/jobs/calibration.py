@@ -29,7 +29,7 @@ from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.core.spec import QuantSpec
 from mmdet3d_quant.core.unsigned import unsigned_ranges
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
-from mmdet3d_quant.improve import BiasCorrection, Equalization, equalize_concats
+from mmdet3d_quant.improve import BiasCorrection, EmptyCells, Equalization, equalize_concats
 from mmdet3d_quant.jobs.distance import sensor_of as sensor_of
 from mmdet3d_quant.jobs.distance import strata_of
 from mmdet3d_quant.jobs.outliers import outliers
@@ -73,6 +73,7 @@ def calibrate_checkpoint(
     resume: bool = False,
     strict: bool = False,
     equalize: bool = False,
+    empty_cells: bool = False,
     bias_correction: Sequence[str] = (),
     launcher: str = 'none',
     device: str | None = None,
@@ -99,6 +100,8 @@ def calibrate_checkpoint(
         strict: A warning is an error: nothing is written.
         equalize: Scale the inputs of each concat to one size first, see
             :func:`mmdet3d_quant.improve.equalize_concats`.
+        empty_cells: Put the value of empty cells on a step, see
+            :class:`mmdet3d_quant.improve.EmptyCells`; found on a batch held out.
         bias_correction: Name patterns of layers whose mean output error is taken off their bias,
             see :class:`mmdet3d_quant.improve.BiasCorrection`; measured on batches held out.
         launcher: Launcher that started the processes, one of ``processes.LAUNCHERS``; they are
@@ -137,8 +140,9 @@ def calibrate_checkpoint(
     place = fc.pick_device(processes.own_device(device))
     calibrator = Calibrator(model.to(place), plan, tolerance=until_stable or TOLERANCE)
     correct = BiasCorrection(bias_correction)
-    after = [correct] if bias_correction else []
-    if after:
+    empty = EmptyCells(plan.weights)
+    after = [step for step, on in ((empty, empty_cells), (correct, bias_correction)) if on]
+    if bias_correction:
         correct.layers(model)
     seen, held_out = hold_out(batches) if calibrator.needs_held_out or after else (batches, {})
     data = Share(name, loader, seen, held_out, rank, world)
@@ -178,9 +182,12 @@ def calibrate_checkpoint(
     meta.update(about, calibration=calibration, kept_float=result.kept_float)
     meta.update(unsigned_ranges=unsigned_ranges(model))
     meta.update(macs={k.name: k.macs for k in result.coverage.layers if k.macs is not None})
-    if after:
+    for step in after:
+        told.listener.note(str(step))
+    if bias_correction:
         meta['bias_corrected'] = sorted({*meta.get('bias_corrected', ()), *correct.corrected})
-        told.listener.note(str(correct))
+    if empty_cells:
+        meta['empty_cells'] = sorted(empty.changed)
     if equalized is not None:
         meta['equalized'] = [*meta.get('equalized', ()), *(m.plain() for m in equalized.moves)]
     with whole(out) as path:

@@ -13,6 +13,7 @@ import mmdet3d
 from mmengine.config import Config
 
 from mmdet3d_quant.core.coverage import Coverage, coverage
+from mmdet3d_quant.core.naming import type_name
 from mmdet3d_quant.files.literals import WIDTH, assignment, literal
 from mmdet3d_quant.files.outputs import check_writable, whole
 from mmdet3d_quant.jobs.swaps import Swap, find_swaps, model_change
@@ -22,9 +23,13 @@ from mmdet3d_quant.runs import from_config as fc
 RATE, EPOCHS = 0.01, 1 / 6
 #: Where the QAT config expects the calibrated checkpoint.
 CALIBRATED = 'work_dirs/int8.pth'
-_COMMANDS = (
-    f'#   python tools/calibrate.py THIS_CONFIG FLOAT_CHECKPOINT --out {CALIBRATED}',
-    f'#   python tools/export_onnx.py THIS_CONFIG {CALIBRATED} --out-dir onnx',
+_CALIBRATE = f'#   python tools/calibrate.py THIS_CONFIG FLOAT_CHECKPOINT --out {CALIBRATED}'
+_EXPORT = f'#   python tools/export_onnx.py THIS_CONFIG {CALIBRATED} --out-dir onnx'
+#: What a part that scatters pillars into a map asks for.
+PILLARS = 'PointPillarsScatter'
+_EMPTY = (
+    'Most cells hold no pillar: without --empty-cells their values are off alike in INT8, which '
+    'may cost several points of mAP (docs/calibration.md).'
 )
 #: How many names a comment lists.
 _SHOWN = 4
@@ -106,7 +111,7 @@ def int8_text(cfg: Config, config: Path, out: Path, swaps: Sequence[Swap]) -> st
     """
     head = [
         f'# INT8 child of {config.name}: types change, all else is inherited.',
-        *_COMMANDS,
+        *_commands(cfg),
     ]
     if Config._is_lazy_import(str(config)):  # a text config has no Python config as its base
         plain = Config(dict(cfg._cfg_dict.to_dict(), custom_imports=with_package(cfg)))
@@ -128,6 +133,14 @@ def int8_text(cfg: Config, config: Path, out: Path, swaps: Sequence[Swap]) -> st
     for swap in swaps:
         lines += [] if swap.change or swap.meant else _comments(swap, '    ')
     return '\n'.join([*lines, ')', ''])
+
+
+def _commands(cfg: Config) -> list[str]:
+    """The commands that calibrate and export, with what the detector asks for."""
+    parts = [part for part in cfg.model.values() if isinstance(part, dict)]
+    if PILLARS not in [type_name(part['type']) for part in parts if 'type' in part]:
+        return [_CALIBRATE, _EXPORT]
+    return [*_comment(_EMPTY, ''), f'{_CALIBRATE} --empty-cells', _EXPORT]
 
 
 def base_name(config: Path, out: Path) -> str:

@@ -282,6 +282,8 @@ def test_unknown_targets_and_other_widths_are_refused(tmp_path):
     with pytest.raises(ValueError, match='no target .tvm.'):
         export_onnx(conv, [x], tmp_path / 'm.onnx', ['x'], ['y'], target='tvm')
     conv._input_quantizer.spec = QuantSpec(num_bits=4)
-    with pytest.raises(ValueError, match='only int8 can be exported; _input_quantizer has int4'):
+    with pytest.raises(
+        ValueError, match='only int8 can be exported for .*_input_quantizer has int4'
+    ):
         export_onnx(conv, [x], tmp_path / 'm.onnx', ['x'], ['y'])
     assert not list(tmp_path.iterdir())

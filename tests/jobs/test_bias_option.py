@@ -1,9 +1,10 @@
-"""Calibration from files to files with bias correction."""
+"""Calibration from files to files with steps after the ranges."""
 
 import pytest
 import torch
 
 from mmdet3d_quant.core.modes import float_state_dict
+from mmdet3d_quant.improve import BiasCorrection, EmptyCells
 from mmdet3d_quant.jobs.calibration import calibrate_checkpoint
 from mmdet3d_quant.runs import from_config as fc
 from tests.sensitivity.toy import toy, write
@@ -27,6 +28,21 @@ def test_biases_of_named_layers_change_and_the_rest_is_the_same(tmp_path):
     assert states['corrected']['meta']['bias_corrected'] == layers
     model = fc.build_model(fc.read_config(config))
     fc.load_weights(model, tmp_path / 'corrected.pth', calibrated=True)
+
+
+def test_empty_cells_are_an_option_that_the_checkpoint_tells(tmp_path, monkeypatch):
+    config, checkpoint = write(tmp_path)
+    order = []
+    for step in (EmptyCells, BiasCorrection):
+        own = step.__call__
+        monkeypatch.setattr(
+            step, '__call__', lambda s, *args, own=own: (order.append(type(s)), own(s, *args))
+        )
+    out = tmp_path / 'o.pth'
+    options = dict(empty_cells=True, bias_correction=['*'], num_batches=3, device='cpu')
+    calibrate_checkpoint(config, checkpoint, out, **options)
+    assert order == [EmptyCells, BiasCorrection]  # biases of the weights that are there at the end
+    assert torch.load(out, weights_only=False)['meta']['empty_cells'] == []
 
 
 def test_a_pattern_that_names_nothing_is_an_error_at_once(tmp_path):

@@ -104,6 +104,14 @@ def test_comments_say_what_stays_float_and_why(tmp_path):
     assert encoder.meant and encoder.reason == skip.voxel_encoder
 
 
+@pytest.mark.parametrize('name, pillars', [('pointpillars', True), ('fcos3d', False)])
+def test_pillars_are_calibrated_with_their_empty_cells(name, pillars, tmp_path):
+    text = quantize_config(write(tmp_path, name), tmp_path / 'int8.py').int8.read_text()
+    (command,) = [line for line in text.splitlines() if 'tools/calibrate.py' in line]
+    assert command.endswith(' --empty-cells') == pillars
+    assert ('# Most cells hold no pillar' in text) == pillars
+
+
 def test_a_general_type_serves_what_has_no_type_of_its_own(tmp_path, monkeypatch):
     class Quant(Anchor3DHead):
         def __init__(self, of, **kwargs):

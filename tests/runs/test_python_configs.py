@@ -39,6 +39,7 @@ from mmdet3d_quant.models import (
     QuantResNet,
     QuantSECOND,
     QuantSECONDFPN,
+    QuantTransFusionHead,
 )
 
 parts = dict(
@@ -48,6 +49,7 @@ parts = dict(
     fusion_layer=dict(type=QuantConvFuser),
     pts_backbone=dict(type=QuantSECOND),
     pts_neck=dict(type=QuantSECONDFPN),
+    bbox_head=dict(type=QuantTransFusionHead),
 )
 sampler = dict(type=DefaultSampler, shuffle=False)
 """

@@ -1,6 +1,7 @@
 """tools/publish_checkpoint.py: weights stay, the rest goes."""
 
 import sys
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -65,6 +66,15 @@ def test_halved_weights_load_into_a_float32_model(trained):
     model.load_state_dict(found)
     assert model[0].weight.dtype == torch.float32
     torch.testing.assert_close(model[0].weight.detach(), state['0.weight'], rtol=2**-11, atol=1e-7)
+
+
+def test_tensors_of_a_type_share_a_record(trained):
+    """Weights, halved weights and counters: three, in the order of the state dict."""
+    path, state = trained
+    assert list(publish(path, '--half')['state_dict']) == list(state)
+    with zipfile.ZipFile(path.with_name('out.pth')) as file:
+        records = [name for name in file.namelist() if '/data/' in name]
+    assert len(records) == 3 < len(state)
 
 
 @pytest.mark.parametrize(
