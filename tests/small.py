@@ -74,6 +74,7 @@ def small_float_config(frame: Path, path: Path) -> Path:
         if isinstance(part, dict) and part.get('type', '').startswith('Quant'):
             name = removeprefix(part['type'], 'Quant')
             part['type'] = f'mmdet.{name}' if name == 'ResNet' else name
+            part.pop('quantize_downsample', None)
     cfg.dump(path)
     return path
 
