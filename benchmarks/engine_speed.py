@@ -39,7 +39,7 @@ EXAMPLE = """
 examples:
   python benchmarks/engine_speed.py --nncf-python /tmp/nncf-venv/bin/python
   python benchmarks/engine_speed.py --cams 1 --parts camera.backbone --runs 10
-  python benchmarks/engine_speed.py --cfg-options model.view_transform.quantize_downsample=True
+  python benchmarks/engine_speed.py --cfg-options model.img_backbone.skip="['conv1']"
 """
 
 
