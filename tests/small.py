@@ -74,7 +74,6 @@ def small_float_config(frame: Path, path: Path) -> Path:
         if isinstance(part, dict) and part.get('type', '').startswith('Quant'):
             name = removeprefix(part['type'], 'Quant')
             part['type'] = f'mmdet.{name}' if name == 'ResNet' else name
-            part.pop('quantize_downsample', None)
     cfg.dump(path)
     return path
 

@@ -7,7 +7,7 @@ model = dict(
     img_backbone=dict(type='QuantResNet'),  # skip=['conv1'] would keep its first layer float
     img_neck=dict(type='QuantGeneralizedLSSFPN'),
     # In INT8 its downsample costs the tiny model 0.18 points (docs/accuracy.md); 5 % of the work.
-    view_transform=dict(type='QuantDepthLSSTransform', quantize_downsample=False),
+    view_transform=dict(type='QuantDepthLSSTransform'),
     fusion_layer=dict(type='QuantConvFuser'),
     pts_backbone=dict(type='QuantSECOND'),
     pts_neck=dict(type='QuantSECONDFPN'),

@@ -24,7 +24,7 @@ from mmdet3d_quant.export import generate_inputs
 from mmdet3d_quant.export.families import ChainModule, chains_of
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.pairs import forward_owner
-from mmdet3d_quant.models.convert import FLOAT_PARTS
+from mmdet3d_quant.models.convert import FLOAT_PARTS, WHOLE
 from mmdet3d_quant.runs import from_config as fc
 
 #: Why parts stay float that have a module of such a class inside.
@@ -215,7 +215,7 @@ def candidates(
     """
     own = _own(child)
     if has_type(child):
-        yield dict(type=f'Quant{own}')
+        yield dict(type=f'Quant{own}', **WHOLE.get(own, {}))
     if MODELS.get('Quant') is not None:
         yield dict(type='Quant', of=part['type'])
         if shapes:

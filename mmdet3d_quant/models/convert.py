@@ -32,6 +32,8 @@ FLOAT_PARTS = {
     'pts_fusion_layer': 'it samples features by point: indexing, and a few small layers',
     '*roi_head': 'it works on regions of varying number, outside of the exported files',
 }
+#: Settings with which a type that is written for a part quantizes all that it can.
+WHOLE = {name: dict(quantize_downsample=True) for name in ('DepthLSSTransform', 'LSSTransform')}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mmdet3d_quant.core.modes import keep_float, quantizers
 from mmdet3d_quant.core.naming import type_name
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.models.base import Formats, Skip, finish
-from mmdet3d_quant.models.convert import quantize, quantize_parts
+from mmdet3d_quant.models.convert import WHOLE, quantize, quantize_parts
 from mmdet3d_quant.models.example import examples, given_example
 
 #: Types of parts that random maps do not show, or whose quantized type knows more of them.
@@ -91,7 +91,9 @@ def Quant(  # noqa: N802 - reads as the types beside it
 def _named(part: Any) -> Any:
     """The config of a part with the type that is written for it, where one is needed."""
     own = type_name(part.get('type')) if isinstance(part, Mapping) else ''
-    return type(part)(part, type=f'Quant{own}') if own in NAMED else part
+    if own not in NAMED:
+        return part
+    return type(part)({**WHOLE.get(own, {}), **part, 'type': f'Quant{own}'})
 
 
 def _keep_others_float(model: nn.Module, left: Mapping[str, str], only: list[str]) -> None:

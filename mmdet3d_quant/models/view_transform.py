@@ -19,12 +19,12 @@ else:
 
 
 class _QuantView(_View):
-    """Quantizes the per-image convolutions, and the BEV ones unless told otherwise."""
+    """Quantizes the per-image convolutions, and the BEV ones only when asked."""
 
     def __init__(
         self,
         *args: Any,
-        quantize_downsample: bool = True,
+        quantize_downsample: bool = False,
         skip: Skip = (),
         learn_amax: bool = False,
         format: Formats = (),
@@ -41,10 +41,10 @@ class _QuantView(_View):
 
 @MODELS.register_module()
 class QuantLSSTransform(_QuantView, LSSTransform):
-    """``LSSTransform`` with ``depthnet`` and ``downsample`` quantized; takes its arguments.
+    """``LSSTransform`` with ``depthnet`` quantized; takes its arguments.
 
     Args:
-        quantize_downsample: False keeps ``downsample`` float.
+        quantize_downsample: Also quantize ``downsample``, which keeps little of the splat.
         skip: Layers to keep float: name patterns, or ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
         format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
@@ -53,14 +53,14 @@ class QuantLSSTransform(_QuantView, LSSTransform):
 
 @MODELS.register_module()
 class QuantDepthLSSTransform(_QuantView, DepthLSSTransform):
-    """``DepthLSSTransform``, quantized; takes its arguments.
+    """``DepthLSSTransform`` with ``dtransform`` and ``depthnet`` quantized; takes its arguments.
 
     The depth map has a range that is known: the end of the depth bins, beyond which nothing is
     lifted. So a far return does not widen the steps of the others. A method that a calibration
     plan names for ``dtransform.0._input_quantizer`` counts more.
 
     Args:
-        quantize_downsample: False keeps ``downsample`` float.
+        quantize_downsample: Also quantize ``downsample``, which keeps little of the splat.
         skip: Layers to keep float: name patterns such as ``'dtransform.0'``, or
             ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.

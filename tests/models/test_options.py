@@ -131,12 +131,11 @@ def test_positional_arguments_are_those_of_the_parent():
         QuantSECOND(4, layers=3)
 
 
-def test_downsample_is_quantized_unless_told_otherwise():
-    for kept in (False, True):
-        options = dict(quantize_downsample=False) if kept else {}
-        view = MODELS.build(dict(type='QuantDepthLSSTransform', **VIEW, **options))
+def test_downsample_is_float_unless_asked():
+    for asked in (False, True):
+        view = MODELS.build(dict(type='QuantDepthLSSTransform', **VIEW, quantize_downsample=asked))
         kinds = {type(m) for m in view.downsample if isinstance(m, nn.Conv2d)}
-        assert kinds == ({nn.Conv2d} if kept else {QuantConv2d})
+        assert kinds == ({QuantConv2d} if asked else {nn.Conv2d})
 
 
 def test_quantized_training_step_trains_the_master_weights():

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant import UncalibratedError, calibrate, quantizers, set_mode
-from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.compat import removeprefix, strict_zip
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS
+from mmdet3d_quant.models.convert import WHOLE
 from mmdet3d_quant.parents import (
     BEVFusionSparseEncoder,
     ConvFuser,
@@ -219,11 +220,17 @@ def registered():
     return {n for r in (ROOT, MODELS) for n in r.module_dict if n.startswith('Quant')}
 
 
+def whole(name, **options):
+    """A quantized module, all of it that its type can quantize."""
+    kwargs = dict(CASES[name][1], **WHOLE.get(removeprefix(name, 'Quant'), {}))
+    return MODELS.build(dict(type=name, **kwargs, **options))
+
+
 def build(name):
     """A float parent and its quantized child with the same weights, in eval mode."""
     parent, kwargs, inputs = CASES[name]
     torch.manual_seed(0)
-    floating, quantized = parent(**kwargs), MODELS.build(dict(type=name, **kwargs))
+    floating, quantized = parent(**kwargs), whole(name)
     for m in floating.modules():
         if isinstance(m, _BatchNorm):
             nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -305,11 +312,11 @@ def test_skip_keeps_layers_float_and_refuses_unknown_patterns(name):
 
 @pytest.mark.parametrize('name', CASES)
 def test_every_model_can_learn_its_activation_ranges(name):
-    parent, kwargs, inputs = CASES[name]
+    inputs = CASES[name][2]
     if name in PARTS:
         return
     fixed = build(name)[1]
-    learning = MODELS.build(dict(type=name, **kwargs, learn_amax=True))
+    learning = whole(name, learn_amax=True)
     wrap = WRAPPERS.get(name, lambda m: m)
     learning = wrap(learning)
     learning.eval()

@@ -45,7 +45,7 @@ from mmdet3d_quant.models import (
 parts = dict(
     img_backbone=dict(type=QuantResNet),
     img_neck=dict(type=QuantGeneralizedLSSFPN),
-    view_transform=dict(type=QuantDepthLSSTransform, quantize_downsample=False),
+    view_transform=dict(type=QuantDepthLSSTransform),
     fusion_layer=dict(type=QuantConvFuser),
     pts_backbone=dict(type=QuantSECOND),
     pts_neck=dict(type=QuantSECONDFPN),
