@@ -22,15 +22,7 @@ max_epochs = 1
 train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=1e-5))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=20),
-    dict(
-        type='CosineAnnealingLR',
-        begin=0,
-        T_max=max_epochs,
-        end=max_epochs,
-        by_epoch=True,
-        eta_min_ratio=1e-2,
-        convert_to_iter_based=True,
-    ),
+    dict(_base_.param_scheduler[0], start_factor=0.1, end=20),
+    dict(_base_.param_scheduler[1], T_max=max_epochs, end=max_epochs, eta_min_ratio=1e-2),
 ]
 train_dataloader = dict(persistent_workers=False, dataset=dict(indices=160))
