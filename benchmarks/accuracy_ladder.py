@@ -32,6 +32,7 @@ from torch import nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.formats import FP8, Bits
 from mmdet3d_quant.data.evaluation import Scorer, Scores, bootstrap, predict
 from mmdet3d_quant.files.outputs import sha256, whole
 from mmdet3d_quant.runs import from_config as fc
@@ -40,6 +41,8 @@ Result = TypeVar('Result')
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_int8_synthetic.py'
 CHECKPOINT = ROOT / 'checkpoints/bevfusion_tiny_lidar-cam_synthetic.pth'
+#: Bits of exponent and mantissa of FP8.
+FP8_BITS = (4, 3)
 #: Parts of the model by branch; the LiDAR encoder and the head are float throughout.
 BRANCHES = {
     'camera': ('img_backbone', 'img_neck', 'view_transform'),
@@ -52,15 +55,15 @@ class Setting:
     """One row.
 
     Attributes:
-        weight_bits: Width of the weights' integers.
-        activation_bits: Width of the activations' integers.
+        weight_bits: Width of the weights' integers, or of exponent and mantissa.
+        activation_bits: The same of activations.
         method: How ranges of activations are chosen.
         naive: One range per weight tensor instead of one per output channel.
         branches: Branches that are quantized.
     """
 
-    weight_bits: int = 8
-    activation_bits: int = 8
+    weight_bits: Bits = 8
+    activation_bits: Bits = 8
     method: str = 'mse'
     naive: bool = False
     branches: tuple[str, ...] = tuple(BRANCHES)
@@ -68,7 +71,9 @@ class Setting:
     def __str__(self) -> str:
         if not self.branches:
             return 'float'
-        text = f'w{self.weight_bits}a{self.activation_bits} {self.method}'
+        fp8 = self.weight_bits == self.activation_bits == FP8_BITS
+        width = FP8.name if fp8 else f'w{self.weight_bits}a{self.activation_bits}'
+        text = f'{width} {self.method}'
         text += ' naive' if self.naive else ''
         return text if len(self.branches) > 1 else f'{text} {self.branches[0]} only'
 
@@ -85,6 +90,7 @@ def settings() -> Iterator[Setting]:
             yield Setting(bits, bits, branches=(branch,))
     yield Setting(4, 8)
     yield Setting(8, 4)
+    yield Setting(FP8_BITS, FP8_BITS)
     for method in ('percentile:99.99', 'entropy'):
         yield Setting(method=method)
 
