@@ -13,8 +13,9 @@ import onnx
 
 from mmdet3d_quant.check.align import SPARE, align
 from mmdet3d_quant.check.fit import Fit, range_fault, range_fits, worst_fits
-from mmdet3d_quant.check.queries import HEATMAP, Asked, ask, choice_in
+from mmdet3d_quant.check.queries import HEATMAP, choice_in
 from mmdet3d_quant.check.runs import run_torch, sqnr
+from mmdet3d_quant.check.steps import Asked, ask
 from mmdet3d_quant.engines import Arrays, Engine, ONNXRuntime, OpenVINO
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
