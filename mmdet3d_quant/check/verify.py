@@ -87,7 +87,7 @@ def verify(
     mode, graph = 'quant' if quantized else 'float', onnx.load(str(path))
     engine = OpenVINO(path)
     convs = engine.int8_convolutions()
-    choice, half = choice_in(cut, graph), is_strong(path)
+    choice, half = choice_in(cut, graph), is_strong(graph)
     if choice is None:
         arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
         expected, plain = run_torch(cut, mode), run_torch(cut, 'float')
