@@ -22,10 +22,10 @@ from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnNetwork
 from mmdet3d_quant.export.targets import coding_in
-from mmdet3d_quant.export.typed import is_strong
 from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
 from mmdet3d_quant.files.checkpoint import CheckpointError
 from mmdet3d_quant.files.outputs import sha256
+from mmdet3d_quant.files.typed import is_strong
 
 
 def engine_detector(

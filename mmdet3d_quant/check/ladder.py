@@ -43,8 +43,7 @@ from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.half import LARGEST, beyond, round_half
 from mmdet3d_quant.export.ranges import peaks
 from mmdet3d_quant.export.targets import target_in, target_of
-from mmdet3d_quant.export.typed import is_strong
-from mmdet3d_quant.files.typed import to_float32
+from mmdet3d_quant.files.typed import is_strong, to_float32
 from mmdet3d_quant.layers.fold import fold_bn
 
 #: Least SQNR of a layer with equal inputs. Correct layers reach 67 dB or more, even with a weight

@@ -8,11 +8,9 @@ of torch, and torch computes the outputs of the same queries.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from mmdet3d_quant.check.runs import run_torch
-from mmdet3d_quant.engines import Arrays, Engine
+from mmdet3d_quant.engines import Arrays
 from mmdet3d_quant.export.cuts import Cut
 
 #: Name of the output that is no output of the file: class logits of all cells.
@@ -67,23 +64,6 @@ class Seen:
     queries: Queries | None = None
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One run of an engine, and torch on the queries that the engine chose.
-
-    Attributes:
-        outputs: Outputs of the engine by name, :data:`HEATMAP` among them.
-        expected: Those of torch in the mode of the file.
-        plain: Those of torch in float.
-        fault: What is wrong with the choice, or empty.
-    """
-
-    outputs: Arrays
-    expected: Arrays
-    plain: Arrays
-    fault: str = ''
-
-
 def choice_in(cut: Cut, graph: onnx.ModelProto) -> Choice | None:
     """Finds in a file how it chooses queries.
 
@@ -109,28 +89,6 @@ def choice_in(cut: Cut, graph: onnx.ModelProto) -> Choice | None:
             return Choice(node.input[0], node.output[0], best[0].output[1])
         todo.extend(node.input)
     return None
-
-
-def ask(
-    cut: Cut, graph: onnx.ModelProto, choice: Choice, make: Callable[[Path], Engine], mode: str
-) -> Asked:
-    """Runs a file that also says what it chose, and torch on the same queries.
-
-    Args:
-        cut: The cut, its module in eval mode on the CPU.
-        graph: The file.
-        choice: How it chooses.
-        make: Constructor of the engine.
-        mode: Mode of the quantizers that the file has.
-    """
-    inputs = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f'{cut.name}.onnx'
-        onnx.save(telling(graph, choice), str(file))
-        outputs = make(file)(inputs)
-    outputs, queries, fault = told(cut, choice, outputs)
-    expected, plain = (_on_queries(cut, m, queries) for m in (mode, 'float'))
-    return Asked(outputs, expected, plain, fault)
 
 
 def told(cut: Cut, choice: Choice, outputs: Arrays) -> tuple[Arrays, Queries, str]:
@@ -210,10 +168,3 @@ def watched(cut: Cut, queries: Queries | None = None) -> Iterator[Seen]:
     finally:
         del vars(head)['propose']
         hook.remove()
-
-
-def _on_queries(cut: Cut, mode: str, queries: Queries) -> Arrays:
-    """Runs a cut in torch on given queries; returns its outputs by name, and the heatmap."""
-    with watched(cut, queries) as seen:
-        outputs = run_torch(cut, mode)
-    return {**outputs, HEATMAP: seen.heatmap}

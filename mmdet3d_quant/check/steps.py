@@ -35,6 +35,23 @@ class Run:
     fault: str = ''
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One run of an engine, and torch on the queries that the engine chose.
+
+    Attributes:
+        outputs: Outputs of the engine by name, of a head its heatmap, too.
+        expected: Those of torch in the mode of the file.
+        plain: Those of torch in float.
+        fault: What is wrong with the choice, or empty.
+    """
+
+    outputs: Arrays
+    expected: Arrays
+    plain: Arrays
+    fault: str = ''
+
+
 def torch_run(
     cut: Cut, mode: str, fed: Arrays, choice: Choice | None, queries: Sequence[Queries] = ()
 ) -> Run:
@@ -90,3 +107,20 @@ def engine_run(
     chosen, second, odd = told(cut, choice, pieces)
     layers[output_point(HEATMAP)] = chosen[HEATMAP]
     return Run(outputs, layers, (first, second), fault=fault or odd)
+
+
+def ask(
+    cut: Cut, graph: onnx.ModelProto, choice: Choice, make: Callable[[Path], Engine], mode: str
+) -> Asked:
+    """Runs a file that also says what it chose, and torch on the same queries.
+
+    Args:
+        cut: The cut, its module in eval mode on the CPU.
+        graph: The file.
+        choice: How it chooses.
+        make: Constructor of the engine.
+        mode: Mode of the quantizers that the file has.
+    """
+    run = engine_run(make, graph, cut, {}, choice)
+    expected, plain = (torch_run(cut, m, {}, choice, run.queries).outputs for m in (mode, 'float'))
+    return Asked(run.outputs, expected, plain, run.fault)

@@ -13,8 +13,9 @@ import onnx
 
 from mmdet3d_quant.check.align import SPARE, align
 from mmdet3d_quant.check.fit import Fit, range_fault, range_fits, worst_fits
-from mmdet3d_quant.check.queries import HEATMAP, Asked, ask, choice_in
+from mmdet3d_quant.check.queries import HEATMAP, choice_in
 from mmdet3d_quant.check.runs import run_torch, sqnr
+from mmdet3d_quant.check.steps import Asked, ask
 from mmdet3d_quant.engines import Arrays, Engine, ONNXRuntime, OpenVINO
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
@@ -86,7 +87,7 @@ def verify(
     mode, graph = 'quant' if quantized else 'float', onnx.load(str(path))
     engine = OpenVINO(path)
     convs = engine.int8_convolutions()
-    choice, half = choice_in(cut, graph), is_strong(path)
+    choice, half = choice_in(cut, graph), is_strong(graph)
     if choice is None:
         arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
         expected, plain = run_torch(cut, mode), run_torch(cut, 'float')

@@ -252,9 +252,10 @@ def _clipped(x: Tensor, limit: Tensor) -> Tensor:
 @torch.enable_grad()
 def _halves_edges() -> bool:
     """Tells whether this torch halves the gradient of a clamp at its limits (2.14 does)."""
-    edge = torch.ones(1, requires_grad=True)
-    grad = torch.autograd.grad(edge.clamp(-torch.ones(1), torch.ones(1)).sum(), edge)[0]
-    return bool(grad < 1)
+    one = torch.ones(1)
+    clipped: Any = torch.ones(1, requires_grad=True).clamp(-one, one)
+    # Asked without a backward pass, which starts threads: processes could not be forked any more.
+    return bool(clipped.grad_fn(one)[0] < 1)
 
 
 _EDGE_HALVED = _halves_edges()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -47,9 +50,24 @@ def unsigned_ranges(model: nn.Module) -> dict[str, tuple[float, float]]:
     return {name: pair for name, pair in found.items() if pair is not None}
 
 
-def load_unsigned_ranges(model: nn.Module, ranges: Mapping[str, Sequence[float]]) -> None:
-    """Notes what :func:`unsigned_ranges` has listed; names that the model lacks are left out."""
-    known = quantizers(model)
-    for name in known.keys() & ranges.keys():
-        own, amax = ranges[name]
-        setattr(known[name], _KEY, (float(own), float(amax)))
+def load_unsigned_ranges(model: nn.Module, ranges: Any) -> None:
+    """Notes what :func:`unsigned_ranges` has listed; names that the model lacks are left out.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(ranges, Mapping):
+        raise ValueError(f'unsigned_ranges: expected a dict, got {type(ranges).__name__}')
+    for name, quantizer in quantizers(model).items():
+        if name in ranges:
+            pair = ranges[name]
+            if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_fits, pair))):
+                raise ValueError(
+                    f'unsigned_ranges of {name}: expected two floats, finite and >= 0, got '
+                    f'{reprlib.repr(pair)}'
+                )
+            setattr(quantizer, _KEY, tuple(pair))
+
+
+def _fits(value: Any) -> bool:
+    return isinstance(value, float) and 0 <= value < math.inf

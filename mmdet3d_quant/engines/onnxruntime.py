@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -40,13 +39,7 @@ class ONNXRuntime:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         with reading(path, 'ONNX Runtime'):
-            model: Any = str(path)
-            loaded = onnx.load(model)
-            known = to_onnx_names(loaded)
-            if not optimized and is_strong(path):
-                known = emulated(known)
-            if known is not loaded:
-                model = known.SerializeToString()
+            model = _readable(path, optimized)
             self._session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
         self.input_shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         halves = [i.name for i in self._session.get_inputs() if i.type == 'tensor(float16)']
@@ -61,3 +54,12 @@ class ONNXRuntime:
 
     def int8_convolutions(self) -> None:
         """Returns None: ONNX Runtime does not report it."""
+
+
+def _readable(path: str | Path, optimized: bool) -> str | bytes:
+    """The path of a file that ONNX Runtime runs as it is; of another the graph that it runs."""
+    loaded = onnx.load(str(path))
+    known = to_onnx_names(loaded)
+    if not optimized and is_strong(loaded):
+        known = emulated(known)
+    return str(path) if known is loaded else known.SerializeToString()

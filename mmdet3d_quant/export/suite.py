@@ -33,9 +33,10 @@ from mmdet3d_quant.export.manifest import (
 from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import DEFAULT, target_of
-from mmdet3d_quant.export.typed import is_strong, kept_float32
+from mmdet3d_quant.export.typed import kept_float32
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files.outputs import sha256, whole_folder
+from mmdet3d_quant.files.typed import is_strong
 
 #: Stem of the LiDAR encoder's file, which ends in the order of its axes.
 LIDAR = 'lidar.backbone'

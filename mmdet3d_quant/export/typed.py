@@ -73,11 +73,6 @@ def to_strong(model: onnx.ModelProto, peaks: Mapping[str, float]) -> onnx.ModelP
     return result
 
 
-def is_strong(model: onnx.ModelProto) -> bool:
-    """Whether a file says that it is strongly typed."""
-    return any(p.key == TYPING_KEY and p.value == STRONG for p in model.metadata_props)
-
-
 def kept_float32(model: onnx.ModelProto) -> dict[str, str]:
     """Reads the reasons by name of the nodes that stay float32 in a strongly typed file."""
     props = {p.key: p.value for p in model.metadata_props}

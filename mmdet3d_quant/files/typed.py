@@ -17,10 +17,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from mmdet3d_quant.files.metadata import STRONG, TYPING_KEY
 
 
-def is_strong(path: str | Path) -> bool:
-    """Checks whether an ONNX file says that it is strongly typed."""
-    props = onnx.load(str(path), load_external_data=False).metadata_props
-    return any(p.key == TYPING_KEY and p.value == STRONG for p in props)
+def is_strong(file: str | Path | onnx.ModelProto) -> bool:
+    """Checks whether an ONNX file, or one that is loaded, says that it is strongly typed."""
+    if not isinstance(file, onnx.ModelProto):
+        file = onnx.load(str(file), load_external_data=False)
+    return any(p.key == TYPING_KEY and p.value == STRONG for p in file.metadata_props)
 
 
 def tensor_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:

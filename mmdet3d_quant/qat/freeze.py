@@ -40,9 +40,9 @@ class FreezeHook(Hook):
             if name not in known:
                 raise ValueError(f'FreezeHook: the model has no module {name!r}')
             known[name].requires_grad_(False)
+        self._frozen = [known[name] for name in self.modules]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Puts the modules in evaluation mode: a loop's epoch begins with all in training mode."""
-        known = dict(bare_model(runner).named_modules())
-        for name in self.modules:
-            known[name].eval()
+        for module in self._frozen:
+            module.eval()

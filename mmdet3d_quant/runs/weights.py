@@ -49,8 +49,9 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
         The checkpoint's ``meta``.
 
     Raises:
-        CheckpointError: If the file cannot be read, or a weight is missing, left over or of
-            another shape. Sparse weights may have the layout of spconv 1 (mmcv) or 2.
+        CheckpointError: If the file cannot be read, its ``meta`` has notes that are none, or a
+            weight is missing, left over or of another shape. Sparse weights may have the layout of
+            spconv 1 (mmcv) or 2.
         UncalibratedError: If ``calibrated`` and a quantizer has no range; if others have one, with
             the lines of the config that keep it float as it was when the checkpoint was saved.
     """
@@ -91,7 +92,10 @@ def load_weights(model: nn.Module, path: str | Path, calibrated: bool) -> dict[s
     if calibrated:
         reasons = checkpoint['meta'].get('kept_float')
         require_calibrated(model, reasons if isinstance(reasons, dict) else None)
-    load_unsigned_ranges(model, checkpoint['meta'].get('unsigned_ranges') or {})
+    try:
+        load_unsigned_ranges(model, checkpoint['meta'].get('unsigned_ranges') or {})
+    except ValueError as err:
+        raise CheckpointError(f'meta of checkpoint {path}: {err}') from err
     return checkpoint['meta']
 
 

@@ -138,6 +138,23 @@ def test_ranges_of_another_shape_are_told_or_refused(tmp_path, monkeypatch):
         load_weights(Net(4, QuantConv2d), path, calibrated=True)
 
 
+@pytest.mark.parametrize(
+    ('notes', 'told'),
+    [
+        ('text', 'expected a dict, got str'),
+        ({'head._input_quantizer': 1.0}, 'of head._input_quantizer: expected two floats'),
+        ({'head._input_quantizer': (1.0,)}, 'of head._input_quantizer: expected two floats'),
+        ({'head._input_quantizer': (1.0, float('nan'))}, 'expected two floats, finite'),
+        ({'head._input_quantizer': (1.0, -2.0)}, 'expected two floats, finite'),
+    ],
+)
+def test_notes_of_unsigned_ranges_that_are_none_are_refused(tmp_path, notes, told):
+    net = Net(layer=QuantConv2d)
+    path = save(tmp_path / 'a.pth', net.state_dict(), '', meta=dict(unsigned_ranges=notes))
+    with pytest.raises(CheckpointError, match=f'a.pth: unsigned_ranges.*{told}'):
+        load_weights(Net(layer=QuantConv2d), path, calibrated=False)
+
+
 def test_a_lenient_start_with_other_classes_names_the_layer(tmp_path):
     """As a Runner loads: what fits; the ranges that did not are none, not NaN."""
     path = save(tmp_path / 'c.pth', calibrated(10).state_dict())
