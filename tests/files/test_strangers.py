@@ -9,7 +9,6 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from mmdet3d.registry import DATASETS, METRICS
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 from mmengine.runner.checkpoint import load_checkpoint as mmengine_load
@@ -17,7 +16,7 @@ from mmengine.runner.checkpoint import load_checkpoint as mmengine_load
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.files import checkpoint as door
 from mmdet3d_quant.files.checkpoint import CheckpointError, read_checkpoint, read_training
-from tests.qat.toy import Error, Points, Toy, calibrated
+from tests.qat.toy import Toy, calibrated
 from tests.qat.toy_config import config
 from tests.small import ROOT
 from tests.tools.tiny import TEST, TRAIN
@@ -27,9 +26,6 @@ import calibrate  # noqa: E402
 import convert_checkpoint  # noqa: E402
 import export_onnx  # noqa: E402
 import publish_checkpoint  # noqa: E402
-
-for _registry, _type in ((DATASETS, Points), (METRICS, Error)):
-    _registry.register_module(name=f'Toy{_type.__name__}', module=_type, force=True)
 
 
 class Bomb:
