@@ -11,7 +11,7 @@ from mmdet3d_quant.core.modes import keep_float
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.joining import Found, make_joining
 from mmdet3d_quant.layers.swap import swap_layers
-from mmdet3d_quant.models.base import Skip, finish
+from mmdet3d_quant.models.base import Formats, Skip, finish
 
 #: What works on queries instead of the map.
 QUERIES = ('class_encoding', 'decoder', 'prediction_heads')
@@ -26,6 +26,7 @@ def QuantTransFusionHead(  # noqa: N802 - reads as the types beside it
     scores: bool = False,
     skip: Skip = (),
     learn_amax: bool = False,
+    format: Formats = (),
     **kwargs: Any,
 ) -> nn.Module:
     """Builds a TransFusion head with its convolutions over the map quantized.
@@ -41,6 +42,7 @@ def QuantTransFusionHead(  # noqa: N802 - reads as the types beside it
         skip: Layers to keep float: name patterns such as ``'heatmap_head'``, or
             ``{pattern: reason}``.
         learn_amax: Let training learn the ranges of activations.
+        format: Number format, ``'int8'`` (the default) or ``'fp8'``, for all or by name pattern.
         **kwargs: Arguments of the head.
 
     Returns:
@@ -60,7 +62,7 @@ def QuantTransFusionHead(  # noqa: N802 - reads as the types beside it
             keep_float(head, {f'{part}.{name}' if name else part: reason})
     keep_float(head, kept if decoder else {**kept, **dict.fromkeys(QUERIES, WHY_QUERIES)})
     make_joining(head, Found(_read_together(head), [['shared_conv._input_quantizer']], [[]]))
-    finish(head, skip, learn_amax)
+    finish(head, skip, learn_amax, format)
     vars(head)['takes_skip'] = True  # as errors advise it
     return head
 

@@ -192,3 +192,13 @@ def test_quantize_config_writes_it(tmp_path, detector):
     ours, found = ({k.name for k in coverage(m).quantized} for m in (detector, model))
     more = ('pts_middle_encoder', 'view_transform.downsample')
     assert ours == {name for name in found if not name.startswith(more)}
+
+
+@pytest.mark.parametrize('decoder', [False, True])
+def test_it_takes_a_number_format_as_the_other_types(decoder):
+    usual = quantizers(MODELS.build(config(type='QuantTransFusionHead', decoder=decoder)))
+    head = MODELS.build(config(type='QuantTransFusionHead', decoder=decoder, format='fp8'))
+    found = quantizers(head)
+    assert list(found) == list(usual)
+    assert {q.spec.format.name for q in found.values() if q.float_reason is None} == {'fp8'}
+    assert {q.spec.format.name for q in usual.values() if q.float_reason is None} == {'int8'}
