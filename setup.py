@@ -53,7 +53,7 @@ setup(
     packages=find_packages(include=['mmdet3d_quant*']),
     package_data={
         'mmdet3d_quant': ['py.typed'],
-        'mmdet3d_quant.report': ['page.html', 'calibration.html', 'sensitivity.html'],
+        'mmdet3d_quant.report': ['*.html'],
     },
     py_modules=['mmdet3d_quant_cli'],
     cmdclass={'build_py': BuildWithTools},

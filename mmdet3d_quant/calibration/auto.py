@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any, List, Tuple
 
 import torch
-from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
+from mmdet3d_quant.calibration.gather import gather_batches
 from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.fake_quant import fake_quantize
@@ -56,11 +56,7 @@ def least_output_error(
             with _errors(model, ranges) as errors:
                 (forward or run)(model, batch)
             by_batch[number] = {n: e.tolist() for n, e in errors.items()}
-    merged: dict[int, dict[str, list[float]]] = {}
-    for part in all_gather_object(by_batch):
-        merged.update(part)
-    if not merged:
-        raise ValueError('the method auto needs a held-out batch: use more batches')
+    merged = gather_batches(by_batch, 'the method auto needs')
     return [_best(names, len(values), merged) for names, values in candidates]
 
 
@@ -68,7 +64,7 @@ def _best(names: tuple[str, ...], count: int, by_batch: dict[int, dict[str, list
     """Index of the candidate with the least relative error, summed over a unit's quantizers."""
     totals = [0.0] * count
     for name in names:
-        rows = [by_batch[number][name] for number in sorted(by_batch) if name in by_batch[number]]
+        rows = [found[name] for found in by_batch.values() if name in found]
         *errors, power = map(math.fsum, strict_zip(*rows)) if rows else [0.0] * (count + 1)
         if power > 0:
             totals = [t + e / power for t, e in strict_zip(totals, errors)]

@@ -12,6 +12,7 @@ from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdet3d_quant.calibration.gather import gather_batches
 from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.calibration.result import Choice
 from mmdet3d_quant.core.copies import deep_copy
@@ -88,10 +89,8 @@ class BiasCorrection:
         errors = output_errors(model, layers, held_out, self.forward)
         first = [] if not held_out else [held_out[0][1]]
         norms = self._norms(model, first)
-        self.corrected, self.left = (
-            {},
-            {n: 'no batch reached it' for n in layers if n not in errors},
-        )
+        self.corrected = {}
+        self.left = {n: 'no batch reached it' for n in layers if n not in errors}
         for name, (mean, deviation) in errors.items():
             layer = layers[name]
             bias, norm = getattr(layer, 'bias', None), norms.get(layer)
@@ -162,14 +161,9 @@ def output_errors(
             with _sums(layers) as sums:
                 (forward or run)(model, deep_copy(batch))
             by_batch[number] = {name: row.cpu() for name, row in sums.items()}
-    merged: dict[int, dict[str, Tensor]] = {}
-    for part in all_gather_object(by_batch):
-        merged.update(part)
-    if not merged:
-        raise ValueError('bias correction needs a held-out batch: use more batches')
     totals: dict[str, Tensor] = {}
-    for number in sorted(merged):  # one order, whatever the number of processes
-        for name, row in merged[number].items():
+    for sums in gather_batches(by_batch, 'bias correction needs').values():
+        for name, row in sums.items():
             totals[name] = totals[name] + row if name in totals else row
     found = {}
     for name in (n for n in layers if n in totals):

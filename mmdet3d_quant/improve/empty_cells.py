@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdet3d_quant.calibration.gather import gather_batches
 from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.calibration.result import Choice
 from mmdet3d_quant.core.copies import deep_copy
@@ -83,12 +83,10 @@ class EmptyCells:
         """
         rows = dict(find_rows(model))
         own = min(held_out, key=lambda item: item[0], default=None)
-        seen = None if own is None else (own[0], self._factors(model, rows, own[1]))
-        numbered = [x for x in all_gather_object(seen) if x is not None]
-        if not numbered:
-            raise ValueError('empty cells need a held-out batch: use more batches')
+        seen = {} if own is None else {own[0]: self._factors(model, rows, own[1])}
+        first = next(iter(gather_batches(seen, 'empty cells need').values()))
         self.changed = {}
-        for name, (factor, error) in min(numbered, key=lambda item: item[0])[1].items():
+        for name, (factor, error) in first.items():
             norm, conv = rows[name].norm, rows[name].conv
             factor = factor.to(conv.weight)
             norm.weight.mul_(factor)

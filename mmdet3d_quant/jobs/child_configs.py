@@ -113,26 +113,44 @@ def int8_text(cfg: Config, config: Path, out: Path, swaps: Sequence[Swap]) -> st
         f'# INT8 child of {config.name}: types change, all else is inherited.',
         *_commands(cfg),
     ]
-    if Config._is_lazy_import(str(config)):  # a text config has no Python config as its base
-        plain = Config(dict(cfg._cfg_dict.to_dict(), custom_imports=with_package(cfg)))
-        plain.merge_from_dict(dict(model=model_change(cfg, swaps)))
-        comments = [line for s in swaps for line in _comments(s, '')]
-        return '\n'.join([*head, *comments, plain.pretty_text])
     change = model_change(cfg, swaps)
-    lines = [
-        *head,
-        f'_base_ = [{base_name(config, out)!r}]',
-        assignment('custom_imports', with_package(cfg)),
-        '',
-        'model = dict(',
-    ]
+    lines = ['model = dict(']
     parts = {s.part: s for s in swaps}
     for key, value in change.items():
         lines += _comments(parts[key], '    ') if key in parts else []
         lines.append(f'    {assignment(key, value, 4)},')
     for swap in swaps:
         lines += [] if swap.change or swap.meant else _comments(swap, '    ')
-    return '\n'.join([*lines, ')', ''])
+    notes = [line for s in swaps for line in _comments(s, '')]
+    return child_text(cfg, config, out, head, change, [*lines, ')'], notes)
+
+
+def child_text(
+    cfg: Config,
+    config: Path,
+    out: Path,
+    head: Sequence[str],
+    change: dict[str, Any],
+    lines: Sequence[str],
+    notes: Sequence[str] = (),
+) -> str:
+    """Composes a config that changes the model of another and has this package imported.
+
+    Args:
+        cfg: The other config, read.
+        config: Where it lies.
+        out: Where the text will lie.
+        head: Lines of comment for its head.
+        change: Of the model.
+        lines: The same as text.
+        notes: Comments that stand in for those of ``lines`` where the config is written out.
+    """
+    if Config._is_lazy_import(str(config)):  # a text config has no Python config as its base
+        plain = Config(dict(cfg._cfg_dict.to_dict(), custom_imports=_imports(cfg)))
+        plain.merge_from_dict(dict(model=change))
+        return '\n'.join([*head, *notes, plain.pretty_text])
+    base = [f'_base_ = [{_base(config, out)!r}]', assignment('custom_imports', _imports(cfg))]
+    return '\n'.join([*head, *base, '', *lines, ''])
 
 
 def _commands(cfg: Config) -> list[str]:
@@ -143,7 +161,7 @@ def _commands(cfg: Config) -> list[str]:
     return [*_comment(_EMPTY, ''), f'{_CALIBRATE} --empty-cells', _EXPORT]
 
 
-def base_name(config: Path, out: Path) -> str:
+def _base(config: Path, out: Path) -> str:
     """How a config at ``out`` names another as its base."""
     config = config.resolve()
     if _WHEEL.resolve() in config.parents:
@@ -151,7 +169,7 @@ def base_name(config: Path, out: Path) -> str:
     return Path(os.path.relpath(config, out.resolve().parent)).as_posix()
 
 
-def with_package(cfg: Config, *more: str) -> dict[str, Any]:
+def _imports(cfg: Config, *more: str) -> dict[str, Any]:
     """The config's ``custom_imports`` with this package."""
     given = dict(cfg.get('custom_imports') or {})
     there = given.get('imports') or []
@@ -194,7 +212,7 @@ def qat_text(cfg: Config, int8: Path, swaps: Sequence[Swap]) -> str:
         f'# QAT of {int8.name}, from its calibrated checkpoint. docs/qat.md has the reasons.',
         '#   python tools/train.py THIS_CONFIG',
         f'_base_ = [{int8.name!r}]',
-        assignment('custom_imports', with_package(cfg, 'mmdet3d_quant.qat')),
+        assignment('custom_imports', _imports(cfg, 'mmdet3d_quant.qat')),
         '',
         f'load_from = {CALIBRATED!r}',
         'custom_hooks = [',

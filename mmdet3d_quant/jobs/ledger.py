@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdet3d_quant.calibration import ResumeError
+from mmdet3d_quant.files.outputs import whole
 
 
 class Ledger:
@@ -24,28 +25,24 @@ class Ledger:
 
     def __init__(self, path: str | Path, key: Mapping[str, Any], resume: bool = False) -> None:
         self.path = Path(path)
-        self._results: dict[str, Any] = {}
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         if lines and not resume:
             raise ResumeError(
                 f'{self.path} holds results of an unfinished run: go on with --resume, or delete '
                 'the file to start again'
             )
-        whole = [_read(line) for line in lines]
-        if whole and whole[0] is not None:
-            other = [n for n in key if whole[0].get(n) != json.loads(json.dumps(key[n]))]
+        read = [_read(line) for line in lines]
+        if read and read[0] is not None:
+            other = [n for n in key if read[0].get(n) != json.loads(json.dumps(key[n]))]
             if other:
                 raise ResumeError(
                     f'{self.path} is of another run: its {", ".join(other)} differ(s); delete the '
                     'file to start again'
                 )
-        entries = [entry for entry in whole[1:] if entry is not None]  # the last may be cut off
-        self._results = {entry['task']: entry['result'] for entry in entries}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open('w') as file:
-            file.write(json.dumps(dict(key)) + '\n')
-            for entry in entries:
-                file.write(json.dumps(entry) + '\n')
+        entries = [entry for entry in read[1:] if entry is not None]  # the last may be cut off
+        self._results: dict[str, Any] = {entry['task']: entry['result'] for entry in entries}
+        with whole(self.path) as part:  # a run that is stopped here keeps the results there are
+            part.write_text(''.join(json.dumps(line) + '\n' for line in (dict(key), *entries)))
 
     def __contains__(self, task: Mapping[str, Any]) -> bool:
         return _name(task) in self._results

@@ -12,7 +12,7 @@ from mmdet3d_quant.core.naming import type_name
 from mmdet3d_quant.core.spec import as_reasons
 from mmdet3d_quant.files.literals import assignment
 from mmdet3d_quant.files.outputs import whole
-from mmdet3d_quant.jobs.child_configs import base_name, with_package
+from mmdet3d_quant.jobs.child_configs import child_text
 
 #: Types of detectors that take ``skip`` themselves.
 _TAKE_SKIP = ('Quant', 'Quantized')
@@ -42,18 +42,6 @@ def write_skip_config(
     if before is not None and not isinstance(before, Mapping):  # a list would not merge
         change['skip'] = dict({**as_reasons(before), **skip}, _delete_=True)
     comments = [f'# {line}' for line in head]
-    if Config._is_lazy_import(str(config)):  # a text config has no Python config as its base
-        plain = Config(dict(cfg._cfg_dict.to_dict(), custom_imports=with_package(cfg)))
-        plain.merge_from_dict(dict(model=change))
-        lines = [*comments, plain.pretty_text]
-    else:
-        lines = [
-            *comments,
-            f'_base_ = [{base_name(config, out)!r}]',
-            assignment('custom_imports', with_package(cfg)),
-            '',
-            assignment('model', change),
-            '',
-        ]
+    text = child_text(cfg, config, out, comments, change, [assignment('model', change)])
     with whole(out) as part:
-        part.write_text('\n'.join(lines))
+        part.write_text(text)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -28,8 +27,8 @@ from mmdet3d_quant.files.outputs import whole
 from mmdet3d_quant.files.plain import finite_or_none
 from mmdet3d_quant.improve import Equalization
 from mmdet3d_quant.report.svg import to_svg
+from mmdet3d_quant.report.template import load
 
-_TEMPLATE = Path(__file__).with_name('calibration.html')
 #: Bars of a drawn histogram.
 _BARS = 64
 #: What each flag means and what to do.
@@ -81,10 +80,7 @@ def write_ranges(
     if len(calibration.looks) > 1:
         pictures['looks'] = to_svg(draw_looks(facts))
     drawn = _thumbnails(facts['ranges'])
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding='utf-8'))
+    template = load('calibration.html')
     text = template.render(**facts, pictures=pictures, drawn=drawn, advice=ADVICE)
     with whole(path) as page, whole(path.with_suffix('.json')) as data:
         page.write_text(text, encoding='utf-8')

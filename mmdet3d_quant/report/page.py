@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.files.outputs import whole_folder
 from mmdet3d_quant.report.pictures import draw_ap, save
+from mmdet3d_quant.report.template import load
 
-_TEMPLATE = Path(__file__).with_name('page.html')
 #: Order and kind of the headline scores: a score is better when higher, an error when lower.
 HEADLINES = ('mAP', 'NDS', 'mATE', 'mASE', 'mAOE', 'mAVE', 'mAAE')
 #: An interval drawn from fewer groups of frames than this is no guide.
@@ -82,15 +81,10 @@ def render(
     Returns:
         HTML with the images inside.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        percent=_percent, points=_points, ms=_milliseconds, mb=_megabytes, url=_data_url
-    )
-    environment.globals.update(headlines=HEADLINES, verdict=verdict, total=_total, times=_times)
+    filters = dict(percent=_percent, points=_points, ms=_milliseconds, mb=_megabytes, url=_data_url)
+    known = dict(headlines=HEADLINES, verdict=verdict, total=_total, times=_times)
+    template = load('page.html', filters, **known)
     empty = dict.fromkeys(_FACTS)
-    template = environment.from_string(_TEMPLATE.read_text(encoding='utf-8'))
     return template.render({**empty, **facts}, images=images or {}, captions=captions or {})
 
 

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from mmdet3d_quant.core.decibels import decibels
 from mmdet3d_quant.files.outputs import whole
 from mmdet3d_quant.report.svg import to_svg
+from mmdet3d_quant.report.template import load
 
-_TEMPLATE = Path(__file__).with_name('sensitivity.html')
 _FRONT, _REST, _CHOSEN = '#c2410c', '#0369a1', '#15803d'
 
 
@@ -32,15 +31,11 @@ def write_sensitivity(path: str | Path, facts: Mapping[str, Any]) -> Path:
         OSError: If one of the files cannot be written.
     """
     path = Path(path)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(db=_db, sign=_signed, percent=_percent, mega=_mega)
-    template = environment.from_string(_TEMPLATE.read_text(encoding='utf-8'))
+    filters = dict(db=_db, sign=_signed, percent=_percent, mega=_mega)
     pictures = dict(units=to_svg(draw_units(facts)))
     if facts['order']:
         pictures['order'] = to_svg(draw_order(facts))
-    text = template.render(**facts, pictures=pictures)
+    text = load('sensitivity.html', filters).render(**facts, pictures=pictures)
     with whole(path) as page, whole(path.with_suffix('.json')) as data:
         page.write_text(text, encoding='utf-8')
         data.write_text(json.dumps(facts, indent=1, allow_nan=False) + '\n')
