@@ -211,10 +211,11 @@ def check_child(
             f'{child.config} keeps other quantizers float than were searched, such as {odd[0]}: '
             'is its skip changed by --cfg-options?'
         )
-    noise = bench.noise(list(bench.members), frames)
     before = accuracy(tasks, (), frames, limits)
-    check = dict(drop=None, noise=noise, drop_int8=before['drop'], noise_int8=before['noise'])
+    members, drop = list(bench.members), None
     if limits.needs_boxes:
-        exact = bench.state((), frames)['map']
-        check['drop'] = exact - bench.state(list(bench.members), frames)['map']
-    return check
+        state = bench.state(members, frames)
+        drop, noise = bench.state((), frames)['map'] - state['map'], state['noise']
+    else:
+        noise = bench.noise(members, frames)
+    return dict(drop=drop, noise=noise, drop_int8=before['drop'], noise_int8=before['noise'])

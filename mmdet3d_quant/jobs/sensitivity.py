@@ -139,10 +139,11 @@ def analyse_sensitivity(
     ledger = Ledger(f'{out}.partial', key, resume)
     if len(ledger):
         listener.note(f'Going on after {len(ledger)} results')
-    same = fc.evaluated_on(cfg, _loader(cfg))
+    data = fc.calibration_entry(cfg)
+    same = fc.evaluated_on(cfg, data)
     if same and limits is not None:
         listener.warn(
-            f'{_loader(cfg)} has the data that {" and ".join(same)} evaluate(s) on: scores of the '
+            f'{data} has the data that {" and ".join(same)} evaluate(s) on: scores of the '
             'written config will flatter. Set calib_dataloader to training data'
         )
     tasks = Tasks(bench, recipe, ledger, listener, processes)
@@ -176,10 +177,6 @@ def _check_choices(level: str, truth: str, rates: str, processes: int) -> None:
             raise ValueError(f'unknown {what} {value!r}: expected one of {", ".join(choices)}')
     if processes < 1:
         raise ValueError(f'processes must be at least 1, got {processes}')
-
-
-def _loader(cfg: Any) -> str:
-    return next(name for name in fc.CALIBRATION_LOADERS if cfg.get(name) is not None)
 
 
 def _split(
@@ -223,10 +220,10 @@ def _score(
     rows.sort(key=lambda row: -row.noise)
     layers = describe(sizes, found[0]['sources'], ties(tasks.bench.model))
     costs = Costs(layers, tasks.bench.members, rates, measured)
-    before = costs.total()
+    before = plain(costs.total())
     for row in rows:
-        after = costs.total(row.unit.members)
-        row.cost = {k: plain(after)[k] - plain(before)[k] for k in plain(before)}
+        after = plain(costs.total(row.unit.members))
+        row.cost = {k: after[k] - before[k] for k in before}
         row.own_int8, row.own_float = (plain(total) for total in costs.of(row.unit))
     return rows, costs
 

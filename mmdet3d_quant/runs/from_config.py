@@ -167,6 +167,18 @@ def innermost(loader: Any) -> Any:
     return dataset
 
 
+def calibration_entry(cfg: Config) -> str:
+    """Finds the config's entry for calibration data, the first of :data:`CALIBRATION_LOADERS`.
+
+    Raises:
+        ConfigError: If it has none of them.
+    """
+    name = next((n for n in CALIBRATION_LOADERS if cfg.get(n) is not None), None)
+    if name is None:
+        raise ConfigError(f'{cfg.filename} has none of {", ".join(CALIBRATION_LOADERS)}')
+    return name
+
+
 def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
     """Builds the loader of the calibration data, in a fixed order.
 
@@ -177,9 +189,7 @@ def build_calibration_loader(cfg: Config) -> tuple[str, Any]:
         ConfigError: If the config has none of :data:`CALIBRATION_LOADERS`, or building it fails.
         DatasetError: If the data are not there.
     """
-    name = next((n for n in CALIBRATION_LOADERS if cfg.get(n) is not None), None)
-    if name is None:
-        raise ConfigError(f'{cfg.filename} has none of {", ".join(CALIBRATION_LOADERS)}')
+    name = calibration_entry(cfg)
     check_data(cfg, [name])
     init_default_scope(cfg.get('default_scope') or 'mmdet3d')
     empty = f'`{name}` of {cfg.filename} is empty: there is nothing to calibrate on'

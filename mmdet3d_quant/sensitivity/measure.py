@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class Bench:
         noises, found, truth = [], [], []
         for frame in frames:
             exact, sure = self._float(frame)
-            maps, output = self._run(frame, quantized)
+            maps, output = self._run(frame, quantized) if quantized else (exact, sure)
             noises.append(relative_noise(maps, exact))
             for here, there in strict_zip(_samples(output), _samples(sure)):
                 found.append(boxes_of(here))
@@ -170,7 +170,7 @@ def _samples(output: Any) -> list[Any]:
     raise QuantError('the model returns no boxes (pred_instances_3d): measure only its maps')
 
 
-def _count(tensors: Mapping[int, Any] | Sequence[Any]) -> int:
+def _count(tensors: Sequence[Any]) -> int:
     return sum(
         values(x).numel() for x in tensors if isinstance(x, Tensor) or hasattr(x, 'features')
     )

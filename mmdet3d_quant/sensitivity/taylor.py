@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from mmdet3d_quant.layers.features import values, with_values
 from mmdet3d_quant.sensitivity.maps import judged_maps
 
 
+@dataclass
 class Taylor:
     """Scores of one forward.
 
@@ -35,9 +37,8 @@ class Taylor:
         sources: By name of a layer or of a join's quantizer, those whose results it reads.
     """
 
-    def __init__(self) -> None:
-        self.products: dict[str, list[float]] = {}
-        self.sources: dict[str, list[str]] = {}
+    products: dict[str, list[float]] = field(default_factory=dict)
+    sources: dict[str, list[str]] = field(default_factory=dict)
 
 
 def taylor(

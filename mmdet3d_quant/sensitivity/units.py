@@ -77,9 +77,7 @@ def find_units(model: nn.Module, level: str = 'layer') -> list[Unit]:
     inside: dict[str, list[str]] = {}
     for name, at in home.items():
         inside.setdefault(at, []).append(name)
-    units = [Unit(_name(model, names, members), tuple(names)) for names in inside.values()]
-    order = {name: i for i, name in enumerate(members)}
-    return sorted(units, key=lambda unit: order[unit.members[0]])
+    return [Unit(_name(model, names, members), tuple(names)) for names in inside.values()]
 
 
 def _home(model: nn.Module, name: str, members: Iterable[str], level: str) -> str:
