@@ -32,13 +32,14 @@ from mmdet3d_quant.export.manifest import (
 )
 from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms
 from mmdet3d_quant.export.pairs import ExportError
-from mmdet3d_quant.export.targets import DEFAULT, target_of
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, Runtime, runtime_of, target_for
+from mmdet3d_quant.export.targets import DEFAULT, Target, target_of
 from mmdet3d_quant.export.typed import kept_float32
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files.outputs import sha256, whole_folder
 from mmdet3d_quant.files.typed import is_strong
 
-#: Stem of the LiDAR encoder's file, which ends in the order of its axes.
+#: Stem of the LiDAR encoder's file, which ends in the order of its axes for libspconv.
 LIDAR = 'lidar.backbone'
 
 
@@ -53,6 +54,7 @@ def export_suite(
     target: str = DEFAULT,
     only: Collection[str] = (),
     fp16: bool | None = None,
+    runtime: str = DEFAULT_RUNTIME,
     check: Callable[[list[Cut], dict[str, Any], Path], None] = lambda cuts, manifest, folder: None,
     **options: Any,
 ) -> tuple[list[Cut], dict[str, Any]]:
@@ -72,6 +74,7 @@ def export_suite(
         target: Engine that the files are for, as ``export_onnx`` takes it.
         only: Stems of the files to write, such as ``fuser`` or ``lidar.backbone``; none: all.
         fp16: Store the weights of float files in FP16; None: as the target has it.
+        runtime: What runs the files, of ``export.runtimes``.
         check: Called with the cuts, the manifest and the folder where the files lie before they are
             moved to ``out_dir``; if it raises, nothing is.
         **options: ``dynamic_batch``, ``weights``, ``layernorm`` and ``custom_ops``, as
@@ -91,14 +94,15 @@ def export_suite(
         UncalibratedError: If a quantizer of a cut has no range.
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
-    detector, wants = uncompiled(detector), target_of(target)
+    target_for(runtime, target)
+    detector, wants, runs = uncompiled(detector), target_of(target), runtime_of(runtime)
     half = wants.strong and fp16 is not False
     if half:
         detector = copy.deepcopy(detector)  # for the files, ranges as they hold them
     cuts = detector_cuts(detector, inputs, target)
     for cut in cuts if half else ():
         round_ranges(cut.module)
-    encoder = sparse_encoder(detector) if wants.libspconv else None
+    encoder = sparse_encoder(detector) if _writes_lidar(runs, wants) else None
     stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])
     if not stems:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
@@ -154,12 +158,14 @@ def export_suite(
             if quantized:
                 files[path.name].update(describe_pairs(model, cut.module))
         if encoder is not None and (not only or LIDAR in only):
-            path, entry = _export_lidar(encoder, folder, quantized, tell)
+            tell(f'{LIDAR}.onnx')
+            path, entry = LIDAR_WRITERS[runtime](encoder, folder, quantized)
             files[path.name] = dict(entry, sha256=sha256(path))
         manifest = dict(
             provenance,
             precision='+'.join(sorted(formats or {INT8.name})) if quantized else 'float',
             target=target,
+            runtime=runtime,
             files=files,
             scales=describe_scales(detector, unsigned) if quantized else [],
             kept_float=kept_float(detector),
@@ -185,15 +191,28 @@ def _count_macs(detector: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
     return counted.macs
 
 
-def _export_lidar(
-    encoder: nn.Module, folder: Path, quantized: bool, tell: Callable[[str], None]
+def _writes_lidar(runtime: Runtime, target: Target) -> bool:
+    """Whether the set of a runtime has a file of its own for the sparse LiDAR encoder."""
+    return runtime.name in LIDAR_WRITERS and (
+        runtime.name != DEFAULT_RUNTIME or target.libspconv  # others run it in their own way
+    )
+
+
+def _export_libspconv(
+    encoder: nn.Module, folder: Path, quantized: bool
 ) -> tuple[Path, dict[str, Any]]:
     from mmdet3d_quant.export.sparse import (
         export_lidar,  # which needs spconv, and imports from here
     )
 
-    tell(f'{LIDAR}.onnx')
     draft = folder / f'{LIDAR}.onnx'
     entry = export_lidar(encoder, draft, quantized=quantized)
     path = folder / f'{LIDAR}.{entry["order"]}.onnx'
     return draft.rename(path), entry
+
+
+#: What writes the LiDAR encoder's own file, by runtime: from the encoder, the folder, and whether
+#: it is quantized, to the file and its entry of the manifest.
+LIDAR_WRITERS: dict[str, Callable[[nn.Module, Path, bool], tuple[Path, dict[str, Any]]]] = {
+    DEFAULT_RUNTIME: _export_libspconv
+}
