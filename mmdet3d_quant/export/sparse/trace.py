@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from torch import nn
 
 from mmdet3d_quant.core.joined import untouched
 from mmdet3d_quant.core.modes import require_calibrated
 from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.sparse.arithmetic import LIBSPCONV, Arithmetic, computed_as
 from mmdet3d_quant.export.sparse.builder import ProgramBuilder
 from mmdet3d_quant.export.sparse.check import check
 from mmdet3d_quant.export.sparse.precision import with_precisions
@@ -32,6 +34,7 @@ def trace(
     order: str | None = None,
     quantized: bool = True,
     output_bound: int = 200_000,
+    arithmetic: Arithmetic = LIBSPCONV,
 ) -> Program:
     """Converts an encoder to a program that computes the same on one frame.
 
@@ -45,6 +48,8 @@ def trace(
             The map is the same, the columns of the coordinates are not.
         quantized: False leaves out the ranges: all of it is FP16.
         output_bound: Most voxels that a layer may have; libspconv reserves memory for them.
+        arithmetic: How the runtime computes sparse layers; what it has in floating point loses its
+            ranges.
 
     Returns:
         The program, checked.
@@ -65,6 +70,8 @@ def trace(
         require_calibrated(encoder)
     _refuse_hooks(encoder)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
+    if quantized:
+        encoder = computed_as(encoder, arithmetic)
     kept, _ = fold_known(encoder, quantized=quantized)
     raise_scales(encoder)
     grid = tuple(encoder.sparse_shape)
@@ -74,6 +81,7 @@ def trace(
         x = walk(builder, f'encoder_layers.{name}', stage, x)
     x = walk(builder, 'conv_out', encoder.conv_out, x)
     program = builder.finish(x, order, _TAILS[native, order], encoder.in_channels)
+    program = replace(program, arithmetic=arithmetic)
     if any(op.input_range is not None for op in program.convs):
         program = with_precisions(program)
     check(program)
