@@ -78,6 +78,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         'default: %(default)s',
     )
     parser.add_argument(
+        '--int8-stages',
+        nargs='*',
+        metavar='PATTERN',
+        help='layers of the sparse encoder to compute in INT8, for a runtime that leaves the '
+        "choice: such as 'encoder_layers.encoder_layer[2-9]' conv_out; none: FP16 throughout; "
+        'default: from encoder_layer3 on, where INT8 is faster than FP16',
+    )
+    parser.add_argument(
         '--only',
         nargs='+',
         default=(),
@@ -162,6 +170,7 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         tell=lambda name: console.print(f'Exporting {name}'),
         target=target,
         runtime=args.runtime,
+        int8_stages=args.int8_stages,
         only=args.only,
         fp16=args.fp16,
         check=check,

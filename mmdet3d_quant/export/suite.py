@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +18,18 @@ from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.macs import counting
 from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mode
+from mmdet3d_quant.export.autoware import autoware_cuts, finish_autoware
 from mmdet3d_quant.export.boxes import BOXES_KEY
 from mmdet3d_quant.export.cuts import Cut
-from mmdet3d_quant.export.deploy import IO, README, SCRIPT, TITLE, build_script, readme
+from mmdet3d_quant.export.deploy import (
+    IO,
+    README,
+    SCRIPT,
+    TITLE,
+    build_script,
+    is_scripted,
+    readme,
+)
 from mmdet3d_quant.export.examples import sparse_encoder
 from mmdet3d_quant.export.families import detector_cuts
 from mmdet3d_quant.export.graph import custom_ops
@@ -55,6 +65,7 @@ def export_suite(
     only: Collection[str] = (),
     fp16: bool | None = None,
     runtime: str = DEFAULT_RUNTIME,
+    int8_stages: Collection[str] | None = None,
     check: Callable[[list[Cut], dict[str, Any], Path], None] = lambda cuts, manifest, folder: None,
     **options: Any,
 ) -> tuple[list[Cut], dict[str, Any]]:
@@ -75,6 +86,8 @@ def export_suite(
         only: Stems of the files to write, such as ``fuser`` or ``lidar.backbone``; none: all.
         fp16: Store the weights of float files in FP16; None: as the target has it.
         runtime: What runs the files, of ``export.runtimes``.
+        int8_stages: Patterns of the layers of the sparse encoder to compute in INT8, of a runtime
+            that leaves the choice; None: as it pays there.
         check: Called with the cuts, the manifest and the folder where the files lie before they are
             moved to ``out_dir``; if it raises, nothing is.
         **options: ``dynamic_batch``, ``weights``, ``layernorm`` and ``custom_ops``, as
@@ -99,7 +112,7 @@ def export_suite(
     half = wants.strong and fp16 is not False
     if half:
         detector = copy.deepcopy(detector)  # for the files, ranges as they hold them
-    cuts = detector_cuts(detector, inputs, target)
+    cuts = runtime_cuts(detector, inputs, target, runtime)
     for cut in cuts if half else ():
         round_ranges(cut.module)
     encoder = sparse_encoder(detector) if _writes_lidar(runs, wants) else None
@@ -171,15 +184,50 @@ def export_suite(
             kept_float=kept_float(detector),
             coverage=coverage(detector, _count_macs(detector, ran)).plain() if quantized else None,
         )
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
-        there = Path(out_dir) / README
-        if not there.is_file() or there.read_text(errors='replace').startswith(TITLE):
-            (folder / README).write_text(readme(manifest))
-        if wants.script:
-            (folder / SCRIPT).write_text(build_script(manifest))
-            (folder / SCRIPT).chmod(0o755)
+        _write_companions(folder, out_dir, manifest)
         check(exported, manifest, folder)
+        if runtime in FINISHERS:
+            for name, entry in FINISHERS[runtime](detector, folder, quantized, int8_stages).items():
+                path = folder / name
+                described = describe_graph(onnx.load(str(path), load_external_data=False))
+                files[name].update(described, sha256=sha256(path), **entry)
+            _write_companions(folder, out_dir, manifest)
     return exported, manifest
+
+
+def _write_companions(folder: Path, out_dir: str | Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, the README and, for CUDA-BEVFusion, the script that builds engines."""
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
+    there = Path(out_dir) / README
+    if not there.is_file() or there.read_text(errors='replace').startswith(TITLE):
+        (folder / README).write_text(readme(manifest))
+    if is_scripted(manifest):
+        (folder / SCRIPT).write_text(build_script(manifest))
+        (folder / SCRIPT).chmod(0o755)
+
+
+def runtime_cuts(
+    detector: nn.Module,
+    inputs: dict[str, Tensor],
+    target: str = DEFAULT,
+    runtime: str = DEFAULT_RUNTIME,
+) -> list[Cut]:
+    """Cuts a detector as a runtime has its files: what is exported by tracing, under their names.
+
+    Args:
+        detector: A detector.
+        inputs: Example inputs by name.
+        target: Name of the engine that the files are for.
+        runtime: Name of what runs them.
+
+    Returns:
+        The cuts, each with its share of ``inputs``.
+
+    Raises:
+        ExportError: If the runtime has no place for the detector.
+        QuantError: As ``detector_cuts``.
+    """
+    return CUTS.get(runtime, detector_cuts)(detector, inputs, target)
 
 
 @torch.no_grad()
@@ -211,6 +259,12 @@ def _export_libspconv(
     return draft.rename(path), entry
 
 
+#: What cuts detectors for a runtime that has files of its own.
+CUTS: dict[str, Callable[[nn.Module, Any, str], list[Cut]]] = {'autoware': autoware_cuts}
+#: What completes the files of a runtime in a folder after they were checked: from the detector, the
+#: folder, whether they are quantized, and the choice of sparse layers in INT8, to more entries of
+#: the manifest by name of the file.
+FINISHERS: dict[str, Callable[..., dict[str, dict[str, Any]]]] = {'autoware': finish_autoware}
 #: What writes the LiDAR encoder's own file, by runtime: from the encoder, the folder, and whether
 #: it is quantized, to the file and its entry of the manifest.
 LIDAR_WRITERS: dict[str, Callable[[nn.Module, Path, bool], tuple[Path, dict[str, Any]]]] = {

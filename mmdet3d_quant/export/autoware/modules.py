@@ -50,6 +50,6 @@ def require_head(detector: nn.Module) -> nn.Module:
     if not hasattr(head.prediction_heads[0], 'vel'):
         raise ExportError(
             f'bbox_head ({kind}) predicts no velocity, and bbox_pred has two rows for it: train '
-            "with common_heads=dict(vel=(2, 2), ...), or take another --runtime"
+            'with common_heads=dict(vel=(2, 2), ...), or take another --runtime'
         )
     return head

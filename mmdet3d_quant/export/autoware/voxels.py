@@ -22,14 +22,14 @@ def voxel_nodes(order: str) -> tuple[list[NodeProto], list[TensorProto]]:
     """
     axes = (0, 2, 1, 0) if order == 'xyz' else (0, 0, 1, 2)  # the first becomes the frame, zero
     stored = {
-        'lidar/points_axis': np.array([1], np.int64),
+        'lidar/points': np.array([1], np.int64),
         'lidar/column': np.array([-1, 1], np.int64),
         'lidar/axes': np.array(axes, np.int64),
         'lidar/mask': np.array([[0, 1, 1, 1]], np.int32),
     }
     make = helper.make_node
     nodes = [
-        make('ReduceSum', ['voxels', 'lidar/points_axis'], ['lidar/sums'], 'lidar/sums', keepdims=0),
+        make('ReduceSum', ['voxels', 'lidar/points'], ['lidar/sums'], 'lidar/sums', keepdims=0),
         make('Cast', ['num_points_per_voxel'], ['lidar/counts'], 'lidar/counts', to=1),
         make('Reshape', ['lidar/counts', 'lidar/column'], ['lidar/divisors'], 'lidar/divisors'),
         make('Div', ['lidar/sums', 'lidar/divisors'], [MEANS], MEANS),
