@@ -146,7 +146,8 @@ def export_suite(
                 target,
                 fp16=half or (fp16 and not wants.strong and not ranged),
                 metadata={BOXES_KEY: cut.boxes.name} if cut.boxes else None,
-                **options,
+                varying=cut.varying,
+                **{**options, **(dict(custom_ops=True) if cut.plugins else {})},
             )
             ran.append(cut)
             names = unsigned_names(model)

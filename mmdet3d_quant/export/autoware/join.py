@@ -54,7 +54,8 @@ def join(
     for value in typed:  # whose shape engines cannot tell from a plugin
         value.name = fed[value.name]
         result.graph.value_info.append(value)
-    if any(node.domain == runtime.domain for node in nodes):
+    there = {o.domain for o in result.opset_import}
+    if runtime.domain not in there and any(n.domain == runtime.domain for n in nodes):
         result.opset_import.append(helper.make_operatorsetid(runtime.domain, runtime.version))
     return result
 
