@@ -1,4 +1,4 @@
-"""CenterPoint with pillars as Autoware's files have it: the pillar encoder, and what reads its map."""
+"""CenterPoint with pillars as Autoware's files have it: its encoder, and what reads its map."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ def pillar_cuts(detector: Any, inputs: Mapping[str, Tensor]) -> list[Cut]:
         )
     if len(head.task_heads) != 1:
         raise ExportError(
-            f'pts_bbox_head has {len(head.task_heads)} tasks: autoware_lidar_centerpoint reads one. '
-            'Train with tasks=[dict(num_class=..., class_names=[...])] of all classes'
+            f'pts_bbox_head has {len(head.task_heads)} tasks: autoware_lidar_centerpoint reads '
+            'one. Train with tasks=[dict(num_class=..., class_names=[...])] of all classes'
         )
     missing = [n for n in OUTPUTS if n not in head.task_heads[0].heads]
     if missing:
         raise ExportError(
-            f'pts_bbox_head does not predict {", ".join(missing)}, which autoware_lidar_centerpoint '
-            "reads: train with common_heads=dict(vel=(2, 2), ...)"
+            f'pts_bbox_head does not predict {", ".join(missing)}, which '
+            'autoware_lidar_centerpoint reads: train with common_heads=dict(vel=(2, 2), ...)'
         )
     linear = encoder.pfn_layers[0].linear
     points = getattr(getattr(detector, 'data_preprocessor', None), 'voxel_layer', None)

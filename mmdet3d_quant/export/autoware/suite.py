@@ -63,13 +63,13 @@ def autoware_cuts(detector: nn.Module, inputs: Mapping[str, Tensor], target: str
         )
     if target_of(target).strong:
         raise ExportError(
-            f'{MAIN_BODY} is not written for {target}: QuickCumsumCuda reads float32. Take --target '
-            'tensorrt8, which TensorRT 10 builds, too'
+            f'{MAIN_BODY} is not written for {target}: QuickCumsumCuda reads float32. Take '
+            '--target tensorrt8, which TensorRT 10 builds, too'
         )
     if inputs and 'image_feats' not in inputs:
         raise ExportError(
-            f'{MAIN_BODY} takes the geometry of real cameras, which cannot be generated: give data, '
-            '--inputs data'
+            f'{MAIN_BODY} takes the geometry of real cameras, which cannot be generated: give '
+            'data, --inputs data'
         )
     names = ('lidar', *(p.name for p in _ports(MAIN_BODY, view).inputs if p.name not in _VOXELS))
     body = Cut(
