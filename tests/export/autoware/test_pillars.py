@@ -3,25 +3,19 @@
 import onnx
 import pytest
 import torch
-from mmdet3d.registry import MODELS
-from mmengine.config import Config, ConfigDict
 
 from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export import ExportError, export_suite
 from tests.export.autoware import contract
-from tests.zoo import SMALL, ZOO
+from tests.zoo import small_zoo
 
 NAMES = ('heatmap', 'reg', 'height', 'dim', 'rot', 'vel')
 
 
 def centerpoint(tasks=1):
-    path, changes = SMALL['centerpoint']
-    cfg = Config.fromfile(ZOO / path).model
-    cfg.merge_from_dict(changes)
-    if tasks == 1:
-        cfg.pts_bbox_head.tasks = [dict(num_class=3, class_names=['car', 'bus', 'bicycle'])]
-    torch.manual_seed(0)
-    return MODELS.build(ConfigDict(cfg.to_dict())).eval()
+    names = ['car', 'bus', 'bicycle']
+    head = dict(tasks=[dict(num_class=3, class_names=names)]) if tasks == 1 else {}
+    return small_zoo('centerpoint', pts_bbox_head=head)
 
 
 @pytest.fixture(scope='module')
