@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mmdet3d_quant.core import fused
+from mmdet3d_quant.core import fused, opaque
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.formats import MIN_AMAX, Format
 from mmdet3d_quant.core.spec import QuantSpec
@@ -236,7 +236,12 @@ def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     if not amax.requires_grad:
         clipped = _clipped(exact, limit)
         return (y + (clipped - clipped.detach())).to(x.dtype)
-    share = (amax - limit) * _lsq_factor(x, limit, spec.format.qmax)
+    fmt = spec.format
+    if opaque.serves(x, amax, fmt):
+        clipped = _clipped(exact, limit)
+        rounded = (y + (clipped - clipped.detach())).to(x.dtype)
+        return opaque.WithRange.apply(rounded, x.detach(), amax, fmt.qmin, fmt.qmax)
+    share = (amax - limit) * _lsq_factor(x, limit, fmt.qmax)
     clipped = _clipped(exact * (1 - share), limit)
     return (y + (clipped - clipped.detach()) + y * share).to(x.dtype)
 
