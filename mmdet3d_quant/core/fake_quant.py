@@ -233,13 +233,12 @@ def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     exact = x if x.dtype == torch.float64 else x.float()
     limit = amax.detach().to(exact.dtype)
     y = _stepwise(exact.detach(), limit, spec)
-    if not amax.requires_grad:
-        clipped = _clipped(exact, limit)
-        return (y + (clipped - clipped.detach())).to(x.dtype)
     fmt = spec.format
-    if opaque.serves(x, amax, fmt):
+    if not amax.requires_grad or opaque.serves(x, amax, fmt):
         clipped = _clipped(exact, limit)
         rounded = (y + (clipped - clipped.detach())).to(x.dtype)
+        if not amax.requires_grad:
+            return rounded
         return opaque.WithRange.apply(rounded, x.detach(), amax, fmt.qmin, fmt.qmax)
     share = (amax - limit) * _lsq_factor(x, limit, fmt.qmax)
     clipped = _clipped(exact * (1 - share), limit)
