@@ -1,9 +1,12 @@
 #!/usr/bin/env python
-"""Cost of INT8 in the LiDAR encoder of the tiny BEVFusion: naive, our defaults, after QAT.
+"""Cost of INT8 in the LiDAR encoder of the tiny BEVFusion: naive, our defaults, after QAT, and as
+Autoware computes it by choice of stages.
 
 *Naive* quantizes every layer, the first one too, with one range per weight tensor and ranges of
 activations by ``max``. The defaults keep the first convolution float, have one range per output
-channel and choose by ``mse``. Every row is mAP and NDS on the validation scenes with the 95 %
+channel and choose by ``mse``. Rows of *Autoware* run the traced encoder in its arithmetic, with
+what is behind it float: none of its layers in INT8, those from stage 3 on, all but the first
+convolution, all. Every row is mAP and NDS on the validation scenes with the 95 %
 interval of its difference to float.
 
 Example:
@@ -30,6 +33,9 @@ from torch import nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.data.evaluation import Scorer, Scores, predict
+from mmdet3d_quant.export.sparse import trace
+from mmdet3d_quant.export.sparse.arithmetic import AUTOWARE, with_int8
+from mmdet3d_quant.export.sparse.run import ScnEncoder, ScnNetwork
 from mmdet3d_quant.files.outputs import sha256, whole
 from mmdet3d_quant.runs import from_config as fc
 
@@ -37,6 +43,15 @@ FOLDER = ROOT / 'configs/bevfusion_tiny'
 CONFIG = FOLDER / 'bevfusion_tiny_lidar-cam_int8-all_synthetic.py'
 QAT = FOLDER / 'bevfusion_tiny_lidar-cam_qat-all_synthetic.py'
 LIDAR = 'pts_middle_encoder'
+
+
+#: Layers that Autoware computes in INT8, by choice.
+STAGES = {
+    'none': (),
+    'stage 3 on': AUTOWARE.int8,
+    'all but first': ('encoder_layers', 'conv_out'),
+    'all': ('*',),
+}
 
 
 @dataclass(frozen=True)
@@ -48,14 +63,18 @@ class Setting:
         method: How ranges of activations are chosen.
         naive: One range per weight tensor, and the first convolution quantized too.
         bits: Width of the integers.
+        int8: Name in :data:`STAGES`, to compute in Autoware's arithmetic.
     """
 
     part: str
     method: str = 'mse'
     naive: bool = False
     bits: int = 8
+    int8: str = ''
 
     def __str__(self) -> str:
+        if self.int8:
+            return f'Autoware {self.int8} {"naive " if self.naive else ""}{self.method}'
         what = 'all but LiDAR' if self.part == 'rest' else self.part
         width = '' if self.bits == 8 else f' {self.bits} bits'
         return f'{what}{width} {"naive " if self.naive else ""}{self.method}'
@@ -74,6 +93,13 @@ SETTINGS = (
     Setting('LiDAR', bits=6),
     Setting('LiDAR', 'max', naive=True, bits=4),
     Setting('LiDAR', bits=4),
+    Setting('LiDAR', int8='none'),
+    Setting('LiDAR', int8='stage 3 on'),
+    Setting('LiDAR', int8='all'),
+    Setting('LiDAR', 'max', naive=True, int8='all'),
+    Setting('LiDAR', int8='all but first'),
+    Setting('LiDAR', 'max', naive=True, int8='stage 3 on'),
+    Setting('LiDAR', 'max', int8='all'),
 )
 
 
@@ -89,7 +115,7 @@ def build(naive: bool) -> nn.Module:
 
 def calibrated(setting: Setting, batches: list) -> nn.Module:
     """The model of a row."""
-    model = build(setting.naive)
+    model = build(setting.naive or setting.int8 == 'all')
     by_name = mq.quantizers(model)
     for quantizer in by_name.values():
         quantizer.spec = replace(quantizer.spec, num_bits=setting.bits)
@@ -99,6 +125,10 @@ def calibrated(setting: Setting, batches: list) -> nn.Module:
             quantizer.amax = quantizer.amax.max().expand(quantizer.amax.shape)
         if setting.part != 'all' and name.startswith(LIDAR) != (setting.part == 'LiDAR'):
             quantizer.mode = 'float'
+    if setting.int8:
+        arithmetic = with_int8(AUTOWARE, STAGES[setting.int8])
+        program = trace(getattr(model, LIDAR), arithmetic=arithmetic)
+        setattr(model, LIDAR, ScnEncoder(ScnNetwork(program, fp16_tensors=True)))
     return model
 
 

@@ -13,6 +13,7 @@ import mmdet3d_quant as mq
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.data.nuscenes import DatasetError
 from mmdet3d_quant.export import capture_inputs, generate_inputs
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.image_size import image_size
 
@@ -34,6 +35,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         metavar=('HEIGHT', 'WIDTH'),
         help="of generated images; default: as the config's pipelines say",
     )
+    parser.set_defaults(runtime=DEFAULT_RUNTIME)  # of tools that do not ask
 
 
 def example_inputs(
@@ -54,7 +56,7 @@ def example_inputs(
             # Float and uncalibrated models alike: only the tensors between the cuts are wanted.
             try:
                 with mq.set_mode(model, 'float'), torch.no_grad():
-                    return capture_inputs(model, batch), True
+                    return capture_inputs(model, batch, args.runtime), True
             except RuntimeError as err:  # an operator that this device lacks, as of dynamic voxels
                 if args.inputs == 'data' or isinstance(err, QuantError):
                     raise

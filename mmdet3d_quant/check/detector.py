@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.check.chains import chain_detector
@@ -20,7 +19,7 @@ from mmdet3d_quant.export.families import detector_cuts, is_of_family
 from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.onnx import ExportError
 from mmdet3d_quant.export.sparse.read import read_program
-from mmdet3d_quant.export.sparse.run import ScnNetwork
+from mmdet3d_quant.export.sparse.run import ScnEncoder, ScnNetwork
 from mmdet3d_quant.export.targets import coding_in
 from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
 from mmdet3d_quant.files.checkpoint import CheckpointError
@@ -87,7 +86,7 @@ def engine_detector(
                 f'{folder} has {len(files)} files lidar.backbone.*.onnx, wanted is one; make it '
                 'with tools/export_onnx.py --target tensorrt'
             )
-        result.pts_middle_encoder = _Lidar(ScnNetwork(read_program(files[0])))
+        result.pts_middle_encoder = ScnEncoder(ScnNetwork(read_program(files[0])))
     return result
 
 
@@ -204,24 +203,6 @@ class _Fuser(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.part(**dict(strict_zip(self.sensors, features)))['middle']
-
-
-class _Lidar(nn.Module):
-    """``lidar.backbone``, frame by frame."""
-
-    def __init__(self, network: ScnNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, features: Tensor, coors: Tensor, batch_size: int) -> Tensor:
-        """As the sparse encoder's, with coordinates (N, 4): frame, and three axes."""
-        maps = []
-        for frame in range(batch_size):
-            mine = coors[:, 0] == frame
-            places = coors[mine].clone()
-            places[:, 0] = 0
-            maps.append(self.network(features[mine], places))
-        return torch.cat(maps)
 
 
 class _Head(nn.Module):

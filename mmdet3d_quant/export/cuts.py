@@ -27,6 +27,8 @@ class Cut:
         output_names: Names of the outputs.
         boxes: How the outputs code boxes; None if they are none.
         io: Type and layout of the inputs and outputs of TensorRT's engine.
+        varying: Axes of inputs whose size a frame decides, with names, by input.
+        plugins: Whether the file has operators that ONNX lacks, by design.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Cut:
     output_names: tuple[str, ...]
     boxes: BoxCoding | None = None
     io: str = 'fp16:chw'
+    varying: dict[str, dict[int, str]] | None = None
+    plugins: bool = False
 
 
 # Children of a cut are called as in the detector: `core.ties.LINKS` finds them by name.

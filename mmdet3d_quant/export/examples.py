@@ -13,20 +13,27 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.macs import weighted
 from mmdet3d_quant.core.modes import set_mode
 from mmdet3d_quant.export import cuts
+from mmdet3d_quant.export.autoware.camera import camera_inputs
 from mmdet3d_quant.export.families import Chain, chains_of, is_of_family
 from mmdet3d_quant.export.inputs import random_input
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME
 
+#: What adds inputs of cameras for a runtime that has files of its own for them.
+CAPTURES = {'autoware': camera_inputs}
 #: Names under which detectors have what makes the bird's-eye view map of points.
 ENCODERS = ('pts_middle_encoder', 'middle_encoder')
 
 
 @torch.no_grad()
-def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
+def capture_inputs(
+    detector: nn.Module, batch: Any, runtime: str = DEFAULT_RUNTIME
+) -> dict[str, Tensor]:
     """Runs the detector on a batch and keeps the inputs of the cuts.
 
     Args:
         detector: A detector in eval mode.
         batch: One batch of its data loader, of one sample.
+        runtime: Name of what runs the files; one with files of its own adds their inputs.
 
     Returns:
         Tensors by input name, on the detector's device.
@@ -35,8 +42,14 @@ def capture_inputs(detector: nn.Module, batch: Any) -> dict[str, Tensor]:
         ValueError: If the batch has more than one sample.
     """
     if not is_of_family(detector):
-        return cuts.capture_inputs(detector, batch)
-    seen: dict[str, Tensor] = {}
+        seen = cuts.capture_inputs(detector, batch)
+        camera = getattr(detector, 'view_transform', None) is not None
+        return (
+            {**seen, **CAPTURES[runtime](detector, batch)}
+            if runtime in CAPTURES and camera
+            else seen
+        )
+    seen = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple) -> None:

@@ -66,6 +66,7 @@ def export_onnx(
     layernorm: str = 'standard',
     metadata: Mapping[str, str] | None = None,
     custom_ops: bool = False,
+    varying: Mapping[str, Mapping[int, str]] | None = None,
 ) -> onnx.ModelProto:
     """Writes a module as ONNX: BN folded, every quantizer a Q/DQ pair with a constant scale.
 
@@ -103,6 +104,7 @@ def export_onnx(
         metadata: More entries of the file's ``metadata_props``.
         custom_ops: Allow operators that ONNX does not have, such as deformable convolutions: the
             file then needs plugins, and is not tried with another batch size.
+        varying: Axes of inputs that may vary, with names, by input.
 
     Returns:
         The exported model.
@@ -141,6 +143,7 @@ def export_onnx(
             quantized,
             dynamic_batch,
             layernorm,
+            varying,
         )
         problem = find_problem(model.graph, input_names, output_names)
         if problem:
@@ -152,7 +155,7 @@ def export_onnx(
         if wants.tiles:
             names = to_depth_to_space(model.graph, names)
             drop_unused(model.graph)
-        if not dynamic_batch:
+        if not dynamic_batch and not varying:
             fold_shapes(model)
         props = {**(metadata or {}), TARGET_KEY: target}
         if any(n.op_type == 'BatchNormalization' for n in model.graph.node):

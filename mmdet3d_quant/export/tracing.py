@@ -7,7 +7,7 @@ module with quantizers, and returns a graph with Q/DQ pairs and the names of the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def trace(
     quantized: bool,
     dynamic_batch: bool = False,
     layernorm: str = 'standard',
+    varying: Mapping[str, Mapping[int, str]] | None = None,
 ) -> tuple[onnx.ModelProto, dict[str, str], dict[str, str]]:
     """Traces a module in eval mode, with batch norm folded and a Q/DQ pair for every quantizer.
 
@@ -59,6 +60,7 @@ def trace(
         quantized: False leaves the quantizers out.
         dynamic_batch: Whether the first dimension of inputs and outputs may vary.
         layernorm: ``'standard'`` or ``'custom'``, the layer of NVIDIA's runtime.
+        varying: Axes of inputs that may vary, with names, by input.
 
     Returns:
         Tuple of the graph, a dict of names of quantizers by output of the QuantizeLinear node, and
@@ -94,7 +96,7 @@ def trace(
             output_names=list(output_names),
             opset_version=opset_version,
             do_constant_folding=True,
-            dynamic_axes=axes if dynamic_batch else None,
+            dynamic_axes=axes if dynamic_batch else varying,
             **TRACED,
         )
         model = onnx.load(str(path))

@@ -1,4 +1,4 @@
-"""Check that libspconv computes a program as intended."""
+"""Check that its runtime computes a program as intended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Callable
 
+from mmdet3d_quant.export.sparse.arithmetic import LIBSPCONV, Arithmetic
 from mmdet3d_quant.export.sparse.program import (
     PRECISIONS,
     TRANSPOSITIONS,
@@ -39,6 +40,7 @@ class _Walk:
     tensors: dict[str, _Sparse | Axes]
     rulebooks: dict[str, tuple] = field(default_factory=dict)
     sets: int = 0
+    arithmetic: Arithmetic = LIBSPCONV
 
     def sparse(self, name: str) -> _Sparse:
         known = self.tensors[name]
@@ -54,14 +56,15 @@ class _Walk:
 
 
 def check(program: Program) -> None:
-    """Checks that libspconv computes a program as intended.
+    """Checks that its runtime computes a program as intended.
 
     Raises:
         ScnError: With the node that is wrong.
     """
     if not program.convs:
         raise ScnError('there is no SparseConvolution')
-    walk = _Walk({program.input: _Sparse(0, program.grid, program.channels)})
+    first = _Sparse(0, program.grid, program.channels)
+    walk = _Walk({program.input: first}, arithmetic=program.arithmetic)
     for op in program.ops:
         for name in op.inputs:
             if name not in walk.tensors:
@@ -97,7 +100,7 @@ def _check_conv(op: SparseConv, walk: _Walk) -> _Sparse:
         raise ScnError(f'bias {tuple(op.bias.shape)} for {out} channels')
     if op.grid != x.grid:
         raise ScnError(f'input_spatial_shape {op.grid}, but its input has {x.grid}')
-    if math.prod(op.kernel) == 1:
+    if math.prod(op.kernel) == 1 and not walk.arithmetic.ones:
         raise ScnError(
             'kernels of 1x1x1 are computed wrongly by libspconv (Lidar_AI_Solution, issue 302); a '
             'submanifold kernel of 3x3x3 that is zero but for its centre computes the same, if the '

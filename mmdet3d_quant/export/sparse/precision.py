@@ -26,9 +26,14 @@ def with_precisions(program: Program) -> Program:
     A layer that is left in FP16 gets the range of its input from INT8 readers of the same
     tensor, if there are any, so that it does not take their scale away.
 
+    Other runtimes than libspconv keep tensors in floating point: there a convolution that has
+    ranges is INT8, and nothing else.
+
     Raises:
         ExportError: If INT8 readers of one tensor have unequal ranges.
     """
+    if program.arithmetic.kept != 'readers':
+        return replace(program, ops=tuple(_rounding_itself(op) for op in program.ops))
     int8 = {op.name for op in program.ops if _ranged(op)}
     while True:
         rest = {
@@ -54,6 +59,10 @@ def with_precisions(program: Program) -> Program:
     program = replace(program, ops=ops)
     _refuse_unequal(program)
     return replace(program, ops=tuple(_with_known_ranges(program, op) for op in ops))
+
+
+def _rounding_itself(op: Op) -> Op:
+    return replace(op, precision='int8') if isinstance(op, SparseConv) and _ranged(op) else op
 
 
 def _ranged(op: Op) -> bool:

@@ -12,6 +12,7 @@ from typing import Tuple, Union
 from torch import Tensor
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.export.sparse.arithmetic import LIBSPCONV, Arithmetic
 
 Axes = Tuple[int, ...]
 
@@ -142,6 +143,7 @@ class Program:
         output: Name of the map.
         output_shape: Its shape, (1, C, H, W).
         input: Name of the voxels.
+        arithmetic: How the runtime computes it that it is meant for.
     """
 
     ops: tuple[Op, ...]
@@ -149,6 +151,7 @@ class Program:
     output: str
     output_shape: Axes
     input: str = '0'
+    arithmetic: Arithmetic = LIBSPCONV
 
     @property
     def convs(self) -> tuple[SparseConv, ...]:

@@ -31,14 +31,15 @@ class ScnNetwork(nn.Module):
     """A program as a module.
 
     INT8 layers round their input to the grid of its range and their weight to that of each
-    output channel, and sum exactly; a tensor that is kept in INT8 is rounded when it is made,
-    too, which changes nothing more if all that read it have one range. Weights and biases are
-    the FP16 numbers of the file.
+    output channel, and sum exactly: values of the grids, or with ``arithmetic.integers`` their
+    numbers, whose sum is scaled by channel before the bias is added. A tensor that is kept in INT8
+    is rounded when it is made, too, which changes nothing more if all that read it have one range.
+    Weights and biases are the FP16 numbers of the file.
 
     Args:
         program: The network.
-        fp16_tensors: Round what is kept in FP16 between layers, as libspconv keeps it. The sums
-            themselves are not those of its kernels.
+        fp16_tensors: Round what is kept in FP16 between layers, as runtimes keep it. The sums
+            themselves are not those of their kernels.
         dtype: Floating type of the computation.
 
     Attributes:
@@ -56,7 +57,8 @@ class ScnNetwork(nn.Module):
         self.program = program
         self.fp16_tensors = fp16_tensors
         self.dtype = dtype
-        self.convs = nn.ModuleDict({op.name: _conv(op, dtype) for op in program.convs})
+        integers = program.arithmetic.integers
+        self.convs = nn.ModuleDict({op.name: _conv(op, dtype, integers) for op in program.convs})
         self.voxels: dict[str, int] = {}
 
     @torch.no_grad()
@@ -100,9 +102,7 @@ class ScnNetwork(nn.Module):
     def _run(self, op: Op, inputs: list[Any]) -> Any:
         x = inputs[0]
         if isinstance(op, SparseConv):
-            if op.precision == 'int8':
-                x = x.replace_feature(_rounded(x.features, op.input_range))
-            y = self.convs[op.name](x)
+            y = self._convolved(op, x)
             self.voxels[op.name] = len(y.features)
             return self._sparse(op, y, y.features.relu() if op.relu else y.features)
         if isinstance(op, Add):
@@ -116,6 +116,18 @@ class ScnNetwork(nn.Module):
             return x.dense()
         return x.permute(op.dims) if isinstance(op, Transpose) else x.reshape(op.dims)
 
+    def _convolved(self, op: SparseConv, x: Any) -> Any:
+        conv = self.convs[op.name]
+        if op.precision != 'int8':
+            return conv(x)
+        assert op.input_range is not None and op.weight_ranges is not None
+        if not self.program.arithmetic.integers:
+            return conv(x.replace_feature(_rounded(x.features, op.input_range)))
+        step = op.input_range / 127
+        y = conv(x.replace_feature((x.features / step).round().clamp(-128, 127)))
+        scale = y.features.new_tensor(op.weight_ranges) / 127 * step
+        return y.replace_feature(y.features * scale + op.bias.to(y.features))
+
     def _sparse(self, op: SparseConv | Add, like: SparseConvTensor, values: Tensor) -> Any:
         ranges = self.program.ranges(op.output) if op.output_precision == 'int8' else ()
         return like.replace_feature(self._kept(values, op.output_precision, tuple(ranges)))
@@ -126,7 +138,27 @@ class ScnNetwork(nn.Module):
         return values.half().to(values.dtype) if self.fp16_tensors else values
 
 
-def _conv(op: SparseConv, dtype: torch.dtype) -> nn.Module:
+class ScnEncoder(nn.Module):
+    """A program in the place of the sparse encoder that it was traced from, frame by frame."""
+
+    def __init__(self, network: ScnNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, features: Tensor, coors: Tensor, batch_size: int) -> Tensor:
+        """Computes the maps, (B, C, H, W); coordinates (N, 4): frame, and three axes."""
+        maps = []
+        for frame in range(batch_size):
+            mine = coors[:, 0] == frame
+            places = coors[mine].clone()
+            places[:, 0] = 0
+            maps.append(self.network(features[mine], places))
+        return torch.cat(maps)
+
+
+def _conv(op: SparseConv, dtype: torch.dtype, integers: bool) -> nn.Module:
+    """Makes a convolution; with ``integers`` of an INT8 weight, whose bias is added later."""
+    whole = integers and op.precision == 'int8'
     kind = PortableSubMConv3d if op.subm else PortableSparseConv3d
     conv = kind(
         op.weight.shape[-1],
@@ -135,14 +167,20 @@ def _conv(op: SparseConv, dtype: torch.dtype) -> nn.Module:
         stride=op.stride,
         padding=op.padding,
         dilation=op.dilation,
-        bias=True,
+        bias=not whole,
     )
     weight = op.weight.to(dtype)
     if op.precision == 'int8':
         assert op.weight_ranges is not None
-        weight = fake_quantize(weight, torch.tensor(op.weight_ranges), _WEIGHT)
+        limits = torch.tensor(op.weight_ranges)
+        if whole:
+            steps = (limits / 127).to(dtype).reshape(-1, 1, 1, 1, 1)
+            weight = (weight / steps).round().clamp(-127, 127)
+        else:
+            weight = fake_quantize(weight, limits, _WEIGHT)
     conv.weight = nn.Parameter(weight, requires_grad=False)
-    conv.bias = nn.Parameter(op.bias.to(dtype), requires_grad=False)
+    if not whole:
+        conv.bias = nn.Parameter(op.bias.to(dtype), requires_grad=False)
     return conv
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from torch import nn
 
 from mmdet3d_quant.core.joined import untouched
 from mmdet3d_quant.core.modes import require_calibrated
 from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.sparse.arithmetic import LIBSPCONV, Arithmetic, computed_as
 from mmdet3d_quant.export.sparse.builder import ProgramBuilder
 from mmdet3d_quant.export.sparse.check import check
 from mmdet3d_quant.export.sparse.precision import with_precisions
@@ -32,6 +34,7 @@ def trace(
     order: str | None = None,
     quantized: bool = True,
     output_bound: int = 200_000,
+    arithmetic: Arithmetic = LIBSPCONV,
 ) -> Program:
     """Converts an encoder to a program that computes the same on one frame.
 
@@ -45,12 +48,14 @@ def trace(
             The map is the same, the columns of the coordinates are not.
         quantized: False leaves out the ranges: all of it is FP16.
         output_bound: Most voxels that a layer may have; libspconv reserves memory for them.
+        arithmetic: How the runtime computes sparse layers; what it has in floating point loses its
+            ranges.
 
     Returns:
         The program, checked.
 
     Raises:
-        ExportError: If the encoder has something that libspconv does not have; names it.
+        ExportError: If the encoder has something that the runtime does not have; names it.
         UncalibratedError: If a quantizer has no range.
         ScnError: If the program is not one that libspconv computes; names the layer.
     """
@@ -59,34 +64,37 @@ def trace(
     if (native, order) not in _TAILS:
         raise ExportError(
             f'a {type(encoder).__name__} has its axes in the order {native}; '
-            f'libspconv cannot make its map from {order!r}'
+            f'{arithmetic.name} cannot make its map from {order!r}'
         )
     if quantized:
         require_calibrated(encoder)
-    _refuse_hooks(encoder)
+    _refuse_hooks(encoder, arithmetic.name)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
+    if quantized:
+        encoder = computed_as(encoder, arithmetic)
     kept, _ = fold_known(encoder, quantized=quantized)
     raise_scales(encoder)
     grid = tuple(encoder.sparse_shape)
-    builder = ProgramBuilder(grid, order != native, quantized, output_bound, kept)
+    builder = ProgramBuilder(grid, order != native, quantized, output_bound, kept, arithmetic.name)
     x = walk(builder, 'conv_input', encoder.conv_input, '0')
     for name, stage in encoder.encoder_layers.named_children():
         x = walk(builder, f'encoder_layers.{name}', stage, x)
     x = walk(builder, 'conv_out', encoder.conv_out, x)
     program = builder.finish(x, order, _TAILS[native, order], encoder.in_channels)
+    program = replace(program, arithmetic=arithmetic)
     if any(op.input_range is not None for op in program.convs):
         program = with_precisions(program)
     check(program)
     return program
 
 
-def _refuse_hooks(encoder: nn.Module) -> None:
+def _refuse_hooks(encoder: nn.Module, runtime: str) -> None:
     """Refuses modules that compute more than their class says, which a walk does not see."""
     for name, module in encoder.named_modules():
         if not untouched(module):
             raise ExportError(
                 f'{name or type(encoder).__name__} has forward hooks, or another forward put in, '
-                'which a file for libspconv would not have: remove them before the export'
+                f'which a file for {runtime} would not have: remove them before the export'
             )
 
 
