@@ -143,5 +143,5 @@ class _Normed(Function):
         by_channel = sums[:2].sum(1)
         grad_amax = None
         if ctx.learned:
-            grad_amax = fused.range_gradient(sums[2], amax, x, ctx.fmt)
+            grad_amax = fused.range_gradient(sums[2], amax, x, ctx.fmt.qmax)
         return grad_x, grad_other, grad_amax, by_channel[1], by_channel[0], *[None] * 5

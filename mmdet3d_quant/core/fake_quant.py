@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mmdet3d_quant.core import fused
+from mmdet3d_quant.core import fused, opaque
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.formats import MIN_AMAX, Format
 from mmdet3d_quant.core.spec import QuantSpec
@@ -233,10 +233,14 @@ def _traceable(x: Tensor, amax: Tensor, spec: QuantSpec) -> Tensor:
     exact = x if x.dtype == torch.float64 else x.float()
     limit = amax.detach().to(exact.dtype)
     y = _stepwise(exact.detach(), limit, spec)
-    if not amax.requires_grad:
+    fmt = spec.format
+    if not amax.requires_grad or opaque.serves(x, amax, fmt):
         clipped = _clipped(exact, limit)
-        return (y + (clipped - clipped.detach())).to(x.dtype)
-    share = (amax - limit) * _lsq_factor(x, limit, spec.format.qmax)
+        rounded = (y + (clipped - clipped.detach())).to(x.dtype)
+        if not amax.requires_grad:
+            return rounded
+        return opaque.WithRange.apply(rounded, x.detach(), amax, fmt.qmin, fmt.qmax)
+    share = (amax - limit) * _lsq_factor(x, limit, fmt.qmax)
     clipped = _clipped(exact * (1 - share), limit)
     return (y + (clipped - clipped.detach()) + y * share).to(x.dtype)
 

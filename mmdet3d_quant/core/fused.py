@@ -37,7 +37,8 @@ if AVAILABLE:
 #: Elements of memory that one program takes; a multiple of 32.
 BLOCK = 2048
 _KINDS = (Tensor, Parameter)
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: What the kernels compute.
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def serves(x: Tensor, amax: Tensor, spec: QuantSpec) -> bool:
@@ -52,7 +53,7 @@ def serves(x: Tensor, amax: Tensor, spec: QuantSpec) -> bool:
         (x.is_cuda or INTERPRETED)
         and AVAILABLE
         and type(x) in _KINDS
-        and x.dtype in _TYPES
+        and x.dtype in TYPES
         and amax.numel() == 1
         and amax.dtype == torch.float32
         and amax.device == x.device
@@ -174,36 +175,52 @@ def _learned(
     sums = torch.empty(blocks, device=x.device)
     low = 0 if rectify else fmt.qmin
     launch(
-        kernels.backward_learned,
-        (blocks,),
-        grad,
-        x,
-        grad_x,
-        sums,
-        amax,
-        n,
-        low,
-        fmt.qmax,
-        rectify,
+        kernels.backward_learned, (blocks,), grad, x, grad_x, sums, amax, n, low, fmt.qmax,
+        rectify, True, BLOCK,
+    )  # fmt: skip
+    return grad_x, range_gradient(sums, amax, x, fmt.qmax)
+
+
+def slope(grad: Tensor, x: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Computes the gradient of a learned range alone.
+
+    Args:
+        grad: Gradient of what ``x`` was rounded to, of its shape.
+        x: Dense.
+        amax: The range, float32 of one element.
+        qmin: Least step.
+        qmax: Greatest step.
+
+    Returns:
+        Tensor like ``amax``.
+    """
+    n = x.numel()
+    if not n:
+        return torch.zeros_like(amax)
+    grad = like(grad, x)
+    blocks = -(-n // BLOCK)
+    sums = torch.empty(blocks, device=x.device)
+    launch(
+        kernels.backward_learned, (blocks,), grad, x, x, sums, amax, n, qmin, qmax, False, False,
         BLOCK,
-    )
-    return grad_x, range_gradient(sums, amax, x, fmt)
+    )  # fmt: skip
+    return range_gradient(sums, amax, x, qmax)
 
 
-def range_gradient(sums: Tensor, amax: Tensor, x: Tensor, fmt: Any) -> Tensor:
+def range_gradient(sums: Tensor, amax: Tensor, x: Tensor, qmax: int) -> Tensor:
     """Adds up partial sums, in their order, to the gradient of a range.
 
     Args:
         sums: float32, contiguous.
         amax: The range, of one element.
         x: The tensor that was rounded, of which only the shape counts.
-        fmt: Its format.
+        qmax: Greatest step of its format.
 
     Returns:
         Tensor like ``amax``.
     """
     grad_amax = torch.empty_like(amax)
     features = max(1, x.numel() / max(1, x.shape[0]))
-    root = (features * fmt.qmax) ** 0.5
+    root = (features * qmax) ** 0.5
     launch(kernels.finish, (1,), sums, amax, grad_amax, sums.numel(), root, 1024)
     return grad_amax

@@ -96,9 +96,10 @@ def _slope(grad, x, inside, limit, QMIN: tl.constexpr, QMAX: tl.constexpr):
 @triton.jit
 def backward_learned(
     grad, x, grad_x, sums, amax, n,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, RECTIFY: tl.constexpr, BLOCK: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, RECTIFY: tl.constexpr, STORE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Masks a gradient by the input, and sums the gradient of the range by blocks."""
+    """Masks a gradient by the input, if asked, and sums the gradient of the range by blocks."""
     pid = tl.program_id(0)
     at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < n
@@ -106,7 +107,8 @@ def backward_learned(
     value = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
     limit = tl.load(amax)
     inside = _inside(value, limit, RECTIFY)
-    tl.store(grad_x + at, tl.where(inside, raw, 0.0), mask=ok)
+    if STORE:
+        tl.store(grad_x + at, tl.where(inside, raw, 0.0), mask=ok)
     share = _slope(raw.to(tl.float32), value, inside, limit, QMIN, QMAX)
     tl.store(sums + pid, tl.sum(share, axis=0))
 

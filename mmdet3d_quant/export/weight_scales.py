@@ -32,8 +32,9 @@ def raise_scales(module: nn.Module) -> None:
       4608 weights of the same sign, and some 110 dB for ordinary ones.
     * ``2**-24``, FP16's least number, if all weights of the channel round to zero: its integers
       are zero at any scale, and no output changes.
-    * ``2**-24`` if that is at most 1/256 of the layer's largest scale: the channel's rounding
-      errors stay below 1/256 of those in the layer's widest channel.
+    * ``2**-24`` if the format's least step above zero then is at most 1/256 of the layer's largest
+      scale: the channel's rounding errors stay below 1/256 of those in the layer's widest channel.
+      In FP8, whose steps grow with the numbers, they otherwise stay what they were.
 
     All other scales stay, to the bit. Where a whole layer has smaller weights than FP16 can hold
     the scale of, they stay, too; rule Q24 of the linter finds them. Ranges of activations are never
@@ -63,7 +64,7 @@ def raised(layer: Any, amax: Tensor) -> Tensor:
     scale = fmt.step(amax.double().flatten())
     weight = layer.weight.detach().double().movedim(layer.weight_axis, 0).flatten(1)
     none = weight.abs().amax(1) <= scale * fmt.least / 2
-    small = none | (scale.max() * _SHARE >= LEAST_HALF)
+    small = none | (scale.max() * _SHARE >= LEAST_HALF * fmt.least)
     least = torch.where(small, LEAST_HALF, 0.0).to(scale)
     of_input, bias = layer._input_quantizer, layer.bias
     if bias is not None and isinstance(of_input, Quantizer) and of_input.amax is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from mmdet3d_quant import calibrate, quantizers, set_mode
 from mmdet3d_quant.calibration.counting import BINS, count
 from mmdet3d_quant.calibration.histogram import Histogram
-from mmdet3d_quant.core import batch_norm, fused, grouped
+from mmdet3d_quant.core import batch_norm, fused, grouped, opaque
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.core.joined import normed, rectified, rounded_once
@@ -119,6 +119,38 @@ def test_a_gradient_may_come_in_another_order():
         y.backward(grad.contiguous(memory_format=order))
         found.append(leaf.grad)
     assert found[0].equal(found[1])
+
+
+@pytest.mark.skipif(not opaque.AVAILABLE, reason='torch before 2.4 has no such operators')
+@pytest.mark.usefixtures('same_optimizers')
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('dtype', TYPES)
+def test_compiled_code_leaves_the_gradient_of_a_range_to_the_kernel(monkeypatch, dtype, last):
+    calls = []
+    kernel = fused.slope
+    monkeypatch.setattr(fused, 'slope', lambda *args: calls.append(args) or kernel(*args))
+
+    def compute(x, amax):
+        return fake_quantize(x * 2, amax, QuantSpec(), True).float()
+
+    order = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 8, 33, 9).to(DEVICE, dtype).contiguous(memory_format=order)
+    grad = torch.randn(2, 8, 33, 9, device=DEVICE)
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        run = torch.compile(compute, backend='aot_eager', fullgraph=True) if compiled else compute
+        leaf = x.clone().requires_grad_()
+        amax = torch.tensor(1.5, device=DEVICE, requires_grad=True)
+        y = run(leaf, amax)
+        y.backward(grad)
+        found.append((y.detach(), leaf.grad, amax.grad))
+    (y, *eager), (other, *grads) = found
+    assert len(calls) == 1 and torch.equal(y, other)
+    assert torch.equal(eager[0], grads[0])
+    rounded_to = grad.to(dtype)  # the gradient in the type of the rounded tensor
+    wanted = slope((x * 2).relu(), y, rounded_to, 1.5, rectify=False)
+    torch.testing.assert_close(grads[1].double(), wanted, rtol=1e-3, atol=1e-5)
 
 
 def reader(amax, learned=False):

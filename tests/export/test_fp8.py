@@ -16,6 +16,7 @@ from mmdet3d_quant.engines.tensorrt_rtx import compile_onnx, is_installed
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export.graph import stored_tensors
 from mmdet3d_quant.export.half_ranges import round_ranges
+from mmdet3d_quant.export.weight_scales import raise_scales
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 
 FP8, INT8 = TensorProto.FLOAT8E4M3FN, TensorProto.INT8
@@ -46,6 +47,26 @@ def made(path, formats='fp8', target='tensorrt-rtx', **options):
     model = export_onnx(net, [x], path, ['x'], ['y'], target=target, **options)
     round_ranges(net)
     return model, net, dict(x=x.numpy())
+
+
+def test_narrow_channels_keep_their_numbers():
+    """Scales that FP16 rounds to zero are raised: FP8's steps shrink with the numbers."""
+    torch.manual_seed(0)
+    sizes = torch.tensor([1e-3, 1e-5, 8e-6, 4e-6])
+    layer = QuantLinear(32, 4, bias=False).eval()
+    layer.weight.data = torch.randn(4, 32) * sizes[:, None]
+    set_formats(layer, 'fp8')
+    x = torch.randn(16, 32)
+    calibrate(layer, [x], 'max')
+    before = layer._weight_quantizer.amax.flatten() / 448
+    assert not before.half().all() and before[0] < 2**-16
+    wanted = layer(x).detach()
+    raise_scales(layer)
+    assert layer._weight_quantizer.amax.div(448).half().all()
+    exact = x @ layer.weight.T.detach()
+    for channel in range(4):
+        was, now = (sqnr(exact[:, channel], y[:, channel]) for y in (wanted, layer(x).detach()))
+        assert now > was - 3 and now > 25
 
 
 def zero_points(model):
