@@ -18,7 +18,8 @@ from mmdet3d_quant.core.modes import quantizers
 from mmdet3d_quant.export import Cut, export_suite
 from mmdet3d_quant.export.deploy import MAX_BATCH
 from mmdet3d_quant.export.onnx import LAYERNORMS, WEIGHTS
-from mmdet3d_quant.export.targets import DEFAULT, require_formats, target_names, target_of
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, RUNTIMES, target_for
+from mmdet3d_quant.export.targets import require_formats, target_names, target_of
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs.provenance import provenance
 
@@ -64,11 +65,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--target',
         choices=target_names(),
-        default=DEFAULT,
         help='generation of the engine that the files are for: tensorrt8 builds float32 files by '
         'flags (CUDA-BEVFusion); tensorrt10, tensorrt11 and tensorrt-rtx run FP16, INT8 and FP8 as '
-        'the file says; openvino takes unsigned activations; default: %(default)s, which is '
-        'tensorrt8',
+        "the file says; openvino takes unsigned activations; default: the runtime's, which is "
+        'tensorrt8 for cuda-bevfusion',
+    )
+    parser.add_argument(
+        '--runtime',
+        choices=RUNTIMES,
+        default=DEFAULT_RUNTIME,
+        help='what runs the engines, and so decides files, names and shapes (docs/runtimes.md); '
+        'default: %(default)s',
+    )
+    parser.add_argument(
+        '--int8-stages',
+        nargs='*',
+        metavar='PATTERN',
+        help='layers of the sparse encoder to compute in INT8, for a runtime that leaves the '
+        "choice: such as 'encoder_layers.encoder_layer[2-9]' conv_out; none: FP16 throughout; "
+        'default: from encoder_layer3 on, where INT8 is faster than FP16',
     )
     parser.add_argument(
         '--only',
@@ -128,13 +143,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> list[Agreement]:
     args = parse_args(argv)
+    target = target_for(args.runtime, args.target)
     console = open_console()
     cfg = fc.read_config(args.config, args.cfg_options)
     model = fc.build_model(cfg)
     fc.load_weights(model, args.checkpoint, calibrated=not args.float)
     if not args.float:
         check_generations(model, args.compile)
-        require_formats(quantizers(model), target_of(args.target))
+        require_formats(quantizers(model), target_of(target))
     inputs, real = example_inputs(cfg, model, args, console)
     results: list[Agreement] = []
 
@@ -152,7 +168,9 @@ def main(argv: list[str] | None = None) -> list[Agreement]:
         quantized=not args.float,
         opset_version=args.opset,
         tell=lambda name: console.print(f'Exporting {name}'),
-        target=args.target,
+        target=target,
+        runtime=args.runtime,
+        int8_stages=args.int8_stages,
         only=args.only,
         fp16=args.fp16,
         check=check,

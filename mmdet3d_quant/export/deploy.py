@@ -8,6 +8,7 @@ from typing import Any
 
 from mmdet3d_quant.core.compat import removesuffix
 from mmdet3d_quant.export.manifest import read_manifest
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, RUNTIMES
 from mmdet3d_quant.export.targets import Target, target_of
 
 #: What a file is, by stem; files of other names have their tensors to tell.
@@ -24,6 +25,7 @@ ROLES = {
     'camera.detector': 'an image to what the head predicts by level; decoding and NMS come next, '
     'in the runtime',
     'volume.detector': 'the volume of image features to what the head predicts',
+    **{file.name: file.role for runtime in RUNTIMES.values() for file in runtime.files},
 }
 #: Type and layout of inputs and outputs of engines, where a file does not say: CUDA-BEVFusion's.
 IO = 'fp16:chw'
@@ -196,6 +198,12 @@ def build_script(manifest: Mapping[str, Any]) -> str:
     )
 
 
+def is_scripted(manifest: Mapping[str, Any]) -> bool:
+    """Whether a folder has a script that builds its engines, which other runtimes do."""
+    runtime = manifest.get('runtime', DEFAULT_RUNTIME)
+    return runtime == DEFAULT_RUNTIME and target_of(manifest['target']).script
+
+
 def _boxes(files: Mapping[str, Any]) -> list[str]:
     """Lines on how outputs code boxes."""
     coded = ((name, entry['boxes']) for name, entry in files.items() if 'boxes' in entry)
@@ -209,7 +217,7 @@ def readme(manifest: Mapping[str, Any]) -> str:
         manifest: Of the folder, with ``files``, ``target`` and ``precision``.
     """
     target = target_of(manifest['target'])
-    built = target.script
+    built = is_scripted(manifest)
     rows = [f'| file | what it does | inputs | outputs |{" flags |" if built else ""}']
     rows.append('|---|---|---|---|' + ('---|' if built else ''))
     for name, entry in manifest['files'].items():

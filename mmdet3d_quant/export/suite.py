@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +18,18 @@ from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.macs import counting
 from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mode
+from mmdet3d_quant.export.autoware import autoware_cuts, finish_autoware
 from mmdet3d_quant.export.boxes import BOXES_KEY
 from mmdet3d_quant.export.cuts import Cut
-from mmdet3d_quant.export.deploy import IO, README, SCRIPT, TITLE, build_script, readme
+from mmdet3d_quant.export.deploy import (
+    IO,
+    README,
+    SCRIPT,
+    TITLE,
+    build_script,
+    is_scripted,
+    readme,
+)
 from mmdet3d_quant.export.examples import sparse_encoder
 from mmdet3d_quant.export.families import detector_cuts
 from mmdet3d_quant.export.graph import custom_ops
@@ -32,13 +42,14 @@ from mmdet3d_quant.export.manifest import (
 )
 from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms
 from mmdet3d_quant.export.pairs import ExportError
-from mmdet3d_quant.export.targets import DEFAULT, target_of
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, Runtime, runtime_of, target_for
+from mmdet3d_quant.export.targets import DEFAULT, Target, target_of
 from mmdet3d_quant.export.typed import kept_float32
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
 from mmdet3d_quant.files.outputs import sha256, whole_folder
 from mmdet3d_quant.files.typed import is_strong
 
-#: Stem of the LiDAR encoder's file, which ends in the order of its axes.
+#: Stem of the LiDAR encoder's file, which ends in the order of its axes for libspconv.
 LIDAR = 'lidar.backbone'
 
 
@@ -53,6 +64,8 @@ def export_suite(
     target: str = DEFAULT,
     only: Collection[str] = (),
     fp16: bool | None = None,
+    runtime: str = DEFAULT_RUNTIME,
+    int8_stages: Collection[str] | None = None,
     check: Callable[[list[Cut], dict[str, Any], Path], None] = lambda cuts, manifest, folder: None,
     **options: Any,
 ) -> tuple[list[Cut], dict[str, Any]]:
@@ -72,6 +85,9 @@ def export_suite(
         target: Engine that the files are for, as ``export_onnx`` takes it.
         only: Stems of the files to write, such as ``fuser`` or ``lidar.backbone``; none: all.
         fp16: Store the weights of float files in FP16; None: as the target has it.
+        runtime: What runs the files, of ``export.runtimes``.
+        int8_stages: Patterns of the layers of the sparse encoder to compute in INT8, of a runtime
+            that leaves the choice; None: as it pays there.
         check: Called with the cuts, the manifest and the folder where the files lie before they are
             moved to ``out_dir``; if it raises, nothing is.
         **options: ``dynamic_batch``, ``weights``, ``layernorm`` and ``custom_ops``, as
@@ -91,14 +107,15 @@ def export_suite(
         UncalibratedError: If a quantizer of a cut has no range.
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
-    detector, wants = uncompiled(detector), target_of(target)
+    target_for(runtime, target)
+    detector, wants, runs = uncompiled(detector), target_of(target), runtime_of(runtime)
     half = wants.strong and fp16 is not False
     if half:
         detector = copy.deepcopy(detector)  # for the files, ranges as they hold them
-    cuts = detector_cuts(detector, inputs, target)
+    cuts = runtime_cuts(detector, inputs, target, runtime)
     for cut in cuts if half else ():
         round_ranges(cut.module)
-    encoder = sparse_encoder(detector) if wants.libspconv else None
+    encoder = sparse_encoder(detector) if _writes_lidar(runs, wants) else None
     stems = [cut.name for cut in cuts] + ([LIDAR] if encoder is not None else [])
     if not stems:
         raise ExportError(f'{type(detector).__name__} has no part that can be exported')
@@ -154,26 +171,63 @@ def export_suite(
             if quantized:
                 files[path.name].update(describe_pairs(model, cut.module))
         if encoder is not None and (not only or LIDAR in only):
-            path, entry = _export_lidar(encoder, folder, quantized, tell)
+            tell(f'{LIDAR}.onnx')
+            path, entry = LIDAR_WRITERS[runtime](encoder, folder, quantized)
             files[path.name] = dict(entry, sha256=sha256(path))
         manifest = dict(
             provenance,
             precision='+'.join(sorted(formats or {INT8.name})) if quantized else 'float',
             target=target,
+            runtime=runtime,
             files=files,
             scales=describe_scales(detector, unsigned) if quantized else [],
             kept_float=kept_float(detector),
             coverage=coverage(detector, _count_macs(detector, ran)).plain() if quantized else None,
         )
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
-        there = Path(out_dir) / README
-        if not there.is_file() or there.read_text(errors='replace').startswith(TITLE):
-            (folder / README).write_text(readme(manifest))
-        if wants.script:
-            (folder / SCRIPT).write_text(build_script(manifest))
-            (folder / SCRIPT).chmod(0o755)
+        _write_companions(folder, out_dir, manifest)
         check(exported, manifest, folder)
+        if runtime in FINISHERS:
+            for name, entry in FINISHERS[runtime](detector, folder, quantized, int8_stages).items():
+                path = folder / name
+                described = describe_graph(onnx.load(str(path), load_external_data=False))
+                files[name].update(described, sha256=sha256(path), **entry)
+            _write_companions(folder, out_dir, manifest)
     return exported, manifest
+
+
+def _write_companions(folder: Path, out_dir: str | Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, the README and, for CUDA-BEVFusion, the script that builds engines."""
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
+    there = Path(out_dir) / README
+    if not there.is_file() or there.read_text(errors='replace').startswith(TITLE):
+        (folder / README).write_text(readme(manifest))
+    if is_scripted(manifest):
+        (folder / SCRIPT).write_text(build_script(manifest))
+        (folder / SCRIPT).chmod(0o755)
+
+
+def runtime_cuts(
+    detector: nn.Module,
+    inputs: dict[str, Tensor],
+    target: str = DEFAULT,
+    runtime: str = DEFAULT_RUNTIME,
+) -> list[Cut]:
+    """Cuts a detector as a runtime has its files: what is exported by tracing, under their names.
+
+    Args:
+        detector: A detector.
+        inputs: Example inputs by name.
+        target: Name of the engine that the files are for.
+        runtime: Name of what runs them.
+
+    Returns:
+        The cuts, each with its share of ``inputs``.
+
+    Raises:
+        ExportError: If the runtime has no place for the detector.
+        QuantError: As ``detector_cuts``.
+    """
+    return CUTS.get(runtime, detector_cuts)(detector, inputs, target)
 
 
 @torch.no_grad()
@@ -185,15 +239,34 @@ def _count_macs(detector: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
     return counted.macs
 
 
-def _export_lidar(
-    encoder: nn.Module, folder: Path, quantized: bool, tell: Callable[[str], None]
+def _writes_lidar(runtime: Runtime, target: Target) -> bool:
+    """Whether the set of a runtime has a file of its own for the sparse LiDAR encoder."""
+    return runtime.name in LIDAR_WRITERS and (
+        runtime.name != DEFAULT_RUNTIME or target.libspconv  # others run it in their own way
+    )
+
+
+def _export_libspconv(
+    encoder: nn.Module, folder: Path, quantized: bool
 ) -> tuple[Path, dict[str, Any]]:
     from mmdet3d_quant.export.sparse import (
         export_lidar,  # which needs spconv, and imports from here
     )
 
-    tell(f'{LIDAR}.onnx')
     draft = folder / f'{LIDAR}.onnx'
     entry = export_lidar(encoder, draft, quantized=quantized)
     path = folder / f'{LIDAR}.{entry["order"]}.onnx'
     return draft.rename(path), entry
+
+
+#: What cuts detectors for a runtime that has files of its own.
+CUTS: dict[str, Callable[[nn.Module, Any, str], list[Cut]]] = {'autoware': autoware_cuts}
+#: What completes the files of a runtime in a folder after they were checked: from the detector, the
+#: folder, whether they are quantized, and the choice of sparse layers in INT8, to more entries of
+#: the manifest by name of the file.
+FINISHERS: dict[str, Callable[..., dict[str, dict[str, Any]]]] = {'autoware': finish_autoware}
+#: What writes the LiDAR encoder's own file, by runtime: from the encoder, the folder, and whether
+#: it is quantized, to the file and its entry of the manifest.
+LIDAR_WRITERS: dict[str, Callable[[nn.Module, Path, bool], tuple[Path, dict[str, Any]]]] = {
+    DEFAULT_RUNTIME: _export_libspconv
+}

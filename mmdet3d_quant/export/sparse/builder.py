@@ -22,8 +22,15 @@ class ProgramBuilder:
     """The operators so far, and the grid and voxels of each tensor."""
 
     def __init__(
-        self, grid: Axes, flip: bool, quantized: bool, output_bound: int, kept: Mapping[str, str]
+        self,
+        grid: Axes,
+        flip: bool,
+        quantized: bool,
+        output_bound: int,
+        kept: Mapping[str, str],
+        runtime: str = 'libspconv',
     ):
+        self.runtime = runtime
         self.kept = kept
         self.flip = flip
         self.quantized = quantized

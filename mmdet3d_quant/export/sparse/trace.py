@@ -55,7 +55,7 @@ def trace(
         The program, checked.
 
     Raises:
-        ExportError: If the encoder has something that libspconv does not have; names it.
+        ExportError: If the encoder has something that the runtime does not have; names it.
         UncalibratedError: If a quantizer has no range.
         ScnError: If the program is not one that libspconv computes; names the layer.
     """
@@ -64,18 +64,18 @@ def trace(
     if (native, order) not in _TAILS:
         raise ExportError(
             f'a {type(encoder).__name__} has its axes in the order {native}; '
-            f'libspconv cannot make its map from {order!r}'
+            f'{arithmetic.name} cannot make its map from {order!r}'
         )
     if quantized:
         require_calibrated(encoder)
-    _refuse_hooks(encoder)
+    _refuse_hooks(encoder, arithmetic.name)
     encoder = copy.deepcopy(encoder).cpu().float().eval()
     if quantized:
         encoder = computed_as(encoder, arithmetic)
     kept, _ = fold_known(encoder, quantized=quantized)
     raise_scales(encoder)
     grid = tuple(encoder.sparse_shape)
-    builder = ProgramBuilder(grid, order != native, quantized, output_bound, kept)
+    builder = ProgramBuilder(grid, order != native, quantized, output_bound, kept, arithmetic.name)
     x = walk(builder, 'conv_input', encoder.conv_input, '0')
     for name, stage in encoder.encoder_layers.named_children():
         x = walk(builder, f'encoder_layers.{name}', stage, x)
@@ -88,13 +88,13 @@ def trace(
     return program
 
 
-def _refuse_hooks(encoder: nn.Module) -> None:
+def _refuse_hooks(encoder: nn.Module, runtime: str) -> None:
     """Refuses modules that compute more than their class says, which a walk does not see."""
     for name, module in encoder.named_modules():
         if not untouched(module):
             raise ExportError(
                 f'{name or type(encoder).__name__} has forward hooks, or another forward put in, '
-                'which a file for libspconv would not have: remove them before the export'
+                f'which a file for {runtime} would not have: remove them before the export'
             )
 
 

@@ -35,8 +35,8 @@ def walk(builder: ProgramBuilder, name: str, module: nn.Module, x: str) -> str:
     if name in builder.kept:
         raise ExportError(f'{name} is a {kind} that cannot be folded: {builder.kept[name]}')
     raise ExportError(
-        f'{name} is a {kind}, which libspconv does not have: train with convolutions, batch norm '
-        'behind them, ReLU and basic blocks only'
+        f'{name} is a {kind}, which {builder.runtime} does not have: train with convolutions, '
+        'batch norm behind them, ReLU and basic blocks only'
     )
 
 
@@ -52,7 +52,7 @@ def _chain(builder: ProgramBuilder, name: str, module: nn.Module, x: str) -> str
 
 
 def _conv(builder: ProgramBuilder, name: str, conv: nn.Module, x: str) -> str:
-    _refuse_odd(name, conv)
+    _refuse_odd(builder.runtime, name, conv)
     weight = conv.weight.detach()
     if isinstance(conv, OUTPUTS_LAST):
         weight = weight.permute(4, 0, 1, 2, 3)
@@ -87,7 +87,7 @@ def _conv(builder: ProgramBuilder, name: str, conv: nn.Module, x: str) -> str:
     return builder.emit(op, after, level + (not conv.subm))
 
 
-def _refuse_odd(name: str, conv: nn.Module) -> None:
+def _refuse_odd(runtime: str, name: str, conv: nn.Module) -> None:
     problems = {
         f'{conv.ndim} dimensions': conv.ndim != 3,
         'groups': conv.groups != 1,
@@ -98,7 +98,7 @@ def _refuse_odd(name: str, conv: nn.Module) -> None:
     reasons = [what for what, is_so in problems.items() if is_so]
     if reasons:
         raise ExportError(
-            f'{name} has what libspconv does not have: {", ".join(reasons)}; train it without'
+            f'{name} has what {runtime} does not have: {", ".join(reasons)}; train it without'
         )
 
 
@@ -112,15 +112,15 @@ def _ranges(
         return None, None
     if (of_input.float_reason is None) != (of_weight.float_reason is None):
         raise ExportError(
-            f'{name} quantizes only one of input and weight, which libspconv cannot: keep both '
-            'float (skip) or none'
+            f'{name} quantizes only one of input and weight, which {builder.runtime} cannot: keep '
+            'both float (skip) or none'
         )
     if of_input.float_reason is not None:
         return None, _floats(raised(conv, conv.weight_amax()))
     for quantizer in (of_input, of_weight):
         if quantizer.spec.format != INT8:
             raise ExportError(
-                f'{name} has {quantizer.spec.format.name}; libspconv has int8: set '
+                f'{name} has {quantizer.spec.format.name}; {builder.runtime} has int8: set '
                 f'its format to {INT8.name} and calibrate again'
             )
     return _floats(of_input.amax)[0], _floats(of_weight.amax)

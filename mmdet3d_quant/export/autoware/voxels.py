@@ -1,0 +1,40 @@
+"""The nodes in front of the sparse encoder: from what the voxel generator makes to its inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+#: Names of the means of the points by voxel, float32 (M, C) and float16, and of the places, int32
+#: (M, 4).
+MEANS, FEATURES, PLACES = 'lidar/means', 'lidar/voxels', 'lidar/indices'
+
+
+def voxel_nodes(order: str) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Averages the points in each voxel, and brings coordinates (z, y, x) into an order.
+
+    Args:
+        order: ``'xyz'`` or ``'zyx'``: axes of the encoder.
+
+    Returns:
+        Nodes from ``voxels``, ``coors`` and ``num_points_per_voxel`` to :data:`FEATURES` and
+        :data:`PLACES`, and their stored tensors.
+    """
+    axes = (0, 2, 1, 0) if order == 'xyz' else (0, 0, 1, 2)  # the first becomes the frame, zero
+    stored = {
+        'lidar/points': np.array([1], np.int64),
+        'lidar/column': np.array([-1, 1], np.int64),
+        'lidar/axes': np.array(axes, np.int64),
+        'lidar/mask': np.array([[0, 1, 1, 1]], np.int32),
+    }
+    make = helper.make_node
+    nodes = [
+        make('ReduceSum', ['voxels', 'lidar/points'], ['lidar/sums'], 'lidar/sums', keepdims=0),
+        make('Cast', ['num_points_per_voxel'], ['lidar/counts'], 'lidar/counts', to=1),
+        make('Reshape', ['lidar/counts', 'lidar/column'], ['lidar/divisors'], 'lidar/divisors'),
+        make('Div', ['lidar/sums', 'lidar/divisors'], [MEANS], MEANS),
+        make('Cast', [MEANS], [FEATURES], FEATURES, to=TensorProto.FLOAT16),
+        make('Gather', ['coors', 'lidar/axes'], ['lidar/columns'], 'lidar/columns', axis=1),
+        make('Mul', ['lidar/columns', 'lidar/mask'], [PLACES], PLACES),
+    ]
+    return nodes, [numpy_helper.from_array(value, name) for name, value in stored.items()]
