@@ -11,13 +11,15 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines.deformable import to_onnx_names
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
+from mmdet3d_quant.engines.plugins import Calls, library, with_calls
 from mmdet3d_quant.files.typed import emulated, is_strong
 
 
 class ONNXRuntime:
     """ONNX Runtime on the CPU, without graph optimisations: the arithmetic as written.
 
-    Of a strongly typed file, every FP16 tensor is rounded to it (``files/typed.py``).
+    Of a strongly typed file, every FP16 tensor is rounded to it (``files/typed.py``). Nodes of
+    Autoware's and OpenVINO's plugins run in numpy (``engines/plugins``).
 
     Args:
         path: ONNX file.
@@ -39,27 +41,38 @@ class ONNXRuntime:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         with reading(path, 'ONNX Runtime'):
-            model = _readable(path, optimized)
-            self._session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+            model, self._calls = _readable(path, optimized)
+            if self._calls:
+                options.register_custom_ops_library(library())
+            with self._calls.told():
+                self._session = ort.InferenceSession(
+                    model, options, providers=['CPUExecutionProvider']
+                )
         self.input_shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         halves = [i.name for i in self._session.get_inputs() if i.type == 'tensor(float16)']
         self._dtypes = dict.fromkeys(halves, np.float16)
 
     def __call__(self, inputs: Arrays) -> Arrays:
-        """Runs the graph once."""
+        """Runs the graph once.
+
+        Raises:
+            EngineError: If the arrays do not fit a plugin's node; names it.
+        """
         check_inputs(inputs, self.input_shapes)
         names = [out.name for out in self._session.get_outputs()]
         inputs = {n: a.astype(self._dtypes.get(n, a.dtype), copy=False) for n, a in inputs.items()}
-        return dict(strict_zip(names, self._session.run(names, inputs)))
+        with self._calls.told():
+            found = self._session.run(names, inputs)
+        return dict(strict_zip(names, found))
 
     def int8_convolutions(self) -> None:
         """Returns None: ONNX Runtime does not report it."""
 
 
-def _readable(path: str | Path, optimized: bool) -> str | bytes:
-    """The path of a file that ONNX Runtime runs as it is; of another the graph that it runs."""
+def _readable(path: str | Path, optimized: bool) -> tuple[str | bytes, Calls]:
+    """The path of a file that ONNX Runtime runs as it is, or the graph; and what it calls."""
     loaded = onnx.load(str(path))
-    known = to_onnx_names(loaded)
+    known, calls = with_calls(to_onnx_names(loaded))
     if not optimized and is_strong(loaded):
         known = emulated(known)
-    return str(path) if known is loaded else known.SerializeToString()
+    return str(path) if known is loaded else known.SerializeToString(), calls
