@@ -38,6 +38,8 @@ DOMAIN, VERSION = 'org.openvinotoolkit', 1
 OPSET, IR_VERSION = 17, 8
 #: Inputs and output, as the runtime's example and the set's other files call them.
 FEATURES, INDICES, MAP = 'voxel_features', 'voxel_indices', 'lidar'
+#: Key of the order of the axes in ``metadata_props``.
+ORDER_KEY = 'mmdet3d_quant.order'
 #: Most voxels of a strided convolution, for which the plugin has memory; 80,000 in its example.
 OUTPUT_BOUND = 200_000
 #: The transposition that joins the last axis of the grid to the channels: an attribute of the node.
@@ -110,7 +112,7 @@ def as_openvino(program: Program) -> onnx.ModelProto:
         producer_name='mmdet3d_quant',
         producer_version=__version__,
     )
-    helper.set_model_props(model, {TARGET_KEY: 'openvino'})
+    helper.set_model_props(model, {TARGET_KEY: 'openvino', ORDER_KEY: program.order})
     return model
 
 

@@ -9,7 +9,10 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from mmdet3d_quant import set_mode
+from mmdet3d_quant.check.sparse import judge_lidar
 from mmdet3d_quant.check.verify import sqnr
+from mmdet3d_quant.engines import ONNXRuntime
+from mmdet3d_quant.engines.files import EngineError
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.sparse import trace
 from mmdet3d_quant.export.sparse.openvino import DOMAIN, as_openvino, export_openvino
@@ -144,6 +147,35 @@ def test_file_computes_the_float_encoder(kind, order, tmp_path):
         wanted = model(feats, coors, 1)
     places = coors if order == NATIVE[kind] else turned(coors)
     assert sqnr(wanted, interpret(onnx.load(str(path)), feats, places)) > 60
+
+
+@cases
+def test_file_run_by_onnx_runtime_equals_the_encoder(kind, order, tmp_path):
+    """With the plugin's operators in numpy: of a cloud, of one voxel, and of none."""
+    path = tmp_path / 'lidar.onnx'
+    model = calibrated(kind)
+    export_openvino(model, path, order)
+    found = judge_lidar(model, path, *cloud(model), runtime='openvino')
+    assert found.fault == '' and found.onnxruntime > 60 and found.libspconv is None
+    assert (found.int8_convs, found.all_convs) == (0, len(trace(model).convs))
+    engine = ONNXRuntime(path)
+    for count in (1, 0):
+        feats, coors = cloud(model)
+        feats, coors = feats[:count], coors[:count]
+        places = coors if order == NATIVE[kind] else turned(coors)
+        arrays = dict(voxel_features=feats.numpy(), voxel_indices=places.int().numpy())
+        with set_mode(model, 'float'), torch.no_grad():
+            wanted = model(feats, coors, 1)
+        out = engine(arrays)['lidar']
+        assert out.shape == tuple(wanted.shape)
+        assert sqnr(wanted, out) > 55 if count else not out.any()
+
+
+def test_fewer_voxels_than_the_bound_or_an_error(tmp_path):
+    model = build('bevfusion')
+    export_openvino(model, tmp_path / 'lidar.onnx', output_bound=100)
+    with pytest.raises(EngineError, match='output_bound is 100: export with a larger one'):
+        judge_lidar(model, tmp_path / 'lidar.onnx', *cloud(model), False, runtime='openvino')
 
 
 def test_order_that_cannot_be_is_refused(tmp_path):
