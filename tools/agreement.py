@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.check.verify import Agreement, require_agreement, verify
 from mmdet3d_quant.engines.deformable import runs_here
 from mmdet3d_quant.export import Cut
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME
 from mmdet3d_quant.export.suite import LIDAR
 
 
@@ -80,7 +81,8 @@ def _verify_lidar(
     from mmdet3d_quant.check.sparse import judge_lidar  # which needs spconv
 
     encoder, voxels, coors = model.pts_middle_encoder, inputs['voxels'], inputs['coors']
-    return [judge_lidar(encoder, path, voxels, coors, quantized, real)]
+    runtime = manifest.get('runtime', DEFAULT_RUNTIME)
+    return [judge_lidar(encoder, path, voxels, coors, quantized, real, runtime)]
 
 
 def agreement_table(results: list[Agreement]) -> Table:

@@ -1,16 +1,24 @@
-"""Comparison of the file for libspconv with its encoder by SQNR."""
+"""Comparison of the sparse encoder's file with its encoder, as the runtime computes it, by SQNR."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.check.fit import range_fits
 from mmdet3d_quant.check.runs import run_torch, sqnr
 from mmdet3d_quant.check.verify import Agreement, cost_fault, nonfinite, output_fault
+from mmdet3d_quant.engines import ONNXRuntime
 from mmdet3d_quant.export.cuts import Cut
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, runtime_of
+from mmdet3d_quant.export.sparse.arithmetic import ARITHMETICS, computed_as
+from mmdet3d_quant.export.sparse.openvino import FEATURES, INDICES, MAP, ORDER_KEY
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnNetwork
 from mmdet3d_quant.export.sparse.trace import order_of
@@ -40,8 +48,12 @@ def judge_lidar(
     coors: Tensor,
     quantized: bool = True,
     real: bool = True,
+    runtime: str = DEFAULT_RUNTIME,
 ) -> Agreement:
-    """Compares a file, run in torch with FP16 tensors as libspconv keeps them, with its encoder.
+    """Compares a file with its encoder, both as the runtime computes them.
+
+    A file for libspconv is run in torch with FP16 tensors as libspconv keeps them, one for OpenVINO
+    by ONNX Runtime with the plugin's operators.
 
     Args:
         encoder: The encoder that was exported, in eval mode.
@@ -50,6 +62,7 @@ def judge_lidar(
         coors: (N, 4), in the order of the encoder.
         quantized: Whether the file is.
         real: Whether the voxels are data; else ranges, which are of data, are not judged by them.
+        runtime: Name of what the file is for, one of ``RUNNERS``.
 
     Returns:
         :class:`Agreement` of the map, with a fault if it is not finite or not close enough, ranges
@@ -59,22 +72,61 @@ def judge_lidar(
 
     Raises:
         ScnError: If the file cannot be read or the voxels do not fit it.
+        EngineError: If ONNX Runtime cannot run it.
     """
     path, name = Path(path), 'lidar'
-    cut = Cut(path.stem, _Encoder(encoder), {'voxels': features, 'coors': coors}, (name,))
+    arithmetic = ARITHMETICS[runtime_of(runtime).arithmetic]
+    followed = computed_as(encoder, arithmetic) if quantized else encoder
+    cut = Cut(path.stem, _Encoder(followed), {'voxels': features, 'coors': coors}, (name,))
     plain = run_torch(cut, 'float')[name]
     wanted = run_torch(cut, 'quant' if quantized else 'float')[name]
-    program = read_program(path)
-    at = coors if program.order == order_of(encoder) else coors[:, [0, 3, 2, 1]]
-    network = ScnNetwork(program, fp16_tensors=True)
-    found = network(features.cpu(), at.cpu()).numpy()
-    cost, closeness = sqnr(plain, wanted), sqnr(wanted, found)
+    run = RUNNERS[runtime](path, features.cpu(), coors.cpu(), order_of(encoder))
+    cost, closeness = sqnr(plain, wanted), sqnr(wanted, run.map)
     fault = nonfinite('torch', name, wanted)
-    fault = fault or output_fault('libspconv', name, closeness, _least(cost), found)
-    fault = fault or '; '.join(network.crowded())
-    fault = fault or cost_fault(name, cost, range_fits(cut) if quantized and real else {})
+    fault = fault or output_fault(arithmetic.name, name, closeness, _least(cost), run.map)
+    fault = fault or run.fault
+    judged = quantized and real and arithmetic.int8
+    fault = fault or cost_fault(name, cost, range_fits(cut) if judged else {})
+    libspconv = closeness if runtime == DEFAULT_RUNTIME else None
+    other = closeness if libspconv is None else None
+    return Agreement(path.stem, name, cost, other, None, *run.convs, fault, libspconv)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A map, INT8 and all convolutions of the file, and what is wrong with the run."""
+
+    map: np.ndarray
+    convs: tuple[int, int]
+    fault: str = ''
+
+
+def _run_libspconv(path: Path, features: Tensor, coors: Tensor, order: str) -> _Run:
+    program = read_program(path)
+    network = ScnNetwork(program, fp16_tensors=True)
+    found = network(features, _in_order(coors, order, program.order)).numpy()
     int8 = sum(op.precision == 'int8' for op in program.convs)
-    return Agreement(path.stem, name, cost, None, None, int8, len(program.convs), fault, closeness)
+    return _Run(found, (int8, len(program.convs)), '; '.join(network.crowded()))
+
+
+def _run_openvino(path: Path, features: Tensor, coors: Tensor, order: str) -> _Run:
+    model = onnx.load(str(path))
+    wanted = {p.key: p.value for p in model.metadata_props}.get(ORDER_KEY, order)
+    places = _in_order(coors, order, wanted).int().numpy()
+    found = ONNXRuntime(path)({FEATURES: features.float().numpy(), INDICES: places})
+    convs = sum(node.op_type == 'SparseConvolution' for node in model.graph.node)
+    return _Run(found[MAP], (0, convs))
+
+
+def _in_order(coors: Tensor, have: str, want: str) -> Tensor:
+    return coors if have == want else coors[:, [0, 3, 2, 1]]
+
+
+#: What runs the file of a runtime, by its name: from the file, voxels, and cells in an order.
+RUNNERS: dict[str, Callable[[Path, Tensor, Tensor, str], _Run]] = {
+    DEFAULT_RUNTIME: _run_libspconv,
+    'openvino': _run_openvino,
+}
 
 
 def verify_lidar(

@@ -18,6 +18,8 @@ ROLES = {
     'camera.vtransform': 'the pooled map to the resolution of the LiDAR map',
     'lidar.backbone.xyz': 'voxels to the LiDAR map; libspconv reads the file, nothing is built',
     'lidar.backbone.zyx': 'voxels to the LiDAR map; libspconv reads the file, nothing is built',
+    'lidar.backbone': 'voxels to the LiDAR map; OpenVINO with the sparse operators of Intel GPUs '
+    'reads it',
     'fuser': 'the maps of all sensors to the map of the head, with the BEV backbone and neck',
     'head.bbox': 'the map to boxes in cells, by query',
     'lidar.detector': 'the LiDAR map to what the head predicts by anchor or cell; decoding and NMS '

@@ -168,8 +168,24 @@ _AUTOWARE = Runtime(
     ),
 )
 
+_OPENVINO = Runtime(
+    'openvino',
+    targets=('openvino',),
+    arithmetic='openvino',
+    domain='org.openvinotoolkit',
+    plugins=('SparseConvolution', 'SparseToDense', 'BevPoolV2'),
+    clouds=MappingProxyType(
+        dict(
+            none='its example refuses a frame without points: such frames are to be skipped',
+            one='as any other',
+            more='the plugin has memory for output_bound voxels of a strided layer; its example '
+            'makes 80,000 voxels of a frame at most and leaves out the rest',
+        )
+    ),
+)
+
 #: By name.
-RUNTIMES: dict[str, Runtime] = {r.name: r for r in (_CUDA_BEVFUSION, _AUTOWARE)}
+RUNTIMES: dict[str, Runtime] = {r.name: r for r in (_CUDA_BEVFUSION, _AUTOWARE, _OPENVINO)}
 DEFAULT_RUNTIME = 'cuda-bevfusion'
 
 

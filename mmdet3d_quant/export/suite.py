@@ -260,6 +260,15 @@ def _export_libspconv(
     return draft.rename(path), entry
 
 
+def _export_openvino(
+    encoder: nn.Module, folder: Path, quantized: bool
+) -> tuple[Path, dict[str, Any]]:
+    from mmdet3d_quant.export.sparse.openvino import export_openvino  # which needs spconv, too
+
+    path = folder / f'{LIDAR}.onnx'
+    return path, export_openvino(encoder, path)
+
+
 #: What cuts detectors for a runtime that has files of its own.
 CUTS: dict[str, Callable[[nn.Module, Any, str], list[Cut]]] = {'autoware': autoware_cuts}
 #: What completes the files of a runtime in a folder after they were checked: from the detector, the
@@ -269,5 +278,6 @@ FINISHERS: dict[str, Callable[..., dict[str, dict[str, Any]]]] = {'autoware': fi
 #: What writes the LiDAR encoder's own file, by runtime: from the encoder, the folder, and whether
 #: it is quantized, to the file and its entry of the manifest.
 LIDAR_WRITERS: dict[str, Callable[[nn.Module, Path, bool], tuple[Path, dict[str, Any]]]] = {
-    DEFAULT_RUNTIME: _export_libspconv
+    DEFAULT_RUNTIME: _export_libspconv,
+    'openvino': _export_openvino,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import torch
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 from onnx import helper
 from torch import nn
 
-from mmdet3d_quant import calibrate
+from mmdet3d_quant import calibrate, fold_bn
+from mmdet3d_quant.layers.sparse import SPARSE_CONVS
 from mmdet3d_quant.models import QuantBEVFusionSparseEncoder, QuantSparseEncoder
 from mmdet3d_quant.parents import BEVFusionSparseEncoder, PortableSparseEncoder
 
@@ -78,6 +81,16 @@ def calibrated(kind, seed=0, **kwargs):
     return model
 
 
+def with_half_weights(model):
+    """The encoder as its file has it: batch norm folded, weights and biases FP16 numbers."""
+    model = fold_bn(copy.deepcopy(model))
+    for conv in model.modules():
+        if isinstance(conv, SPARSE_CONVS):
+            conv.weight.data = conv.weight.data.half().float()
+            conv.bias.data = conv.bias.data.half().float()
+    return model
+
+
 def turned(coors):
     """Coordinates in the other order."""
     return coors[:, [0, 3, 2, 1]]
@@ -111,7 +124,9 @@ def interpret(model: onnx.ModelProto, feats, coors):
         a = attributes(node)
         x = tensors[node.input[0]]
         if node.op_type == 'SparseConvolution':
-            tensors[node.output[0]] = _conv(a, x, weights[node.input[1]], weights[node.input[2]])
+            tensors[node.output[0]] = convolve_densely(
+                a, x, weights[node.input[1]], weights[node.input[2]]
+            )
         elif node.op_type == 'Add':
             other = tensors[node.input[1]]
             parts = [x[0], other[0]]
@@ -134,7 +149,7 @@ def _round(x, limit):
     return (x / step).round().clamp(-128, 127) * step
 
 
-def _conv(a, x, weight, bias):
+def convolve_densely(a, x, weight, bias):
     values, mask = x
     weight = weight.permute(0, 4, 1, 2, 3)
     if a['precision'] == b'int8':

@@ -20,8 +20,7 @@ from mmdet3d_quant.export.sparse.arithmetic import (
 from mmdet3d_quant.export.sparse.check import check
 from mmdet3d_quant.export.sparse.program import Add, SparseConv
 from mmdet3d_quant.export.sparse.run import ScnEncoder, ScnNetwork
-from tests.export.sparse.encoders import build, calibrated, cloud
-from tests.export.sparse.test_scn_values import with_half_weights
+from tests.export.sparse.encoders import build, calibrated, cloud, with_half_weights
 
 ALL = with_int8(AUTOWARE, ('*',))
 

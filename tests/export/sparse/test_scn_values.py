@@ -1,6 +1,5 @@
 """What a file for libspconv computes: against torch, and against dense convolutions."""
 
-import copy
 import math
 from dataclasses import replace
 
@@ -10,14 +9,13 @@ import torch
 from mmdet3d.models.middle_encoders import SparseEncoder
 from onnx import helper
 
-from mmdet3d_quant import fold_bn, quantizers, set_mode
+from mmdet3d_quant import quantizers, set_mode
 from mmdet3d_quant.check.sparse import verify_lidar
 from mmdet3d_quant.check.verify import sqnr
 from mmdet3d_quant.export.sparse import export_lidar, read_program, trace
 from mmdet3d_quant.export.sparse.read import from_onnx
 from mmdet3d_quant.export.sparse.run import ScnNetwork
 from mmdet3d_quant.export.sparse.write import as_onnx
-from mmdet3d_quant.layers.sparse import SPARSE_CONVS
 from tests.export.sparse.encoders import (
     SECOND,
     build,
@@ -26,6 +24,7 @@ from tests.export.sparse.encoders import (
     enliven,
     interpret,
     turned,
+    with_half_weights,
 )
 
 CASES = [('bevfusion', 'xyz'), ('bevfusion', 'zyx'), ('second', 'zyx')]
@@ -40,16 +39,6 @@ def exported(model, path, kind, order, **kwargs):
     with torch.no_grad():
         wanted = model(feats, coors, 1)
     return (feats, coors if order == NATIVE[kind] else turned(coors)), wanted
-
-
-def with_half_weights(model):
-    """The encoder as its file has it: batch norm folded, weights and biases FP16 numbers."""
-    model = fold_bn(copy.deepcopy(model))
-    for conv in model.modules():
-        if isinstance(conv, SPARSE_CONVS):
-            conv.weight.data = conv.weight.data.half().float()
-            conv.bias.data = conv.bias.data.half().float()
-    return model
 
 
 @cases
