@@ -128,7 +128,7 @@ _HEAD = (
 )
 _AUTOWARE = Runtime(
     'autoware',
-    targets=('tensorrt', 'tensorrt8', 'tensorrt10', 'tensorrt11'),
+    targets=('tensorrt', 'tensorrt8'),  # which the nodes build by flags
     arithmetic='autoware',
     domain='autoware',
     plugins=('GetIndicePairsImplicitGemm', 'ImplicitGemm', 'QuickCumsumCuda'),

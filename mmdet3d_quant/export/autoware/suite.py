@@ -20,7 +20,6 @@ from mmdet3d_quant.export.boxes import BOXES_KEY, MMDET3D
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.runtimes import RuntimeFile, runtime_of
-from mmdet3d_quant.export.targets import target_of
 
 #: Key of the runtime's name in a file's ``metadata_props``.
 RUNTIME_KEY = 'mmdet3d_quant.runtime'
@@ -60,11 +59,6 @@ def autoware_cuts(detector: nn.Module, inputs: Mapping[str, Tensor], target: str
         raise ExportError(
             f'view_transform is a {type(view).__name__}, which cannot be cut: take '
             'QuantDepthLSSTransform or QuantLSSTransform'
-        )
-    if target_of(target).strong:
-        raise ExportError(
-            f'{MAIN_BODY} is not written for {target}: QuickCumsumCuda reads float32. Take '
-            '--target tensorrt8, which TensorRT 10 builds, too'
         )
     if inputs and 'image_feats' not in inputs:
         raise ExportError(
