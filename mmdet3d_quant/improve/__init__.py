@@ -5,6 +5,7 @@ from mmdet3d_quant.improve.empty_cells import EmptyCells
 from mmdet3d_quant.improve.equalize import Equalization, Left, equalize_concats
 from mmdet3d_quant.improve.moves import Move
 from mmdet3d_quant.improve.rounding import LearnedRounding
+from mmdet3d_quant.improve.task_ranges import TaskRanges
 
 __all__ = [
     'BiasCorrection',
@@ -13,5 +14,6 @@ __all__ = [
     'LearnedRounding',
     'Left',
     'Move',
+    'TaskRanges',
     'equalize_concats',
 ]
