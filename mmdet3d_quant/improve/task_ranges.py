@@ -124,7 +124,7 @@ class TaskRanges:
             QuantError: If the model has no map to be judged by.
         """
         groups, known = self.groups(model), quantizers(model)
-        before = {name: known[name].amax for group in groups for name in group}
+        before = {name: known[name].amax.clone() for group in groups for name in group}
         with set_mode(model, 'quant'), evaluating(model):
             judge = _Judge(model, held_out[: self.batches], self.forward)
             self.positive, self.undone = judge.positive, False
