@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mmdet3d_quant as mq
+from mmdet3d_quant.core.modes import keep_float
 from mmdet3d_quant.improve import LearnedRounding
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 
@@ -181,7 +182,7 @@ def test_by_layer_each_is_alone():
 
 def test_layers_that_cannot_be_learned_are_named():
     net = Net()
-    mq.keep_float(net, {'deep': 'too small'})
+    keep_float(net, {'deep': 'too small'})
     step = LearnedRounding(steps=1)
     calibrated(net, images(), after=[step])
     assert step.left['deep'] == 'its weight is float (too small)'
