@@ -168,8 +168,7 @@ class _Sampling(Flow):
             old = self._seen.setdefault(self.names[module], _Seen(rows.new_zeros(len(rows))))
             if rows.shape[1]:
                 old.peak = torch.maximum(old.peak, rows.abs().amax(1))
-            every = max(1, rows.numel() // SAMPLE)
-            every += every % 2 == 0  # not in step with the columns of a map
+            every = max(1, rows.numel() // SAMPLE) | 1  # odd: not in step with the columns of a map
             old.rows.append(rows[:, ::every].clone())
         return note
 

@@ -68,6 +68,10 @@ class Equalization:
     left: Tuple[Left, ...]
     num_concats: int
 
+    def __str__(self) -> str:
+        count = len(self.moves)
+        return f'{self.num_concats} concats are quantized; {count} of their inputs equalized'
+
     def plain(self) -> dict[str, Any]:
         """Describes it in values that JSON takes."""
         return dict(
