@@ -150,12 +150,13 @@ def calibrate_checkpoint(
     held = calibrator.needs_held_out or not set(chosen) <= set(BEFORE)
     seen, held_out = hold_out(batches) if held else (batches, {})
     data = Share(name, loader, seen, held_out, rank, world)
-    made = Steps(chosen, Setup(plan.weights, lambda: data.load(seen)))
+    heard = Listener() if rank > 0 or listener is None else listener
+    made = Steps(chosen, Setup(plan.weights, lambda: data.load(seen), heard))
     made.check(model)
     key = dict(checkpoint=sha256(checkpoint), config=cfg.pretty_text)
     key.update(data=name, batches=list(seen.values()), before=made.before)
     saved = Progress(out, key, rank)
-    told = Told(Listener() if rank > 0 or listener is None else listener, strict)
+    told = Told(heard, strict)
     _introduce(calibrator, data, cfg, place, told)
     if chosen:
         told.listener.note(str(made))

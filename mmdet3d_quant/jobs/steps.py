@@ -6,7 +6,7 @@ To add a step, write its line in :data:`STEPS`: config, command line and ``meta`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, List, Union
 
 from mmengine.config import Config
@@ -17,9 +17,12 @@ from mmdet3d_quant.improve.channels import layers_of
 from mmdet3d_quant.improve.cross_layer import equalize_layers
 from mmdet3d_quant.improve.empty_cells import find_rows
 from mmdet3d_quant.improve.norms import NormReestimation
+from mmdet3d_quant.improve.rounding import LearnedRounding
 from mmdet3d_quant.improve.smooth import smooth_linears
+from mmdet3d_quant.improve.task_ranges import TaskRanges
 from mmdet3d_quant.jobs.child_configs import PILLARS
 from mmdet3d_quant.runs.from_config import ConfigError
+from mmdet3d_quant.runs.listener import Listener
 
 #: Name patterns by name of a step.
 Chosen = Dict[str, List[str]]
@@ -34,10 +37,12 @@ class Setup:
     Attributes:
         weights: How ranges of weights are chosen.
         batches: Loads this process's share of the batches that ranges are chosen from, numbered.
+        listener: Told how far long steps are.
     """
 
     weights: str
     batches: Callable[[], Iterable[tuple[int, Any]]]
+    listener: Listener = field(default_factory=Listener)
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,14 @@ STEPS = (
         _moves,
     ),
     Step(
+        'task_ranges',
+        'move the ranges of what these layers read so that the maps which the detector is judged by '
+        'are least wrong where there are objects',
+        lambda patterns, setup: TaskRanges(patterns, listener=setup.listener),
+        'ranges_moved',
+        _names('moved'),
+    ),
+    Step(
         'empty_cells',
         'put the value that a channel has over cells without points on a step of INT8, by factors '
         'between batch norms and convolutions: for pillars; the float model stays as it is',
@@ -142,6 +155,13 @@ STEPS = (
         lambda step, old: sorted(step.changed),
         flag=True,
         serves=_has_pillars,
+    ),
+    Step(
+        'learned_rounding',
+        'learn for each weight of these layers whether it is rounded up or down; in one process',
+        lambda patterns, setup: LearnedRounding(patterns, listener=setup.listener),
+        'rounding_learned',
+        _names('flipped'),
     ),
     Step(
         'reestimate_norms',
@@ -160,9 +180,13 @@ STEPS = (
     ),
 )
 BEFORE = ('equalize_concats', 'equalize_layers', 'smooth')
-#: Steps by name of a recipe, each for all layers that it serves, and when to take it.
+_EXACT = (*BEFORE, 'empty_cells')
+_MORE: Dict[str, tuple] = {'fast': (), 'best': ('task_ranges', 'learned_rounding')}
+#: Steps by name of a recipe, each for all layers that it serves: ``fast`` has what is exact in
+#: float or takes a pass over the batches, ``best`` also what takes minutes.
 RECIPES = {
-    'fast': ('equalize_concats', 'equalize_layers', 'smooth', 'empty_cells', 'bias_correction'),
+    name: tuple(s.name for s in STEPS if s.name in (*_EXACT, *more, 'bias_correction'))
+    for name, more in _MORE.items()
 }
 BY_NAME = {step.name: step for step in STEPS}
 
