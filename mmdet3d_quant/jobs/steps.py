@@ -272,5 +272,6 @@ def check(made: Any, model: nn.Module) -> None:
     """
     if isinstance(made, Before):
         made.check(model, made.patterns)
-    elif hasattr(made, 'layers'):
-        made.layers(model)
+    for method in ('layers', 'groups'):
+        if hasattr(made, method):
+            getattr(made, method)(model)
