@@ -140,8 +140,8 @@ STEPS = (
     ),
     Step(
         'task_ranges',
-        'move the ranges of what these layers read so that the maps which the detector is judged by '
-        'are least wrong where there are objects',
+        'move the ranges of what these layers read so that the maps by which the detector is '
+        'judged are least wrong where there are objects',
         lambda patterns, setup: TaskRanges(patterns, listener=setup.listener),
         'ranges_moved',
         _names('moved'),
