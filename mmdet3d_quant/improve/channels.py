@@ -336,15 +336,22 @@ def _is_served(layer: QuantLayer) -> bool:
 
 
 def _weight_peak(layer: Any, reader: Reader) -> Tensor:
-    weight = _rows(layer, layer.weight.detach().abs().float())
-    return weight.amax(1)[slice(*reader.channels or (None,))]
+    weight = layer.weight.detach().abs().float()
+    peaks = weight.new_zeros(num_inputs(layer))
+    peaks.scatter_reduce_(0, _inputs(layer), weight.flatten(), 'amax')
+    return peaks[slice(*reader.channels or (None,))]
 
 
-def _rows(layer: Any, weight: Tensor) -> Tensor:
-    """(input channels, -1): what reads each input channel."""
-    index = by_input(layer, torch.arange(num_inputs(layer), device=weight.device))
-    order = index.expand(weight.shape).flatten().argsort(stable=True)
-    return weight.flatten()[order].view(num_inputs(layer), -1)
+def _by_channel(layer: Any, weight: Tensor) -> Tensor:
+    """(input channels,): sums of what belongs to the weights that read each."""
+    sums = weight.new_zeros(num_inputs(layer))
+    return sums.index_add_(0, _inputs(layer), weight.flatten())
+
+
+def _inputs(layer: Any) -> Tensor:
+    """(weights,): the input channel that each weight reads."""
+    numbers = torch.arange(num_inputs(layer), device=layer.weight.device)
+    return by_input(layer, numbers).expand(layer.weight.shape).flatten()
 
 
 def _error(layer: Any, rows: Tensor, reader: Reader, exponents: Tensor) -> float:
@@ -358,14 +365,14 @@ def _error(layer: Any, rows: Tensor, reader: Reader, exponents: Tensor) -> float
     step = spec.format.step(torch.tensor(amax))
     noise = (spec.format.round_(x / step) * step - x).square().mean(1)
     power = x.square().mean(1)
-    squares = _rows(layer, weight.square()).sum(1)
+    squares = _by_channel(layer, weight.square())
     error = (noise * squares).sum()
     quantizer = layer._weight_quantizer
     if quantizer.float_reason is None:
         grid = quantizer.spec.format
         steps = grid.step(layer.largest(weight))
         lost = grid.round_(weight / steps) * steps - weight
-        error = error + (_rows(layer, lost.square()).sum(1) * power).sum()
+        error = error + (_by_channel(layer, lost.square()) * power).sum()
     signal = (squares * power).sum()
     return float(error / signal) if signal > 0 else 0.0
 
@@ -377,5 +384,6 @@ def _note(
     for reader in move.readers:
         if reader.layer in sample:
             part = slice(*reader.channels or (None,))
-            seen[reader.layer].peak[part] *= move.factor
-            sample[reader.layer][part] *= move.factor[:, None]
+            factor = move.factor.to(sample[reader.layer])
+            seen[reader.layer].peak[part] *= factor
+            sample[reader.layer][part] *= factor[:, None]
