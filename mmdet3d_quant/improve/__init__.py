@@ -1,7 +1,7 @@
 """Changes of weights that make a model fit INT8 better."""
 
 from mmdet3d_quant.improve.bias import BiasCorrection
-from mmdet3d_quant.improve.channels import Scaled
+from mmdet3d_quant.improve.channel_factors import Scaled
 from mmdet3d_quant.improve.cross_layer import equalize_layers
 from mmdet3d_quant.improve.empty_cells import EmptyCells
 from mmdet3d_quant.improve.equalize import Equalization, Left, equalize_concats

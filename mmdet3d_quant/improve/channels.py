@@ -1,85 +1,30 @@
-"""Factors by channel between a layer and those that read it, where they make errors smaller.
-
-What rounding costs at the output of a reader is estimated from a sample of its input: the error of
-each input channel, weighed by the weights that read it, and that of the weights, weighed by the
-size of the channel. A channel that is small beside the others gains by a factor; the weights of the
-others lose, since each output channel of a weight has one range.
-"""
+"""Factors by channel: who makes and who reads a tensor, and what moves between them."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any
 
 import torch
 from mmengine.dist import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 
-from mmdet3d_quant.calibration.choose import Unit, search
 from mmdet3d_quant.calibration.eager import uncompiled
-from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.calibration.observe import Forward
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, set_mode
-from mmdet3d_quant.core.spec import Method, select
+from mmdet3d_quant.core.spec import select
+from mmdet3d_quant.improve.channel_factors import ALPHAS, Path, Scaled, Seen, plan_factors
 from mmdet3d_quant.improve.exact import move_exactly, watched
 from mmdet3d_quant.improve.flow import Flow, Step, Value
-from mmdet3d_quant.improve.moves import ChannelMove, apply, by_input, num_inputs
-from mmdet3d_quant.improve.readers import Reader, Refused, Search, source_of
+from mmdet3d_quant.improve.readers import Refused, Search, source_of
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values
 from mmdet3d_quant.layers.pairs import TRANSPOSED
 
-#: Shares of the range that go to the weights, 0, to the activations, 1, or to both.
-ALPHAS = (0.25, 0.5, 0.75, 1.0)
-#: Least gain, dB, and largest power of two.
-LEAST, LARGEST = 0.1, 10
 #: Values of a layer's input that are kept, of one batch.
 SAMPLE = 2**17
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """What was done to the channels of a model.
-
-    Attributes:
-        moves: What was changed.
-        left: Reason by name of each layer whose input stays as it is.
-    """
-
-    moves: Tuple[ChannelMove, ...]
-    left: Dict[str, str]
-
-    def plain(self) -> dict[str, Any]:
-        """Describes it in values that JSON takes."""
-        moves = [dict(move.plain(), text=str(move)) for move in self.moves]
-        return dict(moves=moves, left=self.left)
-
-    def __str__(self) -> str:
-        reasons = Counter(self.left.values()).most_common()
-        stay = ''.join(f'; {count} stay: {reason}' for reason, count in reasons)
-        return f'{len(self.moves)} layers scaled by channel{stay}'
-
-
-@dataclass
-class _Seen:
-    """What a layer reads.
-
-    Attributes:
-        peak: (channels,), the largest absolute value of each.
-        rows: Of each batch (channels, values), a part of what was read.
-    """
-
-    peak: Tensor
-    rows: List[Tensor] = field(default_factory=list)
-
-
-#: A layer's source and all that read that; or why there is none that can be changed.
-Path = Union[str, Tuple[str, Tuple[Reader, ...]]]
 
 
 def layers_of(model: nn.Module, patterns: Sequence[str], kind: type = nn.Module) -> list[str]:
@@ -137,7 +82,7 @@ def scale_channels(
     """
     with uncompiled(model) as plain, set_mode(plain, 'float'), evaluating(plain), torch.no_grad():
         first, paths, seen = _look(plain, batches, names, sources, forward)
-        result = [_plan(plain, paths, seen, alphas)]
+        result = [plan_factors(plain, paths, seen, alphas)]
         broadcast_object_list(result)
         if result[0].moves:
             what = 'layers cannot be scaled by channel'
@@ -154,7 +99,7 @@ class _Sampling(Flow):
         names: The layers.
     """
 
-    def __init__(self, model: nn.Module, seen: dict[str, _Seen], names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, seen: dict[str, Seen], names: Sequence[str]) -> None:
         super().__init__(model)
         self._seen, self._wanted = seen, set(names)
 
@@ -165,7 +110,7 @@ class _Sampling(Flow):
             x = values(args[0] if args else next(iter(kwargs.values()))).detach()
             axis = -1 if isinstance(module, nn.Linear) else 1
             rows = x.movedim(axis, 0).flatten(1).float()
-            old = self._seen.setdefault(self.names[module], _Seen(rows.new_zeros(len(rows))))
+            old = self._seen.setdefault(self.names[module], Seen(rows.new_zeros(len(rows))))
             if rows.shape[1]:
                 old.peak = torch.maximum(old.peak, rows.abs().amax(1))
             every = max(1, rows.numel() // SAMPLE) | 1  # odd: not in step with the columns of a map
@@ -179,11 +124,11 @@ def _look(
     names: Sequence[str],
     sources: tuple[type, ...],
     forward: Forward | None,
-) -> tuple[Any, dict[str, tuple[Path, ...]], dict[str, _Seen]]:
+) -> tuple[Any, dict[str, tuple[Path, ...]], dict[str, Seen]]:
     """Runs batches; returns the first one, the ways to the layers, and what they read."""
     first: Any = None
     paths: dict[str, tuple[Path, ...]] = {}
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, Seen] = {}
     readers = [n for n, m in model.named_modules() if isinstance(m, QuantLayer)]
     for number, batch in enumerate(batches):
         first = deep_copy(batch) if number == 0 else first
@@ -241,149 +186,3 @@ def _path(flow: Flow, source: Step, sources: tuple[type, ...]) -> Path:
         return flow.names[layer], tuple(Search(flow, axis).of(value, (0, shape[axis])))
     except Refused as err:
         return str(err)
-
-
-def _plan(
-    model: nn.Module,
-    paths: dict[str, tuple[Path, ...]],
-    seen: dict[str, _Seen],
-    alphas: Sequence[float],
-) -> Scaled:
-    """Finds factors, one source after the other; the model stays as it is."""
-    layers = dict(model.named_modules())
-    sample = {n: torch.cat(s.rows, 1) for n, s in seen.items() if s.peak.any()}
-    moves: list[ChannelMove] = []
-    results: dict[str, str] = {}  # by source: why it stays, or nothing
-    left: dict[str, str] = {}
-    for name, found in paths.items():
-        for path in found:
-            if isinstance(path, str):
-                left[name] = path
-                continue
-            source, readers = path
-            if source not in results:
-                move = _best(layers, source, readers, seen, sample, alphas)
-                results[source] = '' if move else f'no factors gain {LEAST:g} dB'
-                if move:
-                    _note(layers, move, seen, sample)
-                    apply(model, [move])
-                    moves.append(move)
-            if results[source]:
-                left[name] = results[source]
-    apply(model, moves, back=True)
-    changed = {reader.layer for move in moves for reader in move.readers}
-    return Scaled(tuple(moves), {n: reason for n, reason in left.items() if n not in changed})
-
-
-def _best(
-    layers: dict[str, Any],
-    source: str,
-    readers: Sequence[Reader],
-    seen: dict[str, _Seen],
-    sample: dict[str, Tensor],
-    alphas: Sequence[float],
-) -> ChannelMove | None:
-    rounded = [r for r in readers if r.layer in sample and _is_served(layers[r.layer])]
-    if not rounded:
-        return None
-    first, last = rounded[0].channels or (0, 0)
-    # The same tensor is read by all of them, each time the same channels.
-    peak = seen[rounded[0].layer].peak[first:last]
-    weight = torch.stack([_weight_peak(layers[r.layer], r) for r in rounded]).amax(0)
-
-    def cost(exponents: Tensor) -> float:
-        return sum(_error(layers[r.layer], sample[r.layer], r, exponents) for r in rounded)
-
-    before = cost(torch.zeros_like(peak))
-    tried = [exponents_of(peak, weight, alpha) for alpha in alphas]
-    costs = [cost(e) if e.any() else math.inf for e in tried]
-    best = min(costs)
-    if not before or best > before * 10 ** (-LEAST / 10):
-        return None
-    gain = 10 * math.log10(before / max(best, 1e-30))
-    powers = tuple(int(e) for e in tried[costs.index(best)].tolist())
-    return ChannelMove(source, tuple(readers), powers, gain)
-
-
-def exponents_of(peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """Computes the power of two by which each channel is multiplied.
-
-    It is the one nearest to ``weight ** (1 - alpha) / peak ** alpha``, times one for all of them,
-    with which the largest channel stays about as large as it is.
-
-    Args:
-        peak: (channels,), the largest absolute value of each.
-        weight: (channels,), the largest absolute weight that reads it.
-        alpha: Share of the activations: with 1 all channels become as large as the largest.
-
-    Returns:
-        float (channels,), whole numbers; 0 for channels without values or weights.
-    """
-    live = (peak > 0) & (weight > 0)
-    if not live.any():
-        return torch.zeros_like(peak)
-    size = peak.double().log2()
-    powers = (1 - alpha) * weight.double().log2() - alpha * size
-    common = ((powers + size)[live].max() - size[live].max()).round()
-    powers = (powers.round() - common).clamp(-LARGEST, LARGEST)
-    return torch.where(live, powers, torch.zeros_like(powers)).to(peak)
-
-
-def _is_served(layer: QuantLayer) -> bool:
-    """Whether a layer rounds its input to evenly spaced numbers; floating ones need no help."""
-    quantizer = layer._input_quantizer
-    return quantizer.float_reason is None and quantizer.spec.format.even
-
-
-def _weight_peak(layer: Any, reader: Reader) -> Tensor:
-    weight = layer.weight.detach().abs().float()
-    peaks = weight.new_zeros(num_inputs(layer))
-    peaks.scatter_reduce_(0, _inputs(layer), weight.flatten(), 'amax')
-    return peaks[slice(*reader.channels or (None,))]
-
-
-def _by_channel(layer: Any, weight: Tensor) -> Tensor:
-    """(input channels,): sums of what belongs to the weights that read each."""
-    sums = weight.new_zeros(num_inputs(layer))
-    return sums.index_add_(0, _inputs(layer), weight.flatten())
-
-
-def _inputs(layer: Any) -> Tensor:
-    """(weights,): the input channel that each weight reads."""
-    numbers = torch.arange(num_inputs(layer), device=layer.weight.device)
-    return by_input(layer, numbers).expand(layer.weight.shape).flatten()
-
-
-def _error(layer: Any, rows: Tensor, reader: Reader, exponents: Tensor) -> float:
-    """Estimates the error of a layer's output, of the output's power, after a move."""
-    factor = rows.new_ones(len(rows))
-    factor[slice(*reader.channels or (None,))] = exponents.exp2()
-    x = rows * factor[:, None]
-    weight = layer.weight.detach().float() / by_input(layer, factor)
-    spec = layer._input_quantizer.spec
-    amax = search([Unit(('',), Method('mse'), Histogram.of(x), spec)])[0]
-    step = spec.format.step(torch.tensor(amax))
-    noise = (spec.format.round_(x / step) * step - x).square().mean(1)
-    power = x.square().mean(1)
-    squares = _by_channel(layer, weight.square())
-    error = (noise * squares).sum()
-    quantizer = layer._weight_quantizer
-    if quantizer.float_reason is None:
-        grid = quantizer.spec.format
-        steps = grid.step(layer.largest(weight))
-        lost = grid.round_(weight / steps) * steps - weight
-        error = error + (_by_channel(layer, lost.square()) * power).sum()
-    signal = (squares * power).sum()
-    return float(error / signal) if signal > 0 else 0.0
-
-
-def _note(
-    layers: dict[str, Any], move: ChannelMove, seen: dict[str, _Seen], sample: dict[str, Tensor]
-) -> None:
-    """Scales what was seen of the readers' inputs, as the move will."""
-    for reader in move.readers:
-        if reader.layer in sample:
-            part = slice(*reader.channels or (None,))
-            factor = move.factor.to(sample[reader.layer])
-            seen[reader.layer].peak[part] *= factor
-            sample[reader.layer][part] *= factor[:, None]

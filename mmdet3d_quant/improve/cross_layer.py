@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant.calibration.observe import Forward
-from mmdet3d_quant.improve.channels import Scaled, layers_of, scale_channels
+from mmdet3d_quant.improve.channel_factors import Scaled
+from mmdet3d_quant.improve.channels import layers_of, scale_channels
 from mmdet3d_quant.layers.pairs import CONVS
 
 #: Layers that take a factor per output channel.
@@ -34,7 +35,7 @@ def equalize_layers(
     Of Nagel et al. (2019) this is the case of weights with a range per output channel: the ranges
     that are made alike are those of the activations, traded against those of the weights that read
     them. How far is what loses least in a sample of the batches, see
-    :mod:`mmdet3d_quant.improve.channels`.
+    :mod:`mmdet3d_quant.improve.channel_factors`.
 
     Call it before :func:`mmdet3d_quant.calibrate`: where something is changed, all ranges that the
     model has are dropped.

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from mmdet3d_quant.calibration.observe import Forward
-from mmdet3d_quant.improve.channels import ALPHAS, Scaled, layers_of, scale_channels
+from mmdet3d_quant.improve.channel_factors import ALPHAS, Scaled
+from mmdet3d_quant.improve.channels import layers_of, scale_channels
 
 
 def smooth_linears(

@@ -11,7 +11,7 @@ from mmdet3d_quant import calibrate, quantizers, set_mode
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import uncalibrated
 from mmdet3d_quant.improve import equalize_layers
-from mmdet3d_quant.improve.channels import exponents_of
+from mmdet3d_quant.improve.channel_factors import exponents_of
 from mmdet3d_quant.improve.moves import by_input
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 from tests.improve.nets import REFUSED, SOUND, Groups, Unseen, block, data
