@@ -1,4 +1,5 @@
-# QAT of the near BEVFusion with cameras alone: the INT8 model, trained on from its calibrated checkpoint.
+# QAT of the near BEVFusion with cameras alone: the INT8 model, trained on from its calibrated
+# checkpoint.
 #   python tools/calibrate.py configs/bevfusion_tiny/bevfusion_tiny_cam_near_int8_synthetic.py \
 #       checkpoints/bevfusion_tiny_cam_near_synthetic.pth --num-batches 8 \
 #       --out work_dirs/near_cam_int8.pth

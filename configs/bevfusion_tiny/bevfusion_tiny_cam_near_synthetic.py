@@ -1,9 +1,11 @@
-# A tiny BEVFusion with cameras alone that sees what it detects: objects within 18 m, a fine map, and
-# depth bins of half a metre, which LiDAR points teach in training.
-#   python tools/train.py configs/bevfusion_near/bevfusion_near_cam_synthetic.py --amp
+# A tiny BEVFusion with cameras alone that sees what it detects: objects within 18 m, a fine map,
+# depth bins of half a metre. In training LiDAR points teach it depth and class.
+#   python tools/train.py configs/bevfusion_tiny/bevfusion_tiny_cam_near_synthetic.py --amp \
+#       --cfg-options model.view_transform.class_weight=1.0 model.view_transform.loss_weight=0.5
 _base_ = ['./bevfusion_tiny_cam_synthetic.py']
 
-# Metres. 38.4 / 0.2 = 192 voxels along x and y; one map cell per 4 voxels (0.8 m), for both sensors.
+# Metres. 38.4 / 0.2 = 192 voxels along x and y; one map cell per 4 voxels (0.8 m), for both
+# sensors.
 point_cloud_range = [-19.2, -19.2, -5.0, 19.2, 19.2, 3.0]
 voxel_size = [0.2, 0.2, 0.25]
 grid_size = [192, 192, 33]
@@ -15,7 +17,6 @@ model = dict(
         xbound=[-19.2, 19.2, 0.4],
         ybound=[-19.2, 19.2, 0.4],
         dbound=[1.0, 23.0, 0.5],
-        class_weight=1.0,
     ),
     bbox_head=dict(
         train_cfg=dict(
@@ -38,10 +39,10 @@ boxes_in_range = [
     dict(type='ObjectRangeFilter', point_cloud_range=point_cloud_range),
     _base_.boxes_in_range[1],
 ]
+train_keys = ['img', 'points', 'gt_bboxes_3d', 'gt_labels_3d']
 train_pipeline = (
-    [_base_.load_images] + load_points + _base_.load_boxes + [dict(type='LabelPoints')] + [train_images]
-    + move_scene
-    + boxes_in_range + [dict(_base_.pack[0], keys=['img', 'points', 'gt_bboxes_3d', 'gt_labels_3d'])]
+    [_base_.load_images] + load_points + _base_.load_boxes + [dict(type='LabelPoints')]
+    + [train_images] + move_scene + boxes_in_range + [dict(_base_.pack[0], keys=train_keys)]
 )  # yapf: disable
 test_pipeline = [_base_.load_images, test_images] + _base_.pack
 

@@ -1,8 +1,10 @@
 # QAT of the near BEVFusion: the INT8 model, trained on from its calibrated checkpoint.
-#   python tools/calibrate.py configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_near_int8_synthetic.py \
+#   INT8=configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_near_int8_synthetic.py
+#   python tools/calibrate.py $INT8 \
 #       checkpoints/bevfusion_tiny_lidar-cam_near_synthetic.pth --num-batches 8 \
 #       --out work_dirs/near_fusion_int8.pth
-#   python tools/train.py configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_near_qat_synthetic.py --amp
+#   QAT=configs/bevfusion_tiny/bevfusion_tiny_lidar-cam_near_qat_synthetic.py
+#   python tools/train.py $QAT --amp
 _base_ = ['./bevfusion_tiny_lidar-cam_near_int8_synthetic.py']
 custom_imports = dict(
     imports=['mmdet3d_quant', 'mmdet3d_quant.bevfusion', 'mmdet3d_quant.qat'],

@@ -38,13 +38,15 @@ load_points = [
     dict(type='PointsRangeFilter', point_cloud_range=_base_.point_cloud_range),
     dict(type='PointSample', num_points=1024),
 ]
-keys = ['img', 'points', 'gt_bboxes_3d', 'gt_labels_3d']
 train_pipeline = (
     [_base_.load_images] + load_points + _base_.load_boxes + [_base_.train_images]
-    + _base_.move_scene + _base_.boxes_in_range + [dict(_base_.pack[0], keys=keys)]
+    + _base_.move_scene + _base_.boxes_in_range + [dict(_base_.pack[0], keys=_base_.train_keys)]
 )  # yapf: disable
 test_pipeline = (
-    [_base_.load_images] + load_points + [_base_.test_images] + [dict(_base_.pack[0], keys=keys)]
+    [_base_.load_images]
+    + load_points
+    + [_base_.test_images]
+    + [dict(_base_.pack[0], keys=_base_.train_keys)]
 )
 
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

@@ -1,5 +1,7 @@
-# The tiny CenterPoint with a depthwise RegNet in INT8, types changed as by tools/quantize_config.py.
-#   python tools/calibrate.py configs/centerpoint_tiny/centerpoint_tiny_depthwise_int8_synthetic.py \
+# The tiny CenterPoint with a depthwise RegNet in INT8, types changed as by
+# tools/quantize_config.py.
+#   INT8=configs/centerpoint_tiny/centerpoint_tiny_depthwise_int8_synthetic.py
+#   python tools/calibrate.py $INT8 \
 #       checkpoints/centerpoint_tiny_depthwise_synthetic.pth --num-batches 8 --empty-cells \
 #       --bias-correction '*' --out work_dirs/centerpoint_depthwise_int8.pth
 _base_ = ['./centerpoint_tiny_depthwise_synthetic.py']

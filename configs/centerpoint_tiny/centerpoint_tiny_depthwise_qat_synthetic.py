@@ -1,8 +1,11 @@
-# QAT of the tiny CenterPoint with a depthwise RegNet: the INT8 model, trained on from its calibrated checkpoint.
-#   python tools/calibrate.py configs/centerpoint_tiny/centerpoint_tiny_depthwise_int8_synthetic.py \
+# QAT of the tiny CenterPoint with a depthwise RegNet: the INT8 model, trained on from its
+# calibrated checkpoint.
+#   INT8=configs/centerpoint_tiny/centerpoint_tiny_depthwise_int8_synthetic.py
+#   python tools/calibrate.py $INT8 \
 #       checkpoints/centerpoint_tiny_depthwise_synthetic.pth --num-batches 8 --empty-cells \
 #       --bias-correction '*' --out work_dirs/centerpoint_depthwise_int8.pth
-#   python tools/train.py configs/centerpoint_tiny/centerpoint_tiny_depthwise_qat_synthetic.py --amp
+#   QAT=configs/centerpoint_tiny/centerpoint_tiny_depthwise_qat_synthetic.py
+#   python tools/train.py $QAT --amp
 _base_ = ['./centerpoint_tiny_depthwise_int8_synthetic.py']
 custom_imports = dict(
     imports=['mmdet3d_quant', 'mmdet3d_quant.bevfusion', 'mmdet3d_quant.qat'],
