@@ -18,6 +18,7 @@ from terminal import ConsoleListener, open_console, run_tool
 from mmdet3d_quant.calibration.stability import TOLERANCE
 from mmdet3d_quant.core.spec import METHODS
 from mmdet3d_quant.jobs.calibration import Calibrated, calibrate_checkpoint
+from mmdet3d_quant.jobs.steps import RECIPES, STEPS
 from mmdet3d_quant.runs.processes import LAUNCHERS
 
 #: Rows of the table on the console; the report has all.
@@ -42,38 +43,47 @@ examples:
   torchrun --nproc-per-node 4 tools/calibrate.py $CONFIG float.pth --out int8.pth \\
       --launcher pytorch
 
-  # branches of a concat that differ in size, scaled alike; the float model stays as it is
-  python tools/calibrate.py $CONFIG float.pth --out int8.pth --equalize-concats
+  # what helps and is cheap; a recipe and one step more
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --recipe fast
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --recipe fast \\
+      --reestimate-norms img_backbone
+
+  # inputs of concats, and channels of some layers, scaled alike; the float model stays as it is
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --equalize-concats \\
+      --equalize-layers pts_backbone --equalize-layers 'img_neck.*'
 
   # FP8 instead of INT8 for a part of the model (docs/fp8.md)
   python tools/calibrate.py $CONFIG float.pth --out fp8.pth \\
       --cfg-options model.pts_backbone.format=fp8 model.pts_neck.format=fp8
 
-  # a detector with pillars, most of whose cells are empty
-  python tools/calibrate.py $CONFIG float.pth --out int8.pth --empty-cells
-
-  # mean errors of layers taken off their biases
-  python tools/calibrate.py $CONFIG float.pth --out int8.pth --bias-correction 'pts_backbone'
+  # a detector with pillars, most of whose cells are empty; mean errors taken off biases
+  python tools/calibrate.py $CONFIG float.pth --out int8.pth --empty-cells \\
+      --bias-correction 'pts_backbone'
 
   # keep the first convolution float
   python tools/calibrate.py $CONFIG float.pth --out int8.pth \\
       --cfg-options model.img_backbone.skip="['conv1']"
 
-The config may hold the methods: calibration=dict(method='mse', overrides={'pts_neck': 'max'},
-weights='max'). The output is an ordinary checkpoint: mmdet3d's init_model and tools/test.py load
-it. Beside it lies a report, OUT with .html instead of .pth.
+The config may hold all that: calibration=dict(method='mse', overrides={'pts_neck': 'max'},
+weights='max', recipe='fast', steps=dict(equalize_layers=['pts_backbone'])). The output is an
+ordinary checkpoint: mmdet3d's init_model and tools/test.py load it. Beside it lies a report, OUT
+with .html instead of .pth.
 """
 
 
-def methods_text() -> str:
-    """Describes the methods, a line each."""
-    return '\nmethods:\n' + ''.join(f'  {name:10}  {what}\n' for name, what in METHODS.items())
+def tables() -> str:
+    """Describes methods, steps in their order, and recipes."""
+    recipes = {name: ', '.join(steps) for name, steps in RECIPES.items()}
+    text = ''
+    for title, rows in dict(methods=METHODS, recipes=recipes).items():
+        text += f'\n{title}:\n' + ''.join(f'  {name:10}  {what}\n' for name, what in rows.items())
+    return text + '\nThe steps run in the order in which their options are listed.\n'
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=EXAMPLE + methods_text(),
+        epilog=EXAMPLE + tables(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -89,17 +99,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--until-stable', nargs='?', type=float, const=TOLERANCE, metavar='TOLERANCE',
         help='stop when 95%% of the ranges moved less than this share while the batches doubled, '
         'twice in a row; default: %(const)s')  # fmt: skip
-    add('--equalize-concats', action='store_true',
-        help='scale inputs of a concat that differ much in size to one size, by powers of two '
-        'that go into the batch norm before and out of the convolution behind: the float model '
-        'stays as it is')  # fmt: skip
-    add('--empty-cells', action='store_true',
-        help='put the value that a channel has over cells without points on a step of INT8, by '
-        'factors between batch norms and convolutions: for pillars; the float model stays as '
-        'it is')  # fmt: skip
-    add('--bias-correction', action='append', default=[], metavar='PATTERN',
-        help='take the mean error of the outputs of these layers off their biases; may be '
-        "repeated; '*': all")  # fmt: skip
+    add('--recipe', choices=RECIPES, help='steps for what is there, see below; others add to it')
+    for step in STEPS:
+        if step.flag:
+            add(step.option, action='store_true', help=step.help)
+        else:
+            add(step.option, action='append', default=[], metavar='PATTERN',
+                help=f"{step.help}; may be repeated; '*': all")  # fmt: skip
     add('--resume', action='store_true', help='go on where an interrupted run stopped')
     add('--strict', action='store_true', help='a warning is an error: nothing is written')
     add('--launcher', choices=LAUNCHERS, default='none', help='job launcher')
@@ -166,9 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         until_stable=args.until_stable,
         resume=args.resume,
         strict=args.strict,
-        equalize=args.equalize_concats,
-        empty_cells=args.empty_cells,
-        bias_correction=args.bias_correction,
+        steps={step.name: getattr(args, step.name) for step in STEPS},
+        recipe=args.recipe,
         launcher=args.launcher,
         device=args.device,
         overrides=args.cfg_options,

@@ -1,8 +1,24 @@
 """Changes of weights that make a model fit INT8 better."""
 
 from mmdet3d_quant.improve.bias import BiasCorrection
+from mmdet3d_quant.improve.channels import Scaled
+from mmdet3d_quant.improve.cross_layer import equalize_layers
 from mmdet3d_quant.improve.empty_cells import EmptyCells
 from mmdet3d_quant.improve.equalize import Equalization, Left, equalize_concats
-from mmdet3d_quant.improve.moves import Move
+from mmdet3d_quant.improve.moves import ChannelMove, Move
+from mmdet3d_quant.improve.norms import NormReestimation
+from mmdet3d_quant.improve.smooth import smooth_linears
 
-__all__ = ['BiasCorrection', 'EmptyCells', 'Equalization', 'Left', 'Move', 'equalize_concats']
+__all__ = [
+    'BiasCorrection',
+    'ChannelMove',
+    'EmptyCells',
+    'Equalization',
+    'Left',
+    'Move',
+    'NormReestimation',
+    'Scaled',
+    'equalize_concats',
+    'equalize_layers',
+    'smooth_linears',
+]

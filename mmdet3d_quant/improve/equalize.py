@@ -14,22 +14,19 @@ from torch import Tensor, nn
 from mmdet3d_quant.calibration.choose import Unit, search
 from mmdet3d_quant.calibration.eager import uncompiled
 from mmdet3d_quant.calibration.histogram import Histogram
-from mmdet3d_quant.calibration.observe import Forward, run
-from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.calibration.observe import Forward
 from mmdet3d_quant.core.copies import deep_copy
-from mmdet3d_quant.core.errors import QuantError
-from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
+from mmdet3d_quant.core.modes import evaluating, set_mode
 from mmdet3d_quant.core.spec import Method, QuantSpec
 from mmdet3d_quant.improve.branches import Branch, branches, is_quantized
+from mmdet3d_quant.improve.exact import move_exactly, watched
 from mmdet3d_quant.improve.flow import Flow, Step
-from mmdet3d_quant.improve.moves import Move, apply, weight_part
+from mmdet3d_quant.improve.moves import Move, weight_part
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.pairs import output_axis
 
 #: Bits by which a branch must fall short to be scaled.
 LACKING = 2
-#: Relative difference of a layer's output, summed, that rounding explains.
-_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,10 @@ class Equalization:
     moves: Tuple[Move, ...]
     left: Tuple[Left, ...]
     num_concats: int
+
+    def __str__(self) -> str:
+        count = len(self.moves)
+        return f'{self.num_concats} concats are quantized; {count} of their inputs equalized'
 
     def plain(self) -> dict[str, Any]:
         """Describes it in values that JSON takes."""
@@ -137,7 +138,8 @@ def equalize_concats(
         result = [_planned(plain, list(found.values()))]
         broadcast_object_list(result)
         if result[0].moves:
-            _move(plain, result[0].moves, first, forward)
+            what = 'concats cannot be equalized'
+            move_exactly(plain, result[0].moves, first, forward, what)
     return result[0]
 
 
@@ -148,7 +150,7 @@ def _concats(model: nn.Module, batch: Any, forward: Forward | None) -> list[_Con
     def on_concat(step: Step, tensors: Sequence[Tensor]) -> None:
         seen.append((step, [Histogram.of(x) for x in tensors]))
 
-    flow = _watched(model, batch, forward, on_concat)
+    flow = watched(model, batch, forward, lambda m: Flow(m, on_concat))
     counts: dict[str, int] = {}
     result = []
     for step, histograms in seen:
@@ -161,12 +163,6 @@ def _concats(model: nn.Module, batch: Any, forward: Forward | None) -> list[_Con
                 histogram.require_finite()
             result.append(_Concat(name, branches(flow, step), histograms))
     return result
-
-
-def _watched(model: nn.Module, batch: Any, forward: Forward | None, on_concat: Any) -> Flow:
-    with Flow(model, on_concat) as flow:
-        flow.close((forward or run)(model, batch))
-    return flow
 
 
 def _merge(found: dict[str, _Concat], more: list[_Concat]) -> None:
@@ -244,43 +240,3 @@ def _room(layers: dict[str, nn.Module], branch: Branch, other: tuple[int, int]) 
         if len(ratios):
             least = min(least, math.log2(float(ratios.double().median())))
     return least
-
-
-def _move(model: nn.Module, moves: Sequence[Move], batch: Any, forward: Forward | None) -> None:
-    """Applies moves, and makes sure that every layer computes what it did."""
-
-    def sizes() -> list[tuple[str, float]]:
-        return _watched(model, deep_copy(batch), forward, lambda *_: None).sizes
-
-    before, again = sizes(), sizes()  # a GPU may add in another order each time
-    apply(model, moves)
-    factors = {move.source: 2.0**move.exponent for move in moves}
-    odd = _difference(before, again, sizes(), factors)
-    if odd:
-        apply(model, moves, back=True)
-        raise QuantError(
-            f'concats cannot be equalized in {type(model).__name__}: {odd}, so something reads a '
-            'scaled tensor that was not seen. Nothing was changed'
-        )
-    for quantizer in quantizers(model).values():
-        quantizer.forget()
-
-
-def _difference(
-    before: list[tuple[str, float]],
-    again: list[tuple[str, float]],
-    after: list[tuple[str, float]],
-    factors: dict[str, float],
-) -> str:
-    """Says which layer computes something else than before, of those that computed it twice."""
-    if [name for name, _ in before] != [name for name, _ in after]:
-        return 'other layers ran'
-    for (name, old), (_, repeated), (_, new) in strict_zip(before, again, after):
-        expected = old * factors.get(name, 1.0)
-        if _alike(old, repeated) and not _alike(expected, new):
-            return f'the output of {name} changed from {expected:.6g} to {new:.6g}, summed'
-    return ''
-
-
-def _alike(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=1e-30)

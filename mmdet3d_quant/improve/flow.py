@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmdet3d_quant.improve.operators import (
     FILLS,
     NOT_READ,
+    SLOPES,
     ZEROS,
     joins_channels,
     keeps,
@@ -40,10 +41,20 @@ class Layout:
         """Describes a tensor."""
         return cls(x.storage_offset(), tuple(x.shape), tuple(x.stride()))
 
-    def has_channels_of(self, other: Layout) -> bool:
-        """Tells whether channel c is the same along axis 1 of both."""
+    def has_channels_of(self, other: Layout, axis: int = 1) -> bool:
+        """Tells whether channel c is the same along axis 1, or the last axis (-1), of both."""
+        if axis == -1:
+            return self.offset == other.offset and self._tokens() == other._tokens() != 0
         same = self.offset == other.offset and self.shape[:2] == other.shape[:2]
         return same and self.stride[:2] == other.stride[:2]
+
+    def _tokens(self) -> int:
+        """Channels, where they are the last axis and lie side by side; else 0."""
+        channels = self.shape[-1] if self.shape else 0
+        whole = (
+            channels and self.stride[-1] == 1 and not any(s % channels for s in self.stride[:-1])
+        )
+        return channels if whole else 0
 
 
 @dataclass(eq=False)
@@ -75,7 +86,8 @@ class Step:
         inputs: What it read, in order.
         outputs: What it made, floating tensors only.
         source: Of ``'keeps'``: number of the input whose factor the outputs get.
-        by_channel: Of ``'keeps'``: whether channels, axis 1, stay what and where they are.
+        channels_at: Of ``'keeps'``: axes, of 1 and -1, along which channels stay what and where
+            they are.
     """
 
     kind: str
@@ -84,7 +96,7 @@ class Step:
     inputs: List[Value] = field(default_factory=list)
     outputs: List[Value] = field(default_factory=list)
     source: int = 0
-    by_channel: bool = False
+    channels_at: Tuple[int, ...] = ()
 
 
 class Flow(Calls, TorchDispatchMode):
@@ -104,7 +116,11 @@ class Flow(Calls, TorchDispatchMode):
         sizes: Name of each layer that ran, and the sum of the absolute values that it made.
     """
 
-    def __init__(self, model: nn.Module, on_concat: Callable[[Step, list[Tensor]], Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        on_concat: Callable[[Step, list[Tensor]], Any] = lambda step, tensors: None,
+    ) -> None:
         self.names: dict[nn.Module, str] = {m: n for n, m in model.named_modules()}
         super().__init__(self.names)
         self.steps: list[Step] = []
@@ -172,9 +188,9 @@ class Flow(Calls, TorchDispatchMode):
             step.kind = 'zeros'
         elif name == 'cat' and joins_channels(args, kwargs):
             step.kind, step.label = 'concat', self._name(module)
-        elif len(floats) == 1 and keeps(name, args, kwargs):
+        elif (len(floats) == 1 or name in SLOPES) and keeps(name, args, kwargs):
             step.kind, step.source = 'keeps', floats[0]
-            step.by_channel = keeps_channels(name, args)
+            step.channels_at = tuple(a for a in (1, -1) if keeps_channels(name, args, a))
         elif len(floats) == 2 and name in FILLS and self._is_zero(inputs[floats[0]]):
             step.kind, step.source = 'keeps', floats[1]
         self._add(step, inputs, [*fresh, *changed])

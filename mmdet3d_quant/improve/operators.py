@@ -16,9 +16,13 @@ NOT_READ = frozenset(
 ZEROS = frozenset({'zeros', 'zero', 'new_zeros', 'zeros_like'})
 #: Operators that write their last tensor into their first.
 FILLS = frozenset({'copy', 'index_put', '_index_put_impl', 'index_copy', 'scatter', 'scatter_add'})
+#: Operators with f(a x) = a f(x) for a > 0 whose second tensor has the slopes below zero.
+SLOPES = frozenset({'prelu', '_prelu_kernel'})
+#: Operators with f(a x) = a f(x) for a > 0, element by element.
+_BY_ELEMENT = frozenset({'relu', 'leaky_relu', 'clone', '_to_copy', 'contiguous'}) | SLOPES
 #: Operators with f(a x) = a f(x) for a > 0 that leave channels, axis 1, what and where they are.
 _BY_CHANNEL = frozenset(
-    {'relu', 'leaky_relu', 'clone', '_to_copy', 'contiguous'}
+    _BY_ELEMENT
     | {f'{kind}_pool{n}d' for kind in ('avg', '_adaptive_avg') for n in (2, 3)}
     | {f'max_pool{n}d_with_indices' for n in (2, 3)}
     | {f'adaptive_max_pool{n}d' for n in (2, 3)}
@@ -45,16 +49,21 @@ def keeps(name: str, args: Any, kwargs: Any) -> bool:
     return name in _BY_CHANNEL or name in _ANY
 
 
-def keeps_channels(name: str, args: Any) -> bool:
-    """Tells whether an operator of :func:`keeps` leaves channels, axis 1, what and where they are.
+def keeps_channels(name: str, args: Any, axis: int = 1) -> bool:
+    """Tells whether an operator of :func:`keeps` leaves channels what and where they are.
 
     Args:
         name: As there.
         args: Its arguments.
+        axis: Which axis has the channels: 1, or -1, the last one.
     """
     if name == 'constant_pad_nd':
-        return len(args[1]) <= 2 * (args[0].dim() - 2)
-    return name in _BY_CHANNEL
+        pads = args[1]
+        return not any(pads[:2]) if axis == -1 else len(pads) <= 2 * (args[0].dim() - 2)
+    if axis == -1 and name == 'roll':
+        dims = args[2] if len(args) > 2 else ()
+        return bool(dims) and all(dim % args[0].dim() != args[0].dim() - 1 for dim in dims)
+    return name in (_BY_ELEMENT if axis == -1 else _BY_CHANNEL)
 
 
 def joins_channels(args: Any, kwargs: Any) -> bool:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, get_dist_info, is_distributed
-from torch import nn
 
 from mmdet3d_quant.calibration import (
     Calibration,
@@ -22,26 +21,26 @@ from mmdet3d_quant.calibration import (
     Stability,
     Strata,
 )
-from mmdet3d_quant.calibration.health import LEAST_BITS
 from mmdet3d_quant.calibration.stability import TOLERANCE
 from mmdet3d_quant.core.coverage import coverage, float_parts
 from mmdet3d_quant.core.modes import quantizers
-from mmdet3d_quant.core.spec import QuantSpec
 from mmdet3d_quant.core.unsigned import unsigned_ranges
 from mmdet3d_quant.files.outputs import check_writable, sha256, whole
-from mmdet3d_quant.improve import BiasCorrection, EmptyCells, Equalization, equalize_concats
 from mmdet3d_quant.jobs.distance import sensor_of as sensor_of
 from mmdet3d_quant.jobs.distance import strata_of
 from mmdet3d_quant.jobs.outliers import outliers
 from mmdet3d_quant.jobs.plan import read_plan
-from mmdet3d_quant.jobs.share import Share, hold_out
+from mmdet3d_quant.jobs.run_steps import Steps
+from mmdet3d_quant.jobs.share import Batches, Share, hold_out
+from mmdet3d_quant.jobs.steps import BEFORE, Given, Setup, read_steps
+from mmdet3d_quant.jobs.told import Told
 from mmdet3d_quant.report.calibration import write_ranges
 from mmdet3d_quant.runs import from_config as fc
 from mmdet3d_quant.runs import processes
 from mmdet3d_quant.runs.listener import Listener
 from mmdet3d_quant.runs.provenance import provenance
 
-#: Batches that the sizes of a concat's inputs are measured on.
+#: Batches that steps before the ranges look at.
 EQUALIZED_ON = 8
 
 
@@ -75,6 +74,8 @@ def calibrate_checkpoint(
     equalize: bool = False,
     empty_cells: bool = False,
     bias_correction: Sequence[str] = (),
+    steps: Given | None = None,
+    recipe: str | None = None,
     launcher: str = 'none',
     device: str | None = None,
     overrides: dict[str, Any] | None = None,
@@ -104,6 +105,11 @@ def calibrate_checkpoint(
             :class:`mmdet3d_quant.improve.EmptyCells`; found on a batch held out.
         bias_correction: Name patterns of layers whose mean output error is taken off their bias,
             see :class:`mmdet3d_quant.improve.BiasCorrection`; measured on batches held out.
+        steps: Steps beside the ranges, by name: True for all layers, or name patterns, as
+            ``dict(equalize_layers=['pts_backbone'])``; see :data:`mmdet3d_quant.jobs.steps.STEPS`.
+            They add to those of the config's ``calibration``, and so do the three above.
+        recipe: Set of steps, of :data:`mmdet3d_quant.jobs.steps.RECIPES`, instead of the
+            config's.
         launcher: Launcher that started the processes, one of ``processes.LAUNCHERS``; they are
             joined here.
         device: ``'cpu'`` or ``'cuda:N'``; by default a GPU where there is one.
@@ -139,23 +145,26 @@ def calibrate_checkpoint(
     rank, world = get_dist_info()
     place = fc.pick_device(processes.own_device(device))
     calibrator = Calibrator(model.to(place), plan, tolerance=until_stable or TOLERANCE)
-    correct = BiasCorrection(bias_correction)
-    empty = EmptyCells(plan.weights)
-    after = [step for step, on in ((empty, empty_cells), (correct, bias_correction)) if on]
-    if bias_correction:
-        correct.layers(model)
-    seen, held_out = hold_out(batches) if calibrator.needs_held_out or after else (batches, {})
+    own = dict(equalize_concats=equalize, empty_cells=empty_cells, bias_correction=bias_correction)
+    chosen = read_steps(cfg, model, recipe, steps or {}, own)
+    held = calibrator.needs_held_out or not set(chosen) <= set(BEFORE)
+    seen, held_out = hold_out(batches) if held else (batches, {})
     data = Share(name, loader, seen, held_out, rank, world)
+    made = Steps(chosen, Setup(plan.weights, lambda: data.load(seen)))
+    made.check(model)
     key = dict(checkpoint=sha256(checkpoint), config=cfg.pretty_text)
-    key.update(data=name, batches=list(seen.values()), equalize=equalize)
+    key.update(data=name, batches=list(seen.values()), before=made.before)
     saved = Progress(out, key, rank)
-    told = _Told(Listener() if rank > 0 or listener is None else listener, strict)
+    told = Told(Listener() if rank > 0 or listener is None else listener, strict)
     _introduce(calibrator, data, cfg, place, told)
-    equalized = _equalize(model, data, told) if equalize else None
+    if chosen:
+        told.listener.note(str(made))
+    first = dict(list(data.seen.items())[:EQUALIZED_ON])
+    equalized = made.move(model, lambda: _loaded(data, first), told)
     done = _go_on(calibrator, saved, resume, rank)
     _observe(calibrator, data, done, saved, bool(until_stable), told.listener)
     try:
-        result = calibrator.finish(data.load(held_out), after)
+        result = calibrator.finish(data.load(held_out), list(made.after.values()))
     except CalibrationError:
         if rank == 0:
             saved.clear()  # the same batches would end the same way
@@ -166,12 +175,13 @@ def calibrate_checkpoint(
     strata = strata_of(model, data, cfg)
     shown = {k: v for k, v in about.items() if k != 'cfg'}
     shown.update({'command': command} if command else {}, loader=name, warnings=told.warnings)
+    shown.update(dict(steps=made.lines()) if chosen else {})
     write_ranges(page, result, shown, strata, equalized)
     odd = [r.name for r in result.ranges if r.health.flags]
     if odd:
         told.warn(f'{len(odd)} quantizers are odd, see {page}: {", ".join(odd[:3])}, ...')
     narrow = [r.name for r in result.ranges if 'narrow' in r.health.flags]
-    if narrow and not equalize:
+    if narrow and equalized is None:
         told.warn(
             f'{len(narrow)} quantizers have an input with few bits left: {", ".join(narrow[:3])}, '
             '...; where it is that of a concat, --equalize-concats scales its inputs to one size'
@@ -182,35 +192,21 @@ def calibrate_checkpoint(
     meta.update(about, calibration=calibration, kept_float=result.kept_float)
     meta.update(unsigned_ranges=unsigned_ranges(model))
     meta.update(macs={k.name: k.macs for k in result.coverage.layers if k.macs is not None})
-    for step in after:
+    for step in made.after.values():
         told.listener.note(str(step))
-    if bias_correction:
-        meta['bias_corrected'] = sorted({*meta.get('bias_corrected', ()), *correct.corrected})
-    if empty_cells:
-        meta['empty_cells'] = sorted(empty.changed)
-    if equalized is not None:
-        meta['equalized'] = [*meta.get('equalized', ()), *(m.plain() for m in equalized.moves)]
+    made.record(meta)
     with whole(out) as path:
         torch.save(dict(state_dict=model.cpu().state_dict(), meta=meta), path)
     saved.clear()
     return Calibrated(result, strata, page)
 
 
-@dataclass(frozen=True)
-class _Told:
-    listener: Listener
-    strict: bool
-    warnings: list[str] = field(default_factory=list)
-
-    def warn(self, text: str) -> None:
-        if self.strict:
-            raise CalibrationError(f'{text} (--strict)')
-        self.warnings.append(text)
-        self.listener.warn(text)
-
-
 def _introduce(
-    calibrator: Calibrator, data: Share, cfg: Config, place: torch.device, told: _Told
+    calibrator: Calibrator,
+    data: Share,
+    cfg: Config,
+    place: torch.device,
+    told: Told,
 ) -> None:
     """Reports the settings of the run, and warns of unusual ones."""
     active = sum(q.float_reason is None for q in quantizers(calibrator.model).values())
@@ -231,20 +227,9 @@ def _introduce(
         told.warn(warning)
 
 
-def _equalize(model: nn.Module, data: Share, told: _Told) -> Equalization:
-    """Equalizes concats on the first batches, the same in all processes; reports what it did."""
-    first = dict(list(data.seen.items())[:EQUALIZED_ON])
-    batches = (batch for _, batch in fc.numbered_batches(data.loader, first))
-    result = equalize_concats(model, batches)
-    told.listener.note(
-        f'{result.num_concats} concats are quantized; {len(result.moves)} of their inputs equalized'
-    )
-    for move in result.moves:
-        told.listener.note(str(move))
-    for left in result.left:
-        few = left.refused and left.bits > QuantSpec().format.bits - LEAST_BITS
-        (told.warn if few else told.listener.note)(str(left))
-    return result
+def _loaded(data: Share, batches: Batches) -> Iterator[Any]:
+    """Loads batches, the same in all processes."""
+    return (batch for _, batch in fc.numbered_batches(data.loader, batches))
 
 
 def _go_on(calibrator: Calibrator, saved: Progress, resume: bool, rank: int) -> list[int]:

@@ -32,9 +32,11 @@ def read_plan(cfg: Config, methods: Sequence[str] = (), weights: str | None = No
     texts = [own.pop('method', 'mse')]
     texts += [f'{pattern}={method}' for pattern, method in overrides.items()]
     default = own.pop('weights', None)
+    for key in ('recipe', 'steps'):  # see steps.py
+        own.pop(key, None)
     if own:
         raise ConfigError(
             f'{cfg.filename}: `calibration` has unknown entries {", ".join(own)}; it takes method, '
-            'overrides and weights'
+            'overrides, weights, recipe and steps'
         )
     return Plan.parse([*texts, *methods], default if weights is None else weights)
