@@ -7,6 +7,7 @@ from mmdet3d_quant.improve.empty_cells import EmptyCells
 from mmdet3d_quant.improve.equalize import Equalization, Left, equalize_concats
 from mmdet3d_quant.improve.moves import ChannelMove, Move
 from mmdet3d_quant.improve.norms import NormReestimation
+from mmdet3d_quant.improve.rounding import LearnedRounding
 from mmdet3d_quant.improve.smooth import smooth_linears
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     'ChannelMove',
     'EmptyCells',
     'Equalization',
+    'LearnedRounding',
     'Left',
     'Move',
     'NormReestimation',
