@@ -35,7 +35,6 @@ from mmdet3d_quant.improve import (
     BiasCorrection,
     EmptyCells,
     LearnedRounding,
-    TaskRanges,
     equalize_concats,
     equalize_layers,
 )
@@ -58,7 +57,6 @@ BEFORE: dict[str, Callable[[nn.Module, list], Any]] = {
 #: Steps after the ranges, in the order in which they follow each other.
 AFTER: dict[str, Callable[[], Any]] = {
     'cells': EmptyCells,
-    'task': TaskRanges,
     'rounding': LearnedRounding,
     'bias': BiasCorrection,
 }
@@ -68,9 +66,7 @@ RECIPES: dict[str, Sequence[str]] = {
     'ranges only': (),
     '+ bias correction': ('bias',),
     '+ equalization': EQUAL,
-    '+ task-guided ranges': (*EQUAL, 'task'),
     '+ learned rounding': (*EQUAL, 'rounding'),
-    '+ both': (*EQUAL, 'task', 'rounding'),
     'QAT': EQUAL,
 }
 

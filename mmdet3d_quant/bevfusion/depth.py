@@ -79,7 +79,9 @@ class DepthSupervisedLSSTransform(LSSTransform):
             if self.class_weight:
                 labels = self.labels(points, *matrices)
                 told = context[:, : self.num_labels].float()
-                loss = F.cross_entropy(told, labels, ignore_index=-1)
+                count = labels[labels >= 0].bincount(minlength=self.num_labels)
+                rare = (count + 1.0).rsqrt()  # or the ground would drown out bicycles
+                loss = F.cross_entropy(told, labels, rare, ignore_index=-1)
                 self._losses['loss_class'] = self.class_weight * loss
         return self._project(
             (context, depth), camera_intrinsics, camera2lidar, img_aug_matrix, lidar_aug_matrix
