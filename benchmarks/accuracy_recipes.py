@@ -35,6 +35,7 @@ from mmdet3d_quant.improve import (
     BiasCorrection,
     EmptyCells,
     LearnedRounding,
+    TaskRanges,
     equalize_concats,
     equalize_layers,
 )
@@ -57,6 +58,7 @@ BEFORE: dict[str, Callable[[nn.Module, list], Any]] = {
 #: Steps after the ranges, in the order in which they follow each other.
 AFTER: dict[str, Callable[[], Any]] = {
     'cells': EmptyCells,
+    'task': lambda: TaskRanges(batches=2),
     'rounding': LearnedRounding,
     'bias': BiasCorrection,
 }
@@ -66,7 +68,9 @@ RECIPES: dict[str, Sequence[str]] = {
     'ranges only': (),
     '+ bias correction': ('bias',),
     '+ equalization': EQUAL,
+    '+ task-guided ranges': (*EQUAL, 'task'),
     '+ learned rounding': (*EQUAL, 'rounding'),
+    '+ both': (*EQUAL, 'task', 'rounding'),
     'QAT': EQUAL,
 }
 

@@ -9,6 +9,7 @@ from mmdet3d_quant.improve.moves import ChannelMove, Move
 from mmdet3d_quant.improve.norms import NormReestimation
 from mmdet3d_quant.improve.rounding import LearnedRounding
 from mmdet3d_quant.improve.smooth import smooth_linears
+from mmdet3d_quant.improve.task_ranges import TaskRanges
 
 __all__ = [
     'BiasCorrection',
@@ -20,6 +21,7 @@ __all__ = [
     'Move',
     'NormReestimation',
     'Scaled',
+    'TaskRanges',
     'equalize_concats',
     'equalize_layers',
     'smooth_linears',

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, set_mode
 from mmdet3d_quant.improve.blocks import Block
 
 #: Side of a crop of a map; of what a linear layer reads, rows are kept, so many squared.
 SIDE = 16
+#: One crop in so many is not learned from, but judges what was learned.
+JUDGED = 4
 #: Most crops of a block, and most bytes of them.
 MOST, MOST_BYTES = 256, 2**24
 
@@ -133,3 +136,45 @@ def stacked(crops: Iterable[Tensor]) -> list[Tensor]:
     for crop in crops:
         by_shape.setdefault(crop.shape, []).append(crop)
     return [torch.cat(group) for group in by_shape.values()]
+
+
+class Samples:
+    """Inputs of a block, quantized and float, and the outputs of the float one; a part is judged.
+
+    Attributes:
+        scale: Mean squared error of the outputs that one step is judged against.
+    """
+
+    def __init__(self, found: list[Tensor], wanted: list[Tensor], exact: nn.Module) -> None:
+        self._sets: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+        for learned in (True, False):
+            at = [i for i in range(len(found)) if learned == bool(i % JUDGED) or len(found) == 1]
+            pairs = [stacked(side[i] for i in at) for side in (found, wanted)]
+            with torch.no_grad():
+                self._sets.append([(x, z, exact(z)) for x, z in strict_zip(*pairs)])
+        self.scale = 1.0
+
+    def error(self, chain: nn.Module) -> float:
+        """Measures the squared error on the judged part over the square of the float output."""
+        wrong = power = 0.0
+        count = 0
+        with torch.no_grad():
+            for x, _, y in self._sets[1]:
+                wrong += float((chain(x) - y).double().square().sum())
+                power += float(y.double().square().sum())
+                count += y.numel()
+        self.scale = max(wrong / max(count, 1), 1e-30)
+        return wrong / max(power, 1e-30)
+
+    def pick(self, count: int, float_share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Picks inputs, of which a share of the elements is the float model's, and the outputs."""
+        groups = self._sets[0]
+        sizes = torch.tensor([float(len(x)) for x, _, _ in groups])
+        x, z, y = groups[int(torch.multinomial(sizes, 1, generator=rng))]
+        count *= SIDE**2 if x.dim() == 2 else 1  # rows of a linear layer
+        at = torch.randint(len(x), (min(count, len(x)),), generator=rng).to(x.device)
+        mixed = x[at]
+        if float_share:
+            drop = torch.rand(mixed.shape, generator=rng).to(mixed) < float_share
+            mixed = torch.where(drop, z[at], mixed)
+        return mixed, y[at]

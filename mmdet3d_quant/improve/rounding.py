@@ -18,14 +18,11 @@ from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.improve.blocks import LEVELS, Block, find_blocks
-from mmdet3d_quant.improve.crops import collect, stacked
+from mmdet3d_quant.improve.crops import Samples, collect
 from mmdet3d_quant.improve.relaxed import Relaxed, exponent
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS
 from mmdet3d_quant.runs.listener import Listener
-
-#: One crop in so many is not learned from; on these it is decided whether a block keeps the result.
-JUDGED = 4
 
 
 class LearnedRounding:
@@ -33,9 +30,10 @@ class LearnedRounding:
 
     Block by block, in the order in which they are called, the weights of a block are rounded so
     that on the quantized model's tensors it gives what the float block gives on the float model's
-    (AdaRound, BRECQ, QDrop). A weight becomes the number of its layer's grid that was chosen: ranges
-    and keys stay, and rounding to nearest gives that number. The float model moves by up to a step
-    per weight. A block that is not better on crops apart from those learned from is as before.
+    (AdaRound, BRECQ, QDrop). A weight becomes the number of its layer's grid that was chosen:
+    ranges and keys stay, and rounding to nearest gives that number. The float model moves by up to
+    a step per weight. A block that is not better on crops apart from those learned from is as
+    before.
 
     Memory: a copy of the model, and up to 16 MiB a block of the float model's tensors.
 
@@ -80,7 +78,7 @@ class LearnedRounding:
             raise ValueError(f'learned rounding by {by!r}: expected one of {", ".join(LEVELS)}')
         if min(steps, batch, batches) < 1 or not 0 <= qdrop < 1:
             raise ValueError(
-                'learned rounding: steps, batch and batches must be at least 1 and qdrop in [0, 1), '
+                'learned rounding: steps, batch and batches must be at least 1, qdrop in [0, 1), '
                 f'got {steps}, {batch}, {batches} and {qdrop}'
             )
         _require_one_process()
@@ -165,7 +163,8 @@ class LearnedRounding:
                 stack.enter_context(evaluating(module))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(set_mode(exact, 'float'))
-            data = _Data(found, wanted, block.chain(exact))
+            stack.enter_context(set_mode(model, 'quant'))
+            data = Samples(found, wanted, block.chain(exact))
             before = data.error(chain)
             if before > 0:
                 with _constant(model), _soft(chain, relaxed, self.qdrop, self.seed):
@@ -187,7 +186,7 @@ class LearnedRounding:
             f'{before:.2g}'
         )
 
-    def _optimize(self, chain: nn.Module, relaxed: Mapping[str, Relaxed], data: _Data) -> None:
+    def _optimize(self, chain: nn.Module, relaxed: Mapping[str, Relaxed], data: Samples) -> None:
         rng = torch.Generator().manual_seed(self.seed)
         steps = [r.up for r in relaxed.values()]
         optimizer = torch.optim.Adam(steps, lr=self.rate)
@@ -204,49 +203,6 @@ class LearnedRounding:
             for up, grad in strict_zip(steps, grads):
                 up.grad = grad
             optimizer.step()
-
-
-class _Data:
-    """Inputs of a block, quantized and float, and the outputs of the float one; a part is judged.
-
-    Attributes:
-        scale: Mean squared error of the outputs that one step is judged against.
-    """
-
-    def __init__(self, found: list[Tensor], wanted: list[Tensor], exact: nn.Module) -> None:
-        self._sets: list[list[tuple[Tensor, Tensor, Tensor]]] = []
-        for learned in (True, False):
-            at = [i for i in range(len(found)) if learned == bool(i % JUDGED) or len(found) == 1]
-            pairs = [stacked(side[i] for i in at) for side in (found, wanted)]
-            with torch.no_grad():
-                self._sets.append([(x, z, exact(z)) for x, z in strict_zip(*pairs)])
-        self.scale = 1.0
-
-    def error(self, chain: nn.Module) -> float:
-        """Measures the squared error on the judged part over the square of the float output."""
-        wrong = power = 0.0
-        count = 0
-        with torch.no_grad():
-            for x, _, y in self._sets[1]:
-                wrong += float((chain(x) - y).double().square().sum())
-                power += float(y.double().square().sum())
-                count += y.numel()
-        self.scale = max(wrong / max(count, 1), 1e-30)
-        return wrong / max(power, 1e-30)
-
-    def pick(self, count: int, float_share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Picks inputs, of which a share of the elements is the float model's, and the outputs."""
-        groups = self._sets[0]
-        sizes = torch.tensor([float(len(x)) for x, _, _ in groups])
-        x, z, y = groups[int(torch.multinomial(sizes, 1, generator=rng))]
-        at = torch.randint(len(x), (min(count, len(x)),), generator=rng).to(x.device)
-        if x.dim() == 2:  # rows of a linear layer
-            at = torch.randint(len(x), (min(count * 256, len(x)),), generator=rng).to(x.device)
-        mixed = x[at]
-        if float_share:
-            drop = torch.rand(mixed.shape, generator=rng).to(mixed) < float_share
-            mixed = torch.where(drop, z[at], mixed)
-        return mixed, y[at]
 
 
 @contextmanager

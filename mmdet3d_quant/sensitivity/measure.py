@@ -13,10 +13,10 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.macs import counting, weighted
+from mmdet3d_quant.core.maps import judged_maps, relative_noise
 from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.layers.features import values
 from mmdet3d_quant.sensitivity.boxes import Boxes, as_truth, boxes_of, labels_of, score
-from mmdet3d_quant.sensitivity.maps import judged_maps, relative_noise
 from mmdet3d_quant.sensitivity.taylor import taylor
 from mmdet3d_quant.sensitivity.units import find_members
 
@@ -98,7 +98,7 @@ class Bench:
         """Measures the noise at the judged maps with only some members quantized.
 
         Returns:
-            float, the mean of :func:`~mmdet3d_quant.sensitivity.maps.relative_noise`.
+            float, the mean of :func:`~mmdet3d_quant.core.maps.relative_noise`.
         """
         noises = []
         for frame in frames:

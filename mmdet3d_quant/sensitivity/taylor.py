@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.macs import weighted
+from mmdet3d_quant.core.maps import judged_maps
 from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.layers.features import values, with_values
-from mmdet3d_quant.sensitivity.maps import judged_maps
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import nn
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.improve import LearnedRounding
-from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear, fold_bn
+from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
 
 
 def images(count=4, channels=3, size=8):
@@ -140,7 +140,7 @@ def test_numbers_survive_folding(pair):
     _, after, step = pair
     wanted = {n: steps_of(m, m.weight.detach()).round() for n, m in named(after, step)}
     folded = copy.deepcopy(after)
-    fold_bn(folded)
+    mq.fold_bn(folded)
     for name, layer in named(folded, step):
         found = steps_of(layer, layer._weight_quantizer(layer.weight.detach()))
         assert torch.allclose(found.abs(), wanted[name].abs(), atol=1e-4), name
