@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from mmdet3d.structures import LiDARInstance3DBoxes, LiDARPoints
 
 from mmdet3d_quant.bevfusion import DepthSupervisedLSSTransform, LabelPoints, LSSTransform
