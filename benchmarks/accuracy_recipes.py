@@ -35,6 +35,7 @@ from mmdet3d_quant.improve import (
     BiasCorrection,
     EmptyCells,
     LearnedRounding,
+    NormReestimation,
     TaskRanges,
     equalize_concats,
     equalize_layers,
@@ -55,12 +56,13 @@ BEFORE: dict[str, Callable[[nn.Module, list], Any]] = {
     'concats': equalize_concats,
     'layers': lambda model, batches: equalize_layers(model, batches, ['*']),
 }
-#: Steps after the ranges, in the order in which they follow each other.
-AFTER: dict[str, Callable[[], Any]] = {
-    'cells': EmptyCells,
-    'task': lambda: TaskRanges(batches=2),
-    'rounding': LearnedRounding,
-    'bias': BiasCorrection,
+#: Steps after the ranges, ``make(batches)``, in the order in which they follow each other.
+AFTER: dict[str, Callable[[list], Any]] = {
+    'cells': lambda batches: EmptyCells(),
+    'task': lambda batches: TaskRanges(batches=2),
+    'rounding': lambda batches: LearnedRounding(),
+    'norms': lambda batches: NormReestimation(['*'], lambda: enumerate(batches)),
+    'bias': lambda batches: BiasCorrection(),
 }
 EQUAL = ('concats', 'layers', 'cells', 'bias')
 #: Recipe -> steps of both; where a model has no pillars, there are no empty cells.
@@ -68,6 +70,7 @@ RECIPES: dict[str, Sequence[str]] = {
     'ranges only': (),
     '+ bias correction': ('bias',),
     '+ equalization': EQUAL,
+    '+ re-estimated norms': (*EQUAL, 'norms'),
     '+ task-guided ranges': (*EQUAL, 'task'),
     '+ learned rounding': (*EQUAL, 'rounding'),
     '+ both': (*EQUAL, 'task', 'rounding'),
@@ -139,7 +142,7 @@ class Bench:
             if step in steps:
                 change(model, self.batches)
         after = [
-            make()
+            make(self.batches)
             for step, make in AFTER.items()
             if step in steps and (step != 'cells' or self.pillars)
         ]
