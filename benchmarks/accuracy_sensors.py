@@ -57,6 +57,7 @@ def main() -> None:
     add = parser.add_argument
     add('--fusion', type=Path, default=CHECKPOINT, help='checkpoint; default: %(default)s')
     add('--lidar', type=Path, help='checkpoint of the LiDAR model; its row is omitted without')
+    add('--near', action='store_true', help='the models for near objects')
     add('--camera', type=Path, help='checkpoint of the camera model; likewise')
     add('--calib-batches', type=int, default=8, help='of the calib_dataloader')
     add('--data', nargs='+', default=['data/synthetic'], help='validation sets')
@@ -102,7 +103,10 @@ def _key(name: str, checkpoint: Path, data: str, args: argparse.Namespace) -> di
 
 def score(name: str, checkpoint: Path, data: str, args: argparse.Namespace) -> Scores:
     """Builds the model of a row and scores it."""
-    cfg = fc.read_config(CONFIGS / f'{ROWS[name]}.py')
+    parts = ROWS[name].split('_')
+    if args.near:
+        parts.insert(3, 'near')
+    cfg = fc.read_config(CONFIGS / f'{"_".join(parts)}.py')
     model = fc.build_model(cfg)
     fc.load_weights(model, checkpoint, calibrated=False)
     if name == INT8:

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from terminal import open_console, run_tool
 
 from mmdet3d_quant.synthetic.generate import make_synthetic_nuscenes
+from mmdet3d_quant.synthetic.light import HOURS
 from mmdet3d_quant.synthetic.record import Settings
 from mmdet3d_quant.synthetic.tables import TRAIN_SCENES, VAL_SCENES
 
@@ -48,6 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--block', type=int, default=default.block, help='key frames of one layout; %(default)s')
     add('--width', type=int, default=default.width, help='of images, pixels; %(default)s')
     add('--radius', type=float, default=default.radius, help='of labels, metres; %(default)s')
+    add('--hours', nargs='+', choices=list(HOURS), default=default.hours, help='times of day; all')
     add('--workers', type=int, help='processes; default: one per processor')
     add('--overwrite', action='store_true', help='replace what is in the folder')
     add('--no-infos', action='store_true', help="do not run mmdet3d's converter")
@@ -68,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         sweeps=args.sweeps,
         sweep_interval=args.sweep_interval,
         radius=args.radius,
+        hours=tuple(args.hours),
     )
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:

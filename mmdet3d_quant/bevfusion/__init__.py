@@ -24,6 +24,7 @@ from mmdet3d_quant.bevfusion.box_coder import TransFusionBBoxCoder
 from mmdet3d_quant.bevfusion.depth import DepthSupervisedLSSTransform
 from mmdet3d_quant.bevfusion.detector import BEVFusion
 from mmdet3d_quant.bevfusion.head import TransFusionHead
+from mmdet3d_quant.bevfusion.labelling import LabelPoints
 from mmdet3d_quant.bevfusion.loading import BEVLoadMultiViewImageFromFiles
 from mmdet3d_quant.bevfusion.transformer import TransformerDecoderLayer
 from mmdet3d_quant.bevfusion.transforms import ImageAug3D
@@ -69,6 +70,7 @@ FAMILY = (
             BEVLoadMultiViewImageFromFiles,
             GridMask,
             ImageAug3D,
+            LabelPoints,
         ),
     ),
 )

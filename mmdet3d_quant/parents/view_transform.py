@@ -178,6 +178,34 @@ def _sample_depth(
     undo: Tensor,
 ) -> Tensor:
     """Projects one sample's points to depths, (N, H*W)."""
+    depth, winner = project_points(image_size, points, lidar2image, img_aug, lidar_aug, undo)
+    if len(points) == 0:
+        return depth.new_zeros(winner.shape)
+    return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0)
+
+
+def project_points(
+    image_size: Sequence[int],
+    points: Tensor,
+    lidar2image: Tensor,
+    img_aug: Tensor,
+    lidar_aug: Tensor,
+    undo: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Projects one sample's points to its N images.
+
+    Args:
+        image_size: H, W.
+        points: (P, >=3), x, y, z in metres first.
+        lidar2image: (N, 4, 4).
+        img_aug: (N, 4, 4).
+        lidar_aug: (4, 4); undone before projecting.
+        undo: Inverse of its rotation and scale, (3, 3).
+
+    Returns:
+        Depths (N, P), metres, and the number of the point that is seen in each pixel, (N, H*W),
+        int64, -1 where there is none.
+    """
     height, width = image_size
     xyz = (points[:, :3].float() - lidar_aug[:3, 3]).T
     cam = lidar2image[:, :3, :3] @ (undo @ xyz) + lidar2image[:, :3, 3:]
@@ -192,7 +220,4 @@ def _sample_depth(
     # One winner per pixel, whatever the order in which a device writes.
     winner = point_id.new_full((len(inside) * height * width,), -1)
     winner.scatter_reduce_(0, target, point_id, 'amax')
-    winner = winner.view(len(inside), -1)
-    if len(points) == 0:
-        return depth.new_zeros(winner.shape)
-    return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0)
+    return depth, winner.view(len(inside), -1)

@@ -15,6 +15,7 @@ import cv2
 
 from mmdet3d_quant.files.outputs import whole_folder
 from mmdet3d_quant.synthetic.infos import make_infos
+from mmdet3d_quant.synthetic.light import HOURS
 from mmdet3d_quant.synthetic.record import Settings, record_block
 from mmdet3d_quant.synthetic.sensors import LIDAR
 from mmdet3d_quant.synthetic.tables import (
@@ -165,6 +166,8 @@ def check_arguments(counts: dict[str, int], settings: Settings, workers: int | N
         )
     if not 10 <= settings.radius <= 45:
         raise ValueError(f'radius must be from 10 to 45 metres, got {settings.radius}')
+    if not settings.hours or not set(settings.hours) <= set(HOURS):
+        raise ValueError(f'hours must be some of {tuple(HOURS)}, got {settings.hours}')
     if workers is not None and workers < 1:
         raise ValueError(f'workers must be at least 1, got {workers}')
 

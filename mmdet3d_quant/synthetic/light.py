@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,9 +71,15 @@ class Light:
         return light
 
 
-def make_light(rng: np.random.Generator) -> Light:
-    """Draws light and weather."""
-    hour = str(rng.choice(list(HOURS), p=list(HOURS.values())))
+def make_light(rng: np.random.Generator, hours: Sequence[str] = tuple(HOURS)) -> Light:
+    """Draws light and weather.
+
+    Args:
+        rng: Source of everything random.
+        hours: Those of ``HOURS`` to draw from, in proportion to their shares.
+    """
+    shares = np.array([HOURS[hour] for hour in hours])
+    hour = str(rng.choice(list(hours), p=shares / shares.sum()))
     azimuth = rng.uniform(-math.pi, math.pi)
     low, high = {'day': (0.25, 1.2), 'dusk': (0.03, 0.2), 'night': (0.5, 1.0)}[hour]
     elevation = rng.uniform(low, high)

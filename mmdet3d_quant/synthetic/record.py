@@ -14,7 +14,7 @@ from mmdet3d_quant.synthetic.kinds import KINDS
 from mmdet3d_quant.synthetic.layout import make_block
 from mmdet3d_quant.synthetic.lens import expose
 from mmdet3d_quant.synthetic.lidar import Scan, scan
-from mmdet3d_quant.synthetic.light import make_light
+from mmdet3d_quant.synthetic.light import HOURS, make_light
 from mmdet3d_quant.synthetic.sensors import CAMERAS, LIDAR, Pose
 from mmdet3d_quant.synthetic.tables import file_name, timestamp, token
 from mmdet3d_quant.synthetic.world import KEYFRAME_INTERVAL, Block, Thing
@@ -30,6 +30,7 @@ class Settings(NamedTuple):
         sweeps: LiDAR sweeps before each key frame.
         sweep_interval: Seconds between sweeps.
         radius: Labelled objects are within this distance, metres.
+        hours: Times of day, of ``HOURS``.
     """
 
     seed: int = 0
@@ -38,6 +39,7 @@ class Settings(NamedTuple):
     sweeps: int = 3
     sweep_interval: float = 0.1
     radius: float = 34.0
+    hours: tuple[str, ...] = tuple(HOURS)
 
 
 def generators(settings: Settings, scene: str, index: int) -> list[np.random.Generator]:
@@ -72,7 +74,7 @@ def record_block(
     """
     _, light_rng, lidar_rng, camera_rng = generators(settings, scene, index)
     block = make_layout(settings, scene, index)
-    light = make_light(light_rng)
+    light = make_light(light_rng, settings.hours)
     view = Scene(block, light, camera_rng)
     rows = _Rows(scene, block, settings)
     first = index * settings.block

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from mmdet3d.structures import LiDARInstance3DBoxes, LiDARPoints
 
-from mmdet3d_quant.bevfusion import DepthSupervisedLSSTransform, LSSTransform
+from mmdet3d_quant.bevfusion import DepthSupervisedLSSTransform, LabelPoints, LSSTransform
 from mmdet3d_quant.core.compat import strict_zip
 
 CFG = dict(
@@ -117,3 +118,68 @@ def test_training_without_points_says_what_to_add():
     for few in (None, points[:1]):
         with pytest.raises(ValueError, match="add 'points' to the keys of Pack3DDetInputs"):
             build().train()(features, few, *matrices)
+
+
+def test_labels_are_those_of_the_nearest_points():
+    """Against a loop over points; each point's label is its own, so that the choice shows."""
+    features, points, matrices = scene()
+    for cloud in points:
+        cloud[:, 4] = torch.arange(len(cloud))
+    found = build(class_weight=1.0, num_labels=4).labels(points, *(matrices[i] for i in (0, 3, 4)))
+    for b, cloud in enumerate(points):
+        for n, matrix in enumerate(matrices[0][b].double().numpy()):
+            seen = {}
+            for i, xyz in enumerate(cloud[:, :3].double().numpy()):
+                u, v, d = matrix[:3, :3] @ xyz + matrix[:3, 3]
+                if d > 1e-3 and 0 <= u / d < 48 and 0 <= v / d < 32:
+                    seen[int(v / d), int(u / d)] = d, i  # the last point of a pixel counts
+            cells = {}
+            for (v, u), (d, i) in seen.items():
+                cells[v // 8, u // 8] = min(cells.get((v // 8, u // 8), (np.inf, -1)), (d, i))
+            assert len(cells) > 3
+            for row, col in np.ndindex(4, 6):
+                if (row, col) in cells:
+                    assert found[3 * b + n, row, col] == cells[row, col][1]
+
+
+def test_class_loss_teaches_the_first_channels_of_the_context():
+    features, points, matrices = scene()
+    for cloud in points:
+        cloud[:, 4] = torch.arange(len(cloud)) % 3
+    view = build(class_weight=2.0, num_labels=3).train()
+    view(features, points, *matrices)
+    loss = view.pop_losses()['loss_class']
+    labels = view.labels(points, *(matrices[i] for i in (0, 3, 4)))
+    logits = view.depthnet(features.flatten(0, 1))[:, view.D : view.D + 3].double()
+    counts = [(labels == k).sum() for k in range(3)]
+    total = weights = 0.0
+    for i, r, c in strict_zip(*np.nonzero(labels.numpy() >= 0)):
+        label = labels[i, r, c]
+        weight = (counts[label] + 1) ** -0.5
+        total += -weight * logits[i].log_softmax(0)[label, r, c]
+        weights += weight
+    assert loss.item() == pytest.approx(2 * (total / weights).item(), rel=1e-5)
+    loss.backward()
+    grad = view.depthnet.weight.grad.abs().flatten(1).sum(1)
+    assert (grad[view.D : view.D + 3] > 0).all() and grad[view.D + 3 :].sum() == 0
+
+
+def test_more_labels_than_channels_are_refused():
+    with pytest.raises(ValueError, match='num_labels=5 needs as many out_channels, got 4'):
+        build(class_weight=1.0, num_labels=5)
+
+
+@pytest.mark.parametrize('count', [2, 0])
+def test_points_are_labelled_by_the_box_they_lie_in(count):
+    boxes = torch.tensor([[4.0, 0, -1, 4, 2, 2, 0.0], [0, 6, -1, 4, 2, 2, np.pi / 2]])[:count]
+    # in the first; beside it; above it; in the turned one, along its length; far away
+    xyz = [[5.9, 0.9, 0], [5.9, 1.1, 0], [4, 0, 1.1], [0.9, 7.9, 0], [30, 0, 0]]
+    points = torch.cat([torch.tensor(xyz), torch.full((5, 2), 7.0)], 1)
+    results = dict(
+        points=LiDARPoints(points, points_dim=5),
+        gt_bboxes_3d=LiDARInstance3DBoxes(boxes.reshape(-1, 7)),
+        gt_labels_3d=np.array([2, 0])[:count],
+    )
+    found = LabelPoints().transform(results)['points'].tensor
+    assert found[:, -1].tolist() == ([3, 0, 0, 1, 0] if count else [0] * 5)
+    assert torch.equal(found[:, :4], points[:, :4])

@@ -80,6 +80,8 @@ def test_progress_and_mark(tmp_path):
         (dict(settings=SMALL._replace(sweeps=5, sweep_interval=0.1)), 'do not fit'),
         (dict(settings=SMALL._replace(sweep_interval=0.0)), 'do not fit'),
         (dict(settings=SMALL._replace(radius=100.0)), 'radius'),
+        (dict(settings=SMALL._replace(hours=())), 'hours must be some of'),
+        (dict(settings=SMALL._replace(hours=('noon',))), 'hours must be some of'),
     ],
 )
 def test_nonsense(tmp_path, options, message):

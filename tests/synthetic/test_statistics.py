@@ -92,5 +92,13 @@ def test_hours():
         assert abs(np.mean([light.hour == hour for light in lights]) - share) < 0.1
 
 
+def test_chosen_hours():
+    hours = ('day', 'dusk')
+    lights = [make_light(generators(Settings(), 'scene-0553', k)[1], hours) for k in range(200)]
+    for hour in hours:
+        share = HOURS[hour] / sum(HOURS[h] for h in hours)
+        assert abs(np.mean([light.hour == hour for light in lights]) - share) < 0.1
+
+
 def test_kinds_are_the_detection_classes():
     assert len(KINDS) == 10 and all(kind.category for kind in KINDS.values())
