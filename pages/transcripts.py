@@ -23,9 +23,9 @@ BLOCK = re.compile(r'^```console\n(.*?)^```$', re.M | re.S)
 FAILED = re.compile(r'\(exit code (\d+)\)\n?\Z')
 #: Control sequences of a terminal.
 CONTROL = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
-#: Times and lines of progress that no reader needs; logs of mmengine begin with a date.
-NOISE = re.compile(r'^.*(?:Warning: |warnings\.warn|━━━━).*\n', re.M)
-STAMP = re.compile(r'^\d{4}[/-]\d\d[/-]\d\d \d\d:\d\d:\d\d - mmengine - ', re.M)
+#: Bars of progress, warnings of libraries, and lines of mmengine's log, which begin with a date.
+NOISE = re.compile(r'^.*(?:Warning: |warnings\.warn|━ *\d+/\d+ ).*\n', re.M)
+STAMP = re.compile(r'^\d\d/\d\d \d\d:\d\d:\d\d - mmengine - .*\n', re.M)
 
 
 @dataclass(frozen=True)
