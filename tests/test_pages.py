@@ -45,7 +45,8 @@ def test_another_exit_code_than_the_page_tells_stops_it(tmp_path, command, told)
 
 
 def test_what_is_of_the_moment_is_left_out(tmp_path):
-    printed = f'0 %\r50 %\rdone\n\x1b[1mbold\x1b[0m {tmp_path}/a.pth {ROOT}/b.py\nRun ━━━ 3/3 0:01\n11/27 11:18:43 - mmengine - INFO - x\n'
+    printed = f'0 %\r50 %\rdone\n\x1b[1mbold\x1b[0m {tmp_path}/a.pth {ROOT}/b.py\n'
+    printed += 'Run ━━━ 3/3 0:01\n11/27 11:18:43 - mmengine - INFO - x\n'
     assert transcripts.shown(printed, tmp_path) == 'done\nbold a.pth b.py\n'
     assert transcripts.shown('┏━━┓\n┃ a ┃\n', tmp_path) == '┏━━┓\n┃ a ┃\n'
 
