@@ -7,9 +7,9 @@ of ``tools/demo.py``, or a ``NAME_results.json`` of ``benchmarks/accuracy_detect
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +161,14 @@ def add(name: str, report: Path) -> None:
     (FOLDER / f'{name}.json').write_text(json.dumps(kept, indent=1) + '\n')
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] == ['--add']:
-        if len(argv) != 3:
-            sys.exit('usage: python -m pages.results [--add NAME REPORT]')
-        add(argv[1], Path(argv[2]))
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description='Write docs/results.md.')
+    parser.add_argument('--add', nargs=2, metavar=('NAME', 'REPORT'), help='a file to take in')
+    args = parser.parse_args(argv)
+    if args.add:
+        add(args.add[0], Path(args.add[1]))
     PAGE.write_text(page(read()))
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main()
