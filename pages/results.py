@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from mmengine.fileio import load
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FOLDER = ROOT / 'docs/results.md', ROOT / 'docs/results'
@@ -115,9 +115,9 @@ def provenance(report: dict[str, Any]) -> str:
 def weights() -> str:
     """Writes the trained float models of the metafiles."""
     text = '\n## Float models\n\n' + table('model', 'sensors', 'mAP', 'NDS', 'weights')
-    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    index = load(ROOT / 'model-index.yml')['Import']
     for file in index:
-        for model in yaml.safe_load((ROOT / file).read_text())['Models']:
+        for model in load(ROOT / file)['Models']:
             if 'Weights' in model:
                 (result,) = model['Results']
                 told = [f'{result["Metrics"][key]:.1f}' for key in ('mAP', 'NDS')]
