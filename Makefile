@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: help setup demo test test-slow test-frame test-matrix lint format wheel bench
-.PHONY: bench-engines bench-peers files pages docs release clean
+.PHONY: bench-engines bench-peers files pages notebooks transcripts docs release clean
 
 # NNCF, the peer in INT8, wants a newer torch: an environment of its own.
 NNCF ?= .venv-nncf
@@ -16,6 +16,8 @@ PEERS ?= .venv-peers
 
 # The site.
 DOCS ?= .venv-docs
+# Pages whose commands a script runs, and whose output it writes.
+TRANSCRIPTS := docs/tutorial.md docs/orin.md docs/lost-points.md docs/slow-engine.md
 # What builds and checks a release.
 RELEASE ?= .venv-release
 
@@ -33,6 +35,8 @@ help:
 	@echo 'make files      docs/files.md: every module in a sentence'
 	@echo 'make docs       the site, in site/'
 	@echo 'make pages      the pages of docs/ that are written from code and data'
+	@echo 'make transcripts  the commands of the pages that show their output, run again'
+	@echo 'make notebooks  the notebooks, run from top to bottom'
 	@echo 'make bench      the measurements in benchmarks/'
 	@echo 'make bench-engines  speed of the INT8 files against float and NNCF'
 	@echo 'make bench-peers  INT8 files by Model-Optimizer and NNCF beside ours'
@@ -81,7 +85,7 @@ $(DOCS)/ready: requirements/docs.txt
 	@touch $@
 
 docs: $(DOCS)/ready
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 	@echo 'Look at it: python -m http.server -d site'
 
 $(RELEASE)/ready: requirements/release.txt
@@ -106,6 +110,14 @@ files: $(READY)
 pages: $(READY)
 	$(BIN)/python -m pages.licences
 	$(BIN)/python -m pages.support
+	$(BIN)/python -m pages.results
+	$(BIN)/python -m pages.floors
+
+notebooks: $(READY)
+	$(BIN)/python -m pages.notebooks
+
+transcripts: $(READY)
+	$(BIN)/python -m pages.transcripts $(TRANSCRIPTS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

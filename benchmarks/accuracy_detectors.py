@@ -11,11 +11,14 @@ Example:
     python benchmarks/accuracy_detectors.py --only pointpillars_tiny centerpoint_tiny
 
 What a former run made or measured is read from the folder; remove the folder to begin anew.
+NAME_results.json is for the page of results: `python -m pages.results --add NAME FILE`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,7 +37,8 @@ from mmdet3d_quant.check.detector import engine_detector
 from mmdet3d_quant.data.evaluation import Scorer, Scores, predict
 from mmdet3d_quant.engines import make_engine
 from mmdet3d_quant.files.checkpoint import latest
-from mmdet3d_quant.files.outputs import sha256
+from mmdet3d_quant.files.outputs import sha256, whole
+from mmdet3d_quant.report import facts
 from mmdet3d_quant.runs import from_config as fc
 
 #: Detector -> folder of its configs.
@@ -167,12 +171,31 @@ class Detector:
         return found
 
 
+def write_results(detector: Detector, rows: dict[str, Scores]) -> None:
+    """Writes scores, differences, and where they come from, as a report of the demo has them."""
+    provenance = facts.provenance_facts(
+        detector.cfg, detector.float, shlex.join(['python', *sys.argv])
+    )
+    provenance['config'] = str(detector.int8_config.relative_to(ROOT))
+    told = dict(
+        scores={name: facts.score_facts(scores) for name, scores in rows.items()},
+        data=facts.data_facts(rows['float']),
+        differences=facts.difference_facts(rows),
+        provenance=provenance,
+    )
+    with whole(detector.args.out / f'{detector.name}_results.json') as part:
+        part.write_text(json.dumps(told, indent=1))
+
+
 def main() -> None:
     args = parse_args()
     console = Console()
     for name in args.only:
         console.print(f'[bold]{name}')
-        tell(compared(Detector(name, args).rows()), args.out, name, console)
+        detector = Detector(name, args)
+        rows = detector.rows()
+        tell(compared(rows), args.out, name, console)
+        write_results(detector, rows)
 
 
 if __name__ == '__main__':

@@ -13,6 +13,8 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
+from pages import notebooks
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'mmdet3d_quant'
 #: Files of the checkout that are pages of the site, by their place there.
@@ -49,6 +51,11 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds the pages that are no files of docs/."""
     for page, source in OUTSIDE.items():
         files.append(File.generated(config, page, content=_with_links(ROOT / source)))
+    for path in notebooks.NOTEBOOKS:
+        text = LINK.sub(
+            lambda m: _page_of(m[1]), notebooks.as_markdown(notebooks.read(path), path.name)
+        )
+        files.append(File.generated(config, f'notebooks/{path.stem}.md', content=text))
     for page, text in reference().items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -91,7 +98,12 @@ def _moved(link: str, source: Path) -> str:
     if target in pages:
         return pages[target]
     inside = (ROOT / 'docs').resolve()
-    return str(target.relative_to(inside)) if inside in target.parents else link
+    return _page_of(str(target.relative_to(inside)) if inside in target.parents else link)
+
+
+def _page_of(link: str) -> str:
+    """A link; that to a notebook leads to its page."""
+    return re.sub(r'\.ipynb$', '.md', link)
 
 
 def rooms() -> dict[str, list[Path]]:

@@ -63,6 +63,12 @@ def commands(text: str) -> list[str]:
         if language in ('bash', 'sh')
         for line in code.replace('\\\n', ' ').splitlines()
     ]
+    lines += [
+        line
+        for language, code in blocks(text)
+        if language == 'console'
+        for line in re.findall(r'^\$ (.+)$', code.replace('\\\n', ' '), re.M)
+    ]
     spans = SPAN.findall(FENCE.sub('', text))
     lines += [s for s in spans if re.match(r'(python |mmdet3d-quant |make |tools/\S+\.py )', s)]
     return [line for line in lines if line and not line.startswith('#')]

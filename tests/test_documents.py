@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from pages.notebooks import NOTEBOOKS
 from tests import documents
 from tests.documents import DOCUMENTS
 from tests.small import ROOT
@@ -60,6 +61,7 @@ def test_a_dead_link_is_found(link):
 def test_a_command_that_fails_is_found(command):
     assert documents.faults(command)
     assert documents.commands(f'```bash\n{command}\n```\n') == [command]
+    assert documents.commands(f'```console\n$ {command}\nmake nothing\n```\n') == [command]
 
 
 @pytest.mark.parametrize(
@@ -73,5 +75,6 @@ def test_every_document_has_its_place_on_the_site():
     """As mkdocs.yml has it; without MkDocs, which only `make docs` installs."""
     text = (ROOT / 'mkdocs.yml').read_text()
     named = set(re.findall(r'^ +- (?:.+: )?([\w/-]+\.md)$', text.partition('\nnav:')[2], re.M))
-    added = {'overview.md', 'contributing.md', 'changelog.md', 'weights.md', 'reference/index.md'}
+    added = {f'notebooks/{path.stem}.md' for path in NOTEBOOKS}
+    added |= {'overview.md', 'contributing.md', 'changelog.md', 'weights.md', 'reference/index.md'}
     assert named == added | {path.name for path in (ROOT / 'docs').glob('*.md')}
