@@ -1,7 +1,5 @@
 """Autoware's plugin nodes on a CPU, against spconv, dense convolutions and integers by hand."""
 
-import sys
-
 import numpy as np
 import onnx
 import pytest
@@ -324,23 +322,6 @@ def test_a_bias_of_another_length_is_an_error(tmp_path):
     )  # fmt: skip
     with pytest.raises(EngineError, match="'conv'.*5 channels"):
         ONNXRuntime(file)({'features': features, 'indices': indices})
-
-
-def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
-    file = autoware_file(tmp_path / 'a.onnx', weights_of(3), shape=SHAPE, subm=1)
-    monkeypatch.setitem(sys.modules, 'onnxruntime_extensions', None)
-    with pytest.raises(EngineError, match=r'mmdet3d-quant\[plugins\]'):
-        ONNXRuntime(file)
-
-
-def test_an_old_opset_is_told(tmp_path):
-    node = pairs_node(SHAPE, 3)
-    file = save(
-        tmp_path / 'a.onnx', [node], [('indices', TensorProto.INT32, ['n', 4])],
-        [('out_inds', TensorProto.INT32, None)], opset=13,
-    )  # fmt: skip
-    with pytest.raises(EngineError, match='opset is 13'):
-        ONNXRuntime(file)
 
 
 def test_operators_of_others_do_not_run_here():
