@@ -80,7 +80,6 @@ setup(
             'tensorrt-rtx-cu12-libs==1.7.1.116',
             'tensorrt-rtx-cu12-bindings==1.7.1.116',
         ],
-        'plugins': ['onnxruntime-extensions>=0.11'],  # nodes of other runtimes, on a CPU
         'safetensors': ['safetensors'],
         'dev': ['pytest>=8', 'pytest-xdist>=3', 'hypothesis', 'ruff', 'mypy', 'safetensors'],
     },

@@ -47,7 +47,6 @@ ONLY = {
 KNOWN_TO = {
     'onnx': ('files/typed.py', 'engines', 'export', 'check'),
     'onnxruntime': ('engines/onnxruntime.py', 'export/passes.py'),  # its FP16 converter
-    'onnxruntime_extensions': ('engines/plugins/calls.py',),
     'openvino': ('engines/openvino',),
     'tensorrt': ('engines/tensorrt.py',),
     'tensorrt_rtx_bindings': ('engines/tensorrt_rtx',),

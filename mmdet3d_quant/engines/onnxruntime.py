@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +14,8 @@ from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines.deformable import to_onnx_names
 from mmdet3d_quant.engines.engine import Arrays
 from mmdet3d_quant.engines.files import check_inputs, reading
-from mmdet3d_quant.engines.plugins import Calls, library, with_calls
+from mmdet3d_quant.engines.plugins import plugin_nodes
+from mmdet3d_quant.engines.plugins.split import SplitGraph
 from mmdet3d_quant.files.typed import emulated, is_strong
 
 
@@ -41,13 +45,9 @@ class ONNXRuntime:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         with reading(path, 'ONNX Runtime'):
-            model, self._calls = _readable(path, optimized)
-            if self._calls:
-                options.register_custom_ops_library(library())
-            with self._calls.told():
-                self._session = ort.InferenceSession(
-                    model, options, providers=['CPUExecutionProvider']
-                )
+            self._session = _session(
+                path, optimized, partial(ort.InferenceSession, sess_options=options, providers=CPU)
+            )
         self.input_shapes = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         halves = [i.name for i in self._session.get_inputs() if i.type == 'tensor(float16)']
         self._dtypes = dict.fromkeys(halves, np.float16)
@@ -61,18 +61,24 @@ class ONNXRuntime:
         check_inputs(inputs, self.input_shapes)
         names = [out.name for out in self._session.get_outputs()]
         inputs = {n: a.astype(self._dtypes.get(n, a.dtype), copy=False) for n, a in inputs.items()}
-        with self._calls.told():
-            found = self._session.run(names, inputs)
-        return dict(strict_zip(names, found))
+        return dict(strict_zip(names, self._session.run(names, inputs)))
 
     def int8_convolutions(self) -> None:
         """Returns None: ONNX Runtime does not report it."""
 
 
-def _readable(path: str | Path, optimized: bool) -> tuple[str | bytes, Calls]:
-    """The path of a file that ONNX Runtime runs as it is, or the graph; and what it calls."""
+#: Where sessions run.
+CPU = ['CPUExecutionProvider']
+
+
+def _session(path: str | Path, optimized: bool, make: Callable[[str | bytes], Any]) -> Any:
+    """Makes a session of a file as it is, of the graph that ONNX Runtime knows, or of its parts."""
     loaded = onnx.load(str(path))
-    known, calls = with_calls(to_onnx_names(loaded))
-    if not optimized and is_strong(loaded):
+    known = to_onnx_names(loaded)
+    rounded = not optimized and is_strong(loaded)
+    plugins = plugin_nodes(known)
+    if plugins:
+        return SplitGraph(known, plugins, make, rounded)
+    if rounded:
         known = emulated(known)
-    return str(path) if known is loaded else known.SerializeToString(), calls
+    return make(str(path) if known is loaded else known.SerializeToString())

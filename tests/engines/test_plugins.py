@@ -1,107 +1,41 @@
-"""Autoware's plugin nodes on a CPU, against spconv, dense convolutions and integers by hand."""
-
-import sys
+"""Autoware's plugin nodes on a CPU, against their definition and integers by hand."""
 
 import numpy as np
 import onnx
 import pytest
-import torch
-import torch.nn.functional as F
 from onnx import TensorProto, helper
-from spconv.pytorch import SparseConv3d, SparseConvTensor, SubMConv3d
 
 from mmdet3d_quant.engines import EngineError, ONNXRuntime
 from mmdet3d_quant.engines.plugins import runs_here
 from mmdet3d_quant.files.typed import is_strong
-from tests.engines.plugin_files import autoware_file, cloud, dense, pairs_node, save
-
-SHAPE = (9, 8, 11)
-#: Kernel, stride, padding, dilation, submanifold.
-CONVOLUTIONS = [
-    (3, 1, 0, 1, True),
-    (3, 1, 1, 1, True),
-    ((1, 3, 3), 1, 0, 1, True),
-    (3, 1, 0, 2, True),
-    (3, 2, 1, 1, False),
-    ((3, 3, 3), (2, 2, 2), (0, 1, 1), 1, False),
-    ((1, 1, 3), (1, 1, 2), 0, 1, False),
-    (2, 2, 0, 1, False),
-    (3, 1, 1, 1, False),
-    (3, 2, 2, 2, False),
-]
-
-
-def three(n):
-    return (n,) * 3 if isinstance(n, int) else n
-
-
-def sorted_rows(indices, features):
-    order = np.lexsort(indices.T[::-1])
-    return indices[order], features[order]
-
-
-def weights_of(kernel, seed=1):
-    shape = (5, *three(kernel), 4)
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-@pytest.mark.parametrize('voxels', [1, 150])
-@pytest.mark.parametrize('kernel, stride, padding, dilation, subm', CONVOLUTIONS)
-def test_a_convolution_is_spconvs(kernel, stride, padding, dilation, subm, voxels, tmp_path):
-    features, indices = cloud(voxels, SHAPE, 4, batch=2)
-    filters = weights_of(kernel)
-    file = autoware_file(
-        tmp_path / 'a.onnx', filters, shape=SHAPE, stride=stride, padding=padding,
-        dilation=dilation, subm=int(subm), batch=2, gemm=dict(is_subm=int(subm)),
-    )  # fmt: skip
-    found = ONNXRuntime(file)({'features': features, 'indices': indices})
-
-    settings = dict(stride=stride, padding=padding, dilation=dilation, bias=False)
-    layer = (SubMConv3d if subm else SparseConv3d)(4, 5, kernel, **settings)
-    layer.weight.data = torch.from_numpy(filters)
-    inputs = SparseConvTensor(torch.from_numpy(features), torch.from_numpy(indices), SHAPE, 2)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # spconv loses summands on more
-    with torch.no_grad():
-        wanted = layer(inputs)
-    torch.set_num_threads(threads)
-    places, values = sorted_rows(wanted.indices.numpy(), wanted.features.numpy())
-    found_places, found_values = sorted_rows(found['out_inds'], found['made'])
-    assert np.array_equal(found_places, places)
-    np.testing.assert_allclose(found_values, values, atol=1e-5)
-    assert found['count'].shape == () and found['count'] == len(places)
-    order = found['out_inds'], found_places
-    assert np.array_equal(*order) if not subm else np.array_equal(order[0], indices)
+from tests.engines.plugin_files import (
+    CONVOLUTIONS,
+    SHAPE,
+    autoware_file,
+    by_definition,
+    cloud,
+    pairs_node,
+    save,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize('kernel, stride, padding, dilation, subm', CONVOLUTIONS)
-def test_a_convolution_is_a_dense_one_where_voxels_are(
-    kernel, stride, padding, dilation, subm, tmp_path
-):
-    features, indices = cloud(120, SHAPE, 4)
+def test_a_convolution_is_its_definition(kernel, stride, padding, dilation, subm, tmp_path):
+    """Every cell of the output is visited, and the inputs that it sees are looked up."""
+    features, indices = cloud(120, SHAPE, 4, batch=2)
     filters = weights_of(kernel)
     bias = np.linspace(-1, 1, 5, dtype=np.float32)
     file = autoware_file(
-        tmp_path / 'a.onnx', filters, shape=SHAPE, stride=stride, padding=padding,
+        tmp_path / 'a.onnx', filters, shape=SHAPE, stride=stride, padding=padding, batch=2,
         dilation=dilation, subm=int(subm), extra={'bias': bias}, gemm=dict(act_type=1),
     )  # fmt: skip
     found = ONNXRuntime(file)({'features': features, 'indices': indices})
-
-    if subm:
-        stride, padding = 1, tuple(k // 2 * dilation for k in three(kernel))
-    weight = torch.from_numpy(filters).permute(0, 4, 1, 2, 3)
-
-    def convolved(grid, weight):
-        return F.conv3d(torch.from_numpy(grid), weight, None, stride, padding, dilation).numpy()
-
-    values = convolved(dense(features, indices, SHAPE), weight)
-    ones = np.ones((len(features), 4), np.float32)
-    seen = convolved(dense(ones, indices, SHAPE), torch.ones_like(weight))[:, 0] > 0
-    places = np.argwhere(seen) if not subm else indices
-    b, x, y, z = places.T
-    wanted = np.maximum(values[b, :, x, y, z] + bias, 0)
-    assert np.array_equal(found['out_inds'], places)
-    np.testing.assert_allclose(found['made'], wanted, atol=1e-5)
+    wanted = by_definition(features, indices, filters, SHAPE, stride, padding, dilation, subm)
+    places = [tuple(place) for place in found['out_inds'].tolist()]
+    assert places == (sorted(wanted) if not subm else [tuple(i) for i in indices.tolist()])
+    values = np.stack([wanted[place] for place in places])
+    np.testing.assert_allclose(found['made'], np.maximum(values + bias, 0), atol=1e-5)
 
 
 def test_masks_and_order_are_of_the_pairs(tmp_path):
@@ -324,23 +258,6 @@ def test_a_bias_of_another_length_is_an_error(tmp_path):
     )  # fmt: skip
     with pytest.raises(EngineError, match="'conv'.*5 channels"):
         ONNXRuntime(file)({'features': features, 'indices': indices})
-
-
-def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
-    file = autoware_file(tmp_path / 'a.onnx', weights_of(3), shape=SHAPE, subm=1)
-    monkeypatch.setitem(sys.modules, 'onnxruntime_extensions', None)
-    with pytest.raises(EngineError, match=r'mmdet3d-quant\[plugins\]'):
-        ONNXRuntime(file)
-
-
-def test_an_old_opset_is_told(tmp_path):
-    node = pairs_node(SHAPE, 3)
-    file = save(
-        tmp_path / 'a.onnx', [node], [('indices', TensorProto.INT32, ['n', 4])],
-        [('out_inds', TensorProto.INT32, None)], opset=13,
-    )  # fmt: skip
-    with pytest.raises(EngineError, match='opset is 13'):
-        ONNXRuntime(file)
 
 
 def test_operators_of_others_do_not_run_here():

@@ -1,7 +1,8 @@
-"""Plugin nodes of LiDAR files on a CPU: table of the operators, and graphs that call them.
+"""Plugin nodes of LiDAR files on a CPU: table of the operators, and the nodes of a graph.
 
-A runtime's own operators have kernels on its GPU alone. Here each is a function of arrays, from
-its contract, so that ONNX Runtime executes the whole file as it is.
+A runtime's own operators have kernels on its GPU alone. Here each is a function of arrays, written
+from its contract, and ``split.py`` runs it between sessions of ONNX Runtime, so that the whole file
+is executed as it is.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from onnx import NodeProto
 
 from mmdet3d_quant.engines.files import EngineError
 from mmdet3d_quant.engines.plugins import autoware, openvino
-from mmdet3d_quant.engines.plugins.attributes import named, read_attributes
-from mmdet3d_quant.engines.plugins.calls import Calls, called, import_calls, library
+from mmdet3d_quant.engines.plugins.attributes import named
+from mmdet3d_quant.engines.plugins.operators import Operator
 
 #: Operators by domain and name.
 DOMAINS = {room.DOMAIN: room.KINDS for room in (autoware, openvino)}
@@ -31,56 +32,23 @@ def is_plugin(node: NodeProto) -> bool:
     return node.domain in DOMAINS
 
 
-def with_calls(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Calls]:
-    """Replaces the plugin nodes of a graph by calls of Python.
+def plugin_nodes(model: onnx.ModelProto) -> dict[int, Operator]:
+    """Reads the plugin nodes of a graph.
 
     Args:
-        model: Any model; not changed.
+        model: Any model.
 
     Returns:
-        The model, the same object if it has none, and what it calls: to be kept as long as it runs.
+        Dict of operators by the number of the node.
 
     Raises:
-        EngineError: If onnxruntime-extensions is missing, or a node is not as its contract says.
+        EngineError: If a node is not as its contract says; names it.
     """
-    calls = Calls()
-    if not any(map(is_plugin, model.graph.node)):
-        return model, calls
-    library()
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    import_calls(result)
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        nodes += _call(node, calls) if is_plugin(node) else [node]
-    del result.graph.node[:]
-    result.graph.node.extend(nodes)
-    return result, calls
+    return {n: _operator(node) for n, node in enumerate(model.graph.node) if is_plugin(node)}
 
 
-def _call(node: NodeProto, calls: Calls) -> list[NodeProto]:
+def _operator(node: NodeProto) -> Operator:
     kinds = DOMAINS[node.domain]
     if node.op_type not in kinds:
         raise EngineError(f'{named(node)} is no operator that runs here; {", ".join(kinds)} are')
-    kind = kinds[node.op_type]
-    given = list(node.input)
-    while given and not given[-1]:
-        given.pop()
-    least = len(kind.inputs) if kind.least is None else kind.least
-    if not least <= len(given) <= len(kind.inputs) or '' in given:
-        raise EngineError(
-            f'{named(node)} has {len(given)} inputs, wanted are {least} to {len(kind.inputs)}'
-        )
-    if len(node.output) > len(kind.outputs):
-        raise EngineError(f'{named(node)} has {len(node.output)} outputs')
-    attributes = read_attributes(node, kind.fields)
-    if kind.check:
-        try:
-            kind.check(attributes, len(given))
-        except EngineError as err:
-            raise EngineError(f'{named(node)}: {err}') from None
-    call = calls.add(kind, attributes, named(node), len(given))
-    shorter = NodeProto()
-    shorter.CopyFrom(node)
-    shorter.input[:] = given
-    return called(shorter, call, kind)
+    return Operator(kinds[node.op_type], node)

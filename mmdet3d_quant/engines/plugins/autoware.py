@@ -142,7 +142,7 @@ KINDS = {
         run=_pairs,
         check=_check_pairs,
         inputs='i',
-        outputs=(('i', 2), ('i', 2), ('i', 2), ('i', 1), ('i', 0)),
+        outputs='iiiii',
         fields=dict(
             batch_size=Numbers(1, 4096),
             spatial_shape=Numbers(1, 65536, count=3),
@@ -163,7 +163,7 @@ KINDS = {
         check=_check_gemm,
         inputs='ffiiiff',
         least=5,
-        outputs=(('f', 2),),
+        outputs='f',
         fields=dict(
             act_alpha=Numbers(**_ANY, default=0.0),
             act_beta=Numbers(**_ANY, default=0.0),
@@ -180,7 +180,7 @@ KINDS = {
     'QuickCumsumCuda': Kind(
         run=_cumsum,
         inputs='fiii',
-        outputs=(('f', 5),),
+        outputs='f',
         fields=dict(
             batch_size=Numbers(1, 4096),
             dimension=Numbers(1, 65536),

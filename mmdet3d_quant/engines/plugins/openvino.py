@@ -155,7 +155,7 @@ KINDS = {
         check=_check_convolution,
         inputs='fiff',
         least=3,
-        outputs=(('f', 2), ('i', 2)),
+        outputs='fi',
         fields=dict(
             kernel_size=Numbers(1, 64, [3, 3, 3], count=3),
             stride=Numbers(1, 64, [1, 1, 1], count=3),
@@ -177,7 +177,7 @@ KINDS = {
         check=_check_to_dense,
         inputs='fiii',
         least=2,
-        outputs=(('f', 4),),
+        outputs='f',
         fields=dict(
             channels_first=Numbers(**_FLAG, default=1),
             fuse_permute_reshape=Numbers(-1, 1, -1),  # on for two inputs, off for four
@@ -189,7 +189,7 @@ KINDS = {
     'BevPoolV2': Kind(
         run=_bev_pool,
         inputs='ffii',
-        outputs=(('f', 4),),
+        outputs='f',
         fields=dict(
             **{
                 name: Numbers(**_SIZE)
