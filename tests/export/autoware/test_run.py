@@ -14,8 +14,6 @@ from mmdet3d_quant.export.sparse.run import ScnNetwork
 from tests.export.autoware.detectors import detector, files
 from tests.export.detectors import small_detector
 
-pytest.importorskip('onnxruntime_extensions')
-
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
