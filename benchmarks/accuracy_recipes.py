@@ -161,7 +161,7 @@ class Bench:
         for hook in cfg.custom_hooks:
             if hook['type'] == 'DistillHook':
                 hook['checkpoint'] = str(self.checkpoint)
-        cfg.optim_wrapper.type = BFloat16OptimWrapper
+        cfg.optim_wrapper.type = BFloat16OptimWrapper.__name__  # registered by its import
         runner = Runner(
             model=model,
             work_dir=str(folder),
