@@ -40,6 +40,7 @@ from mmdet3d_quant.improve import (
     equalize_concats,
     equalize_layers,
 )
+from mmdet3d_quant.qat.optim import BFloat16OptimWrapper
 from mmdet3d_quant.runs import from_config as fc
 
 #: Model -> folder of its configs.
@@ -160,7 +161,7 @@ class Bench:
         for hook in cfg.custom_hooks:
             if hook['type'] == 'DistillHook':
                 hook['checkpoint'] = str(self.checkpoint)
-        cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+        cfg.optim_wrapper.type = BFloat16OptimWrapper.__name__  # registered by its import
         runner = Runner(
             model=model,
             work_dir=str(folder),
