@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 from torch import Tensor, nn
 
+from mmdet3d_quant.check.autoware import autoware_detector
 from mmdet3d_quant.check.chains import chain_detector
 from mmdet3d_quant.check.parts import EnginePart as EnginePart
 from mmdet3d_quant.core.compat import strict_zip
@@ -52,6 +53,9 @@ def engine_detector(
         ExportError: If a file is missing, or nothing of the detector is exported.
         QuantError: If the view transform is not of this package.
     """
+    runtime = runtime_in(folder)
+    if runtime == 'autoware':
+        return autoware_detector(detector, folder, engine)
     if is_of_family(detector):
         return chain_detector(detector, folder, engine)
     cuts = {cut.name: cut for cut in detector_cuts(detector, {})}
@@ -79,7 +83,10 @@ def engine_detector(
     if 'head.bbox' in parts:
         file = onnx.load(str(Path(folder) / 'head.bbox.onnx'), load_external_data=False)
         result.bbox_head = _Head(result.bbox_head, parts['head.bbox'], coding_in(file))
-    if scn:
+    if scn and runtime == 'openvino':
+        network = OpenVINONetwork(Path(folder) / f'{LIDAR}.onnx', order_of(detector))
+        result.pts_middle_encoder = ScnEncoder(network)
+    elif scn:
         files = sorted(Path(folder).glob('lidar.backbone.*.onnx'))
         if len(files) != 1:
             raise ExportError(
@@ -88,6 +95,13 @@ def engine_detector(
             )
         result.pts_middle_encoder = ScnEncoder(ScnNetwork(read_program(files[0])))
     return result
+
+
+def runtime_in(folder: str | Path) -> str:
+    """Reads what the files of a folder are for; of one without a manifest, the usual."""
+    if not (Path(folder) / MANIFEST).is_file():
+        return DEFAULT_RUNTIME
+    return read_manifest(folder).get('runtime', DEFAULT_RUNTIME)
 
 
 def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
