@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accuracy_ladder import ROOT, compared, measured
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -158,9 +159,12 @@ class Bench:
     def train(self, model: nn.Module, folder: Path) -> None:
         """Trains a calibrated model as the QAT config says, and leaves it in eval mode."""
         cfg = self.config('qat')
+        # The teacher has the channels of the student, which equalization scaled.
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(state_dict=model.state_dict(), meta={}), folder / 'start.pth')
         for hook in cfg.custom_hooks:
             if hook['type'] == 'DistillHook':
-                hook['checkpoint'] = str(self.checkpoint)
+                hook['checkpoint'] = str(folder / 'start.pth')
         cfg.optim_wrapper.type = BFloat16OptimWrapper.__name__  # registered by its import
         runner = Runner(
             model=model,

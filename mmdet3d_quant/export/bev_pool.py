@@ -63,7 +63,7 @@ def as_bev_pool(view: Any, bounds: Bounds, cameras: int) -> onnx.ModelProto:
         ('indices', TensorProto.INT32, ['points']),
         ('intervals', TensorProto.INT32, ['intervals', 3]),
     ]
-    limits = {
+    limits: dict[str, Any] = {
         f'{axis}_bound_{end}': float(value)
         for axis, values in bounds.items()
         for end, value in strict_zip(('min', 'max', 'step'), values)

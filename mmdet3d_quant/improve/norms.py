@@ -100,7 +100,7 @@ class NormReestimation:
         Raises:
             ValueError: If a pattern names no norm, or there are too few batches.
         """
-        norms = self.layers(model)
+        norms: dict[str, Any] = self.layers(model)
         judged = held_out if self.batches else [b for b in held_out if b[0] % 2]
         seen = self.batches() if self.batches else [b for b in held_out if not b[0] % 2]
         wanted = self._wanted(model, norms, seen)

@@ -123,7 +123,8 @@ class TaskRanges:
             ValueError: If a pattern names nothing, or there is no batch.
             QuantError: If the model has no map to be judged by.
         """
-        groups, known = self.groups(model), quantizers(model)
+        groups = self.groups(model)
+        known: dict[str, Any] = quantizers(model)
         before = {name: known[name].amax.clone() for group in groups for name in group}
         with set_mode(model, 'quant'), evaluating(model):
             judge = _Judge(model, held_out[: self.batches], self.forward)

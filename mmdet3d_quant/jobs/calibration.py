@@ -145,7 +145,9 @@ def calibrate_checkpoint(
     rank, world = get_dist_info()
     place = fc.pick_device(processes.own_device(device))
     calibrator = Calibrator(model.to(place), plan, tolerance=until_stable or TOLERANCE)
-    own = dict(equalize_concats=equalize, empty_cells=empty_cells, bias_correction=bias_correction)
+    own: dict[str, Any] = dict(
+        equalize_concats=equalize, empty_cells=empty_cells, bias_correction=bias_correction
+    )
     chosen = read_steps(cfg, model, recipe, steps or {}, own)
     held = calibrator.needs_held_out or not set(chosen) <= set(BEFORE)
     seen, held_out = hold_out(batches) if held else (batches, {})

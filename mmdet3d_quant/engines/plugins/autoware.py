@@ -21,15 +21,14 @@ DOMAIN = 'autoware'
 ROOM = 256_000
 #: Places of a kernel for which a mask has bits.
 _BITS = 32
-_FLAG = dict(low=0, high=1)
-_ANY = dict(low=-3e38, high=3e38, whole=False)
+_FLAG: dict[str, Any] = dict(low=0, high=1)
+_ANY: dict[str, Any] = dict(low=-3e38, high=3e38, whole=False)
 
 
 def _pairs(a: dict[str, Any], arrays: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    geometry = Geometry(
-        *(tuple(a[n]) for n in ('spatial_shape', 'ksize', 'stride', 'padding', 'dilation')),
-        submanifold=bool(a['subm']),
-    )
+    names = ('spatial_shape', 'ksize', 'stride', 'padding', 'dilation')
+    values: list[Any] = [*(tuple(a[n]) for n in names), bool(a['subm'])]
+    geometry = Geometry(*values)
     outputs, table = meetings(arrays[0], a['batch_size'], geometry)
     if not a['subm'] and len(outputs) > ROOM:
         raise EngineError(

@@ -24,8 +24,8 @@ from mmdet3d_quant.engines.plugins.rules import (
 )
 
 DOMAIN = 'org.openvinotoolkit'
-_SIZE = dict(low=1, high=65536)
-_FLAG = dict(low=0, high=1)
+_SIZE: dict[str, Any] = dict(low=1, high=65536)
+_FLAG: dict[str, Any] = dict(low=0, high=1)
 #: More frames than any file has.
 _FRAMES = 4096
 
@@ -66,11 +66,9 @@ def _geometry(a: dict[str, Any]) -> Geometry:
     shape = a['input_spatial_shape'] if any(a['input_spatial_shape']) else a['spatial_shape']
     if min(shape) < 1:
         raise EngineError('input_spatial_shape, the cells of the grid, is missing')
-    return Geometry(
-        tuple(shape),
-        *(tuple(a[n]) for n in ('kernel_size', 'stride', 'padding', 'dilation')),
-        submanifold=bool(a['submanifold']),
-    )
+    names = ('kernel_size', 'stride', 'padding', 'dilation')
+    values: list[Any] = [tuple(shape), *(tuple(a[n]) for n in names), bool(a['submanifold'])]
+    return Geometry(*values)
 
 
 def _check_convolution(a: dict[str, Any], inputs: int) -> None:

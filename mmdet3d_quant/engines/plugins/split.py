@@ -124,13 +124,13 @@ class _Part:
         return {n: a.astype(self.types[n], copy=False) for n, a in found}
 
 
-#: ONNX Runtime's names of types.
+#: NumPy's types by ONNX Runtime's names.
 _ORT = {
-    f'tensor({name})': np.dtype(dtype)
-    for name, dtype in {
-        'float': np.float32, 'float16': np.float16, 'double': np.float64, 'bool': np.bool_,
-        **{f'{u}int{n}': f'{u}int{n}' for u in ('', 'u') for n in (8, 16, 32, 64)},
-    }.items()
+    f'tensor({name})': np.dtype(kind)
+    for name, kind in (
+        ('float', 'float32'), ('float16', 'float16'), ('double', 'float64'), ('bool', 'bool'),
+        *((f'{u}int{n}', f'{u}int{n}') for u in ('', 'u') for n in (8, 16, 32, 64)),
+    )
 }  # fmt: skip
 
 

@@ -147,7 +147,8 @@ def camera_inputs(detector: Any, batch: Any) -> dict[str, Tensor]:
     Returns:
         Tensors by name, as ``export.runtimes`` has them, and ``imgs``.
     """
-    view, seen = detector.view_transform, {}
+    view = detector.view_transform
+    seen: dict[str, Any] = {}
     hooks = [
         view.register_forward_pre_hook(lambda m, args: seen.update(view=args)),
         detector.img_backbone.register_forward_pre_hook(lambda m, args: seen.update(img=args[0])),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ def require_head(detector: nn.Module) -> nn.Module:
     Raises:
         ExportError: If it has another.
     """
-    head = getattr(detector, 'bbox_head', None)
+    head: Any = getattr(detector, 'bbox_head', None)
     kind = type(head).__name__
     if not hasattr(head, 'scored'):
         raise ExportError(

@@ -111,7 +111,7 @@ def pillar_cuts(detector: Any, inputs: Mapping[str, Tensor]) -> list[Cut]:
 
 def finish_pillars(folder: Path) -> dict[str, dict[str, Any]]:
     """Declares the tensors of CenterPoint's files as Autoware has them; entries of the manifest."""
-    entries = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name in (ENCODER, HEAD):
         path = folder / f'{name}.onnx'
         if not path.is_file():

@@ -21,7 +21,7 @@ def voxel_nodes(order: str) -> tuple[list[NodeProto], list[TensorProto]]:
         :data:`PLACES`, and their stored tensors.
     """
     axes = (0, 2, 1, 0) if order == 'xyz' else (0, 0, 1, 2)  # the first becomes the frame, zero
-    stored = {
+    stored: dict[str, np.ndarray] = {
         'lidar/points': np.array([1], np.int64),
         'lidar/column': np.array([-1, 1], np.int64),
         'lidar/axes': np.array(axes, np.int64),

@@ -124,7 +124,7 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         self.values = {program.input: FEATURES, program.output: MAP}
-        self.cells = {program.input: INDICES}
+        self.cells: dict[str, str | None] = {program.input: INDICES}
         self.fused: set[str] = set()  # tensors that the scattering makes already
 
     def add(self, op: Op) -> None:
@@ -160,7 +160,7 @@ class _Writer:
             'SparseConvolution',
             op,
             inputs,
-            [self.cells[op.output]],
+            [str(self.cells[op.output])],
             DOMAIN,
             kernel_size=list(op.kernel),
             stride=list(op.stride),
