@@ -33,7 +33,8 @@ examples:
   # beside those of the fake-quantized torch model
   python tools/test_onnx.py $CONFIG int8.pth onnx/int8 --engine onnxruntime --fake-quant
 
-What is not in a file (voxels, sparse encoder, BEV pooling, decoding of boxes) runs in torch.
+What is not in a file (voxels, sparse encoder, BEV pooling, decoding of boxes) runs in torch. Files
+for Autoware have all but voxels and decoding, and run whole with --engine onnxruntime.
 """
 
 
@@ -50,7 +51,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         '--fake-quant', action='store_true', help='score the torch model too, and the difference'
     )
     parser.add_argument(
-        '--scn', action='store_true', help="run the LiDAR encoder's file too, as libspconv would"
+        '--scn',
+        action='store_true',
+        help="run the LiDAR encoder's file too, as libspconv would; one for OpenVINO by ONNX Runtime",
     )
     parser.add_argument(
         '--force', action='store_true', help='go on with files of another checkpoint'
@@ -66,6 +69,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.launcher != 'none':
         raise ValueError('engines run in one process: leave --launcher away')
     manifest = read_manifest(args.folder)
+    if manifest.get('runtime') == 'autoware' and not args.engine.startswith('onnxruntime'):
+        raise ValueError(
+            f"{args.folder} has Autoware's plugin nodes, which {args.engine} lacks: take "
+            '--engine onnxruntime'
+        )
     problems = manifest_problems(manifest, args.folder, args.checkpoint)
     if problems and not args.force:
         raise ExportError('; '.join(problems) + '. Export again, or go on with --force')

@@ -60,9 +60,7 @@ def autoware_detector(
     return result
 
 
-def _opened(
-    folder: str | Path, stem: str, engine: Callable[[Path], Engine]
-) -> tuple[Engine, str]:
+def _opened(folder: str | Path, stem: str, engine: Callable[[Path], Engine]) -> tuple[Engine, str]:
     path = Path(folder) / f'{stem}.onnx'
     if not path.is_file():
         raise ExportError(f'{path} does not exist; make it with --runtime autoware')

@@ -13,14 +13,19 @@ from torch import Tensor, nn
 from mmdet3d_quant.check.autoware import autoware_detector
 from mmdet3d_quant.check.chains import chain_detector
 from mmdet3d_quant.check.parts import EnginePart as EnginePart
+from mmdet3d_quant.check.sparse import OpenVINONetwork
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Engine, OpenVINO
 from mmdet3d_quant.export.boxes import BoxCoding
 from mmdet3d_quant.export.families import detector_cuts, is_of_family
 from mmdet3d_quant.export.half_ranges import round_ranges
+from mmdet3d_quant.export.manifest import MANIFEST, read_manifest
 from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnEncoder, ScnNetwork
+from mmdet3d_quant.export.sparse.trace import order_of
+from mmdet3d_quant.export.suite import LIDAR
 from mmdet3d_quant.export.targets import coding_in
 from mmdet3d_quant.export.unsigned import make_unsigned, unsigned_names
 from mmdet3d_quant.files.checkpoint import CheckpointError
@@ -37,13 +42,15 @@ def engine_detector(
     """Copies a detector with its exported parts run by an engine.
 
     Everything that is not exported stays in torch: preprocessing, voxels, sparse encoder, depth
-    maps, BEV pooling, decoding of boxes.
+    maps, BEV pooling, decoding of boxes. Of files for Autoware only voxels, the geometry of the
+    cameras and the decoding do.
 
     Args:
         detector: The detector in eval mode; left unchanged.
         folder: Its files, from ``export_suite``.
         engine: Constructor of the engine, from a file.
-        scn: Also take the LiDAR encoder's file, as libspconv would compute it.
+        scn: Also take the LiDAR encoder's file, as libspconv would compute it; one for OpenVINO
+            runs in ONNX Runtime.
 
     Returns:
         A detector of the same type on the same device, with the same ``test_step``, for batches
@@ -84,7 +91,9 @@ def engine_detector(
         file = onnx.load(str(Path(folder) / 'head.bbox.onnx'), load_external_data=False)
         result.bbox_head = _Head(result.bbox_head, parts['head.bbox'], coding_in(file))
     if scn and runtime == 'openvino':
-        network = OpenVINONetwork(Path(folder) / f'{LIDAR}.onnx', order_of(detector))
+        network = OpenVINONetwork(
+            Path(folder) / f'{LIDAR}.onnx', order_of(detector.pts_middle_encoder)
+        )
         result.pts_middle_encoder = ScnEncoder(network)
     elif scn:
         files = sorted(Path(folder).glob('lidar.backbone.*.onnx'))

@@ -109,13 +109,33 @@ def _run_libspconv(path: Path, features: Tensor, coors: Tensor, order: str) -> _
     return _Run(found, (int8, len(program.convs)), '; '.join(network.crowded()))
 
 
+class OpenVINONetwork:
+    """A file for OpenVINO as a function of the voxels of one frame, by ONNX Runtime.
+
+    Args:
+        path: The file.
+        order: Axes of the coordinates that it is called with, of :func:`order_of`.
+
+    Raises:
+        EngineError: If ONNX Runtime cannot run it.
+    """
+
+    def __init__(self, path: Path, order: str) -> None:
+        model = onnx.load(str(path))
+        self.wanted = {p.key: p.value for p in model.metadata_props}.get(ORDER_KEY, order)
+        self.convs = sum(node.op_type == 'SparseConvolution' for node in model.graph.node)
+        self.order, self.engine = order, ONNXRuntime(path)
+
+    def __call__(self, features: Tensor, coors: Tensor) -> Tensor:
+        """Computes the map; features (N, C), coordinates (N, 4) with the frame 0."""
+        places = _in_order(coors.cpu(), self.order, self.wanted).int().numpy()
+        found = self.engine({FEATURES: features.float().cpu().numpy(), INDICES: places})
+        return torch.from_numpy(found[MAP]).to(features)
+
+
 def _run_openvino(path: Path, features: Tensor, coors: Tensor, order: str) -> _Run:
-    model = onnx.load(str(path))
-    wanted = {p.key: p.value for p in model.metadata_props}.get(ORDER_KEY, order)
-    places = _in_order(coors, order, wanted).int().numpy()
-    found = ONNXRuntime(path)({FEATURES: features.float().numpy(), INDICES: places})
-    convs = sum(node.op_type == 'SparseConvolution' for node in model.graph.node)
-    return _Run(found[MAP], (0, convs))
+    network = OpenVINONetwork(path, order)
+    return _Run(network(features, coors).numpy(), (0, network.convs))
 
 
 def _in_order(coors: Tensor, have: str, want: str) -> Tensor:

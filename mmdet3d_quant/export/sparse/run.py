@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,9 +140,9 @@ class ScnNetwork(nn.Module):
 
 
 class ScnEncoder(nn.Module):
-    """A program in the place of the sparse encoder that it was traced from, frame by frame."""
+    """A network of one frame in the place of the sparse encoder that it is of, frame by frame."""
 
-    def __init__(self, network: ScnNetwork) -> None:
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.network = network
 
