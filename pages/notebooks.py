@@ -108,9 +108,9 @@ def as_markdown(notebook: dict[str, Any], name: str) -> str:
             elif text:
                 parts.append(f'```text\n{text}\n```')
     head, _, rest = '\n\n'.join(parts).partition('\n')
-    note = (
-        f'A notebook, run from top to bottom by a script: `docs/notebooks/{name}` of the checkout.'
-    )
+    was_run = any(cell.get('execution_count') for cell in notebook['cells'])
+    told = 'run from top to bottom by a script' if was_run else 'without outputs (`make notebooks`)'
+    note = f'A notebook, {told}: `docs/notebooks/{name}` of the checkout.'
     return f'{head}\n\n{note}\n{rest}\n'
 
 
