@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import textwrap
+from importlib import import_module
 from pathlib import Path
 
 from tests.small import ROOT
@@ -122,6 +123,8 @@ def options(script: Path) -> set[str]:
             texts = [a.value for a in node.args if isinstance(a, ast.Constant)]
             found |= {t for t in texts if isinstance(t, str) and t.startswith('--')}
         elif isinstance(node, ast.ImportFrom) and node.module:
+            if any(alias.name == 'STEPS' for alias in node.names):  # options from a table
+                found |= {step.option for step in import_module(node.module).STEPS}
             adds = any(alias.name.startswith('add_') for alias in node.names)
             near = script.parent / f'{node.module}.py'
             for other in (near, ROOT / f'{node.module.replace(".", "/")}.py') if adds else ():

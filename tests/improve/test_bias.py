@@ -6,31 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import mmdet3d_quant as mq
 from mmdet3d_quant.improve import BiasCorrection
 from mmdet3d_quant.improve.bias import NO_PLACE
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
-
-BITS = 4
-
-
-def images(count=4):
-    generator = torch.Generator().manual_seed(2)
-    return [torch.rand(2, 3, 6, 6, generator=generator) for _ in range(count)]
-
-
-def calibrated(model, data, after=()):
-    """Ranges at few bits, so that there is an error to see."""
-    model.eval()
-    for quantizer in mq.quantizers(model).values():
-        quantizer.num_bits = BITS
-    mq.calibrate(model, data, 'max', held_out=data, after=after)
-    return model
-
-
-def outputs(model, data, mode):
-    with mq.set_mode(model, mode), torch.no_grad():
-        return torch.cat([model(x) for x in data]).double()
+from tests.improve.models import calibrated, images, outputs
 
 
 def channel_means(y, axis):

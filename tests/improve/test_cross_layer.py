@@ -14,8 +14,8 @@ from mmdet3d_quant.improve import equalize_layers
 from mmdet3d_quant.improve.channel_factors import exponents_of
 from mmdet3d_quant.improve.moves import by_input
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from tests.improve.models import float_outputs, same, state
 from tests.improve.nets import REFUSED, SOUND, Groups, Unseen, block, data
-from tests.improve.test_equalize import outputs, same, state
 
 
 class Chain(nn.Module):
@@ -66,14 +66,14 @@ CASES = [('relu', reader) for reader in READERS] + [(b, 'conv') for b in PASSED 
 def test_float_is_the_same_to_the_bit_and_the_output_is_less_wrong(between, reader):
     model = Chain(PASSED[between](), READERS[reader]())
     uneven(model, model.source[1], model.reader)
-    before, plain = outputs(model), copy.deepcopy(model)
+    before, plain = float_outputs(model), copy.deepcopy(model)
     (move,) = equalize_layers(model, data()).moves
     assert (move.source, move.readers[0].layer, move.readers[0].channels) == (
         'source.1',
         'reader',
         (0, 8),
     )
-    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model)))
+    assert all(torch.equal(a, b) for a, b in zip(before, float_outputs(model)))
     assert error(model, before) < error(plain, before) / 2
 
 
@@ -93,9 +93,9 @@ def test_every_net_computes_the_same_to_the_bit_whatever_was_moved(net):
     model = net()
     last = [m for m in model.lidar if hasattr(m, 'weight')][-1]
     uneven(model, last)
-    before = outputs(model)
+    before = float_outputs(model)
     result = equalize_layers(model, data())
-    for a, b in zip(before, outputs(model)):
+    for a, b in zip(before, float_outputs(model)):
         assert all(map(torch.equal, *(x if isinstance(x, tuple) else (x,) for x in (a, b))))
     moved = {move.source for move in result.moves}
     assert 'lidar.1' in moved or REFUSED[net] in result.left['fuser']

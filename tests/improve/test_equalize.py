@@ -9,33 +9,20 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import quantizers, uncalibrated
 from mmdet3d_quant.improve import equalize_concats
 from mmdet3d_quant.layers import QuantConv2d
+from tests.improve.models import float_outputs, same, state
 from tests.improve.nets import REFUSED, SOUND, Added, Fusion, Unseen, block, data, shrink
-
-
-@torch.no_grad()
-def outputs(model):
-    with set_mode(model, 'float'):
-        return [model(x) for x in data(6)]
-
-
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items() if not k.endswith('_amax')}
-
-
-def same(one, other):
-    return all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.mark.parametrize('factor', [2.0**-7, 0.01])
 @pytest.mark.parametrize('net', SOUND)
 def test_a_small_branch_is_scaled_and_the_float_model_is_the_same_to_the_bit(net, factor):
     model = shrink(net(), factor)
-    before = outputs(model)
+    before = float_outputs(model)
     result = equalize_concats(model, data())
     assert [(m.branch, m.concat) for m in result.moves] == [(0, result.moves[0].concat)]
     assert result.moves[0].exponent in (6, 7, 8)
     assert not any(left.refused for left in result.left)
-    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model)))
+    assert all(torch.equal(a, b) for a, b in zip(before, float_outputs(model)))
     weights = state(model)
     assert equalize_concats(model, data(6)).moves == () and same(weights, state(model))
 
@@ -93,11 +80,11 @@ def test_what_cannot_be_scaled_is_refused_with_the_layer_and_the_reason(net):
 
 def test_where_the_small_branch_is_fixed_the_large_one_is_scaled_down():
     model = shrink(Added(), 0.01)
-    before = outputs(model)
+    before = float_outputs(model)
     result = equalize_concats(model, data())
     (move,) = result.moves
     assert (move.branch, move.source) == (1, 'lidar.1') and move.exponent < -4
-    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model)))
+    assert all(torch.equal(a, b) for a, b in zip(before, float_outputs(model)))
 
 
 def test_weights_that_would_lose_as_much_take_half():
@@ -174,10 +161,10 @@ def test_three_branches_of_three_sizes():
             return self.fuser(torch.cat([part(x) for part in self.parts], 1))
 
     model = Three()
-    before = outputs(model)
+    before = float_outputs(model)
     moves = {move.branch: move for move in equalize_concats(model, data()).moves}
     assert moves.keys() == {0, 2} and moves[0].exponent == 3 and moves[2].exponent in (7, 8)
-    assert all(torch.equal(a, b) for a, b in zip(before, outputs(model)))
+    assert all(torch.equal(a, b) for a, b in zip(before, float_outputs(model)))
     assert str(moves[0]) == 'input 0 of the concat in Three: parts.0.1 x 8, fuser[:, 0:4] / 8'
 
 

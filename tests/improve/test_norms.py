@@ -9,7 +9,7 @@ from torch import nn
 import mmdet3d_quant as mq
 from mmdet3d_quant.improve import NormReestimation
 from mmdet3d_quant.layers import QuantConv2d
-from tests.improve.test_bias import calibrated, images, outputs
+from tests.improve.models import calibrated, images, outputs
 
 
 class Two(nn.Module):
