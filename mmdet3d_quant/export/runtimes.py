@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Tuple, Union
 
 from mmdet3d_quant.export.boxes import MMDET3D, BoxCoding
-from mmdet3d_quant.export.targets import ALIASES, TARGETS, target_of
+from mmdet3d_quant.export.targets import ALIASES, DEFAULT, TARGETS, target_of
 
 #: Sizes of a tensor: numbers, and names of those that vary from frame to frame or by model.
 Shape = Tuple[Union[int, str], ...]
@@ -59,7 +59,7 @@ class Runtime:
     Attributes:
         name: Value of ``--runtime``.
         targets: Names of the engines that it goes with, as in ``export.targets``; the first unless
-            another is asked for.
+            another is asked for. None: all of them, the default one first.
         arithmetic: Name of how its sparse layers compute (``export.sparse.arithmetic``).
         files: Files with tensors of its own, by stem; those of others are the targets' cuts.
         domain: Of its operators that ONNX lacks; empty: none.
@@ -71,7 +71,7 @@ class Runtime:
     """
 
     name: str
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] = ()
     arithmetic: str = 'libspconv'
     files: tuple[RuntimeFile, ...] = ()
     domain: str = ''
@@ -88,7 +88,6 @@ class Runtime:
 
 _CUDA_BEVFUSION = Runtime(
     'cuda-bevfusion',
-    targets=('tensorrt', *TARGETS),
     clouds=MappingProxyType(
         dict(
             none='the map is zero: libspconv is not to be called',
@@ -213,7 +212,7 @@ def target_for(runtime: str, target: str | None = None) -> str:
     Raises:
         ValueError: If there is none of a name, or the runtime does not go with the target.
     """
-    goes_with = runtime_of(runtime).targets
+    goes_with = runtime_of(runtime).targets or (DEFAULT, *TARGETS)
     target = target or goes_with[0]
     known = {ALIASES.get(name, name) for name in goes_with}
     if target_of(target).name not in known:

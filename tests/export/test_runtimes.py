@@ -23,4 +23,4 @@ def test_a_runtime_refuses_engines_that_it_does_not_run():
 def test_every_runtime_says_what_becomes_of_odd_clouds():
     for runtime in RUNTIMES.values():
         assert set(runtime.clouds) == {'none', 'one', 'more'}, runtime.name
-        assert target_for(runtime.name) == runtime.targets[0]
+        assert target_for(runtime.name) == (*runtime.targets, DEFAULT)[0]
