@@ -1,6 +1,7 @@
 """SmoothQuant against the published formula by hand; float stays the same to the bit."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from mmdet3d_quant import calibrate, quantizers, set_mode
 from mmdet3d_quant.improve import smooth_linears
+from mmdet3d_quant.improve.channel_factors import ALPHAS
 from mmdet3d_quant.layers import QuantLinear
 
 
@@ -63,20 +65,61 @@ def test_factors_are_those_of_the_formula_to_a_power_of_two(alpha):
     assert 'gelu' in result.left['last'] or 'layer with a weight' in result.left['last']
 
 
-def test_an_outlier_costs_less_and_a_search_no_more():
-    errors = {}
-    for name, alpha in dict(plain=0.0, half=0.5, searched=None).items():
-        model = Tokens()
-        exact = run(model, 'float')
-        for layer, quantizer in quantizers(model).items():
-            quantizer.num_bits = 6 if layer.endswith('_input_quantizer') else 8
-        if name != 'plain':
-            smooth_linears(model, tokens(), alpha=alpha)
-        calibrate(model, tokens(), 'max')
-        for quantizer in quantizers(model.last).values():
-            quantizer.mode = 'float'
-        errors[name] = float((run(model, 'quant') - exact).square().sum())
-    assert errors['half'] < errors['plain'] / 2 and errors['searched'] < errors['plain'] / 2
+def rounded(x, bits, peak):
+    """Numbers of a grid by the definition: symmetric, the largest at the peak."""
+    step = peak / (2 ** (bits - 1) - 1)
+    return (x / step).round() * step
+
+
+@torch.no_grad()
+def error_by_hand(alpha):
+    """Squared error of q and k, inputs of 6 bits and weights of 8, scaled by the formula."""
+    model = Tokens()
+    x = torch.cat([model.norm(x).flatten(0, 1) for x in tokens()]).double()
+    weights = [model.q.weight.double(), model.k.weight.double()]
+    peak = torch.cat(weights).abs().amax(0)
+    factor = x.abs().amax(0) ** alpha / peak ** (1 - alpha) if alpha is not None else peak / peak
+    factor = factor.log2().round().exp2()
+    wrong = 0.0
+    for w in weights:
+        scaled = w * factor, x / factor
+        got = rounded(scaled[1], 6, scaled[1].abs().max()) @ (
+            rounded(scaled[0], 8, scaled[0].abs().amax(1, keepdim=True)).T
+        )
+        wrong += float((got - x @ w.T).square().sum())
+    return wrong
+
+
+def error_of_readers(alpha):
+    """The same of the quantized model, smoothed by the code."""
+    model = Tokens()
+    for name, quantizer in quantizers(model).items():
+        quantizer.num_bits = 6 if name.endswith('_input_quantizer') else 8
+    result = smooth_linears(model, tokens(), ['q', 'k'], alpha)
+    calibrate(model, tokens(), 'max')
+    found = {'float': [], 'quant': []}
+    for mode, outputs in found.items():
+        hooks = [
+            layer.register_forward_hook(lambda m, args, y, to=outputs: to.append(y))
+            for layer in (model.q, model.k)
+        ]
+        run(model, mode)
+        for hook in hooks:
+            hook.remove()
+    (move,) = result.moves
+    pairs = zip(found['float'], found['quant'])
+    return sum(float((y - z).double().square().sum()) for y, z in pairs), move.gain
+
+
+def test_readers_gain_what_the_formula_gives_by_hand_and_a_search_finds_the_best():
+    plain = error_by_hand(None)
+    by_hand = {alpha: error_by_hand(alpha) for alpha in ALPHAS}
+    for alpha, expected in by_hand.items():
+        error, _ = error_of_readers(alpha)
+        assert error == pytest.approx(expected, rel=0.02), alpha
+    error, told = error_of_readers(None)
+    assert error == pytest.approx(min(by_hand.values()), rel=0.02) and error < plain / 4
+    assert told == pytest.approx(10 * math.log10(plain / error), abs=0.5)  # dB
 
 
 def test_wrong_arguments_are_errors():
