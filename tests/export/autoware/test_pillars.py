@@ -51,7 +51,9 @@ def test_boxes_are_coded_as_the_node_decodes_them(made):
     with torch.no_grad():
         own = model.pts_bbox_head(model.pts_neck(model.pts_backbone(bev)))[0][0]
     length, width = own['dim'][0, :2]
-    assert torch.allclose(torch.from_numpy(found['dim'][0, :2]), torch.stack([width, length]))
+    torch.testing.assert_close(
+        torch.from_numpy(found['dim'][0, :2]), torch.stack([width, length]), atol=1e-5, rtol=1e-5
+    )
     yaw = torch.atan2(own['rot'][0, 0], own['rot'][0, 1])
     theirs = torch.atan2(*torch.from_numpy(found['rot'])[0])
     turned = torch.cos(-theirs - torch.pi / 2 - yaw)  # as the node turns it back

@@ -38,7 +38,7 @@ def run(model, batch, folder, stages):
     found = ONNXRuntime(folder / 'watched.onnx')(voxels_of(model, points))
     program = trace(model.pts_middle_encoder, arithmetic=with_int8(AUTOWARE, stages))
     features, coors, _ = model.voxelize([points])
-    return found, ScnNetwork(program, fp16_tensors=True)(features, coors).numpy()
+    return found, ScnNetwork(program, True, torch.float64)(features, coors).numpy()
 
 
 @pytest.mark.parametrize('stages', [(), AUTOWARE.int8, ('*',)], ids=['none', 'default', 'all'])
