@@ -97,7 +97,7 @@ def integer_sums(
     levels, values = (
         np.clip(np.rint(x), -127, 127) for x in (levels, features / np.float32(input_scale))
     )
-    return convolve(values.astype(np.float64), levels.astype(np.float64), table).astype(np.float32)
+    return convolve(values, levels, table)
 
 
 def _check_gemm(a: dict[str, Any], inputs: int) -> None:

@@ -146,7 +146,7 @@ def _places(keys: np.ndarray, shape: Three) -> np.ndarray:
 
 
 def convolve(features: np.ndarray, weights: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Sums the products of the voxels that meet.
+    """Sums the products of the voxels that meet, in float64: FP16 outputs are rounded once.
 
     Args:
         features: (N, inputs), float.
@@ -154,7 +154,7 @@ def convolve(features: np.ndarray, weights: np.ndarray, table: np.ndarray) -> np
         table: (K, M), row of the input or -1.
 
     Returns:
-        Sums (M, outputs), of the features' type.
+        Sums (M, outputs), float32.
 
     Raises:
         EngineError: If the shapes do not fit, or a row is none of the features.
@@ -167,11 +167,12 @@ def convolve(features: np.ndarray, weights: np.ndarray, table: np.ndarray) -> np
         )
     if table.size and not -1 <= table.min() <= table.max() < count:
         raise EngineError(f'the rules name voxel {table.max()}, there are {count}')
-    result = np.zeros((table.shape[1], weights.shape[2]), features.dtype)
-    for rows, weight in zip(table, weights):
+    result = np.zeros((table.shape[1], weights.shape[2]))
+    features = features.astype(np.float64)
+    for rows, weight in zip(table, weights.astype(np.float64)):
         hit = np.flatnonzero(rows >= 0)
         result[hit] += features[rows[hit]] @ weight
-    return result
+    return result.astype(np.float32)
 
 
 def pool(rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
