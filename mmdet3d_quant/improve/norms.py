@@ -65,7 +65,7 @@ class NormReestimation:
         self.errors: tuple[float, float] = (0.0, 0.0)
         self.undone = False
 
-    def layers(self, model: nn.Module) -> dict[str, _BatchNorm]:
+    def layers(self, model: nn.Module) -> dict[str, Any]:
         """Finds the batch norms with running statistics that the patterns name.
 
         Raises:
@@ -132,7 +132,7 @@ class NormReestimation:
         return text + ''.join(f'; {name} is left: {why}' for name, why in self.left.items())
 
     def _wanted(
-        self, model: nn.Module, norms: dict[str, _BatchNorm], batches: Batches
+        self, model: nn.Module, norms: dict[str, Any], batches: Batches
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """By norm the change of its mean, and the factor of its variance, by channel."""
         sums: dict[int, dict[str, Tensor]] = {}
@@ -159,7 +159,7 @@ class NormReestimation:
         return result
 
     def _error(
-        self, model: nn.Module, norms: dict[str, _BatchNorm], batches: Sequence[tuple[int, Any]]
+        self, model: nn.Module, norms: dict[str, Any], batches: Sequence[tuple[int, Any]]
     ) -> float:
         """Squared error of what norms make, of its power; the mean over norms and batches."""
         found: dict[int, dict[str, float]] = {}
@@ -204,10 +204,10 @@ def _moments(x: Tensor) -> Tensor:
 
 @contextmanager
 def _reading(
-    norms: dict[str, _BatchNorm], moments: Moments, exact: Moments | None = None
+    norms: dict[str, Any], moments: Moments, exact: Moments | None = None
 ) -> Iterator[None]:
     """Hooks norms to note what they read; with the float model's, to use what follows from it."""
-    old = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}  # type: ignore[union-attr]
+    old = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}
 
     def hook_of(name: str) -> Any:
         def hook(norm: Any, args: Any) -> None:
@@ -233,7 +233,7 @@ def _reading(
 
 
 @contextmanager
-def _making(norms: dict[str, _BatchNorm], made: dict[str, list[Tensor]]) -> Iterator[None]:
+def _making(norms: dict[str, Any], made: dict[str, list[Tensor]]) -> Iterator[None]:
     """Hooks norms to keep a part of what they make."""
 
     def hook_of(name: str) -> Any:

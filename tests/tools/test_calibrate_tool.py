@@ -17,6 +17,7 @@ from mmdet3d_quant.calibration import ResumeError, observe
 from mmdet3d_quant.data.samples import make_frame
 from mmdet3d_quant.files.checkpoint import read_checkpoint
 from mmdet3d_quant.jobs import calibration as job
+from mmdet3d_quant.jobs.steps import RECIPES, STEPS
 from mmdet3d_quant.runs.from_config import ConfigError
 from mmdet3d_quant.runs.listener import Listener
 from tests.small import ROOT, free_port, save_float, small_config
@@ -288,3 +289,41 @@ def test_a_launcher_that_did_not_start_this_is_named(work, tmp_path, monkeypatch
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="--launcher pytorch: 'RANK' is not in the environment"):
         calibrate.main(arguments(work, tmp_path / 'o.pth', '--launcher', 'pytorch'))
+
+
+def test_every_step_is_an_option_and_help_tells_recipes(capsys):
+    with pytest.raises(SystemExit):
+        calibrate.main(['--help'])
+    shown = capsys.readouterr().out
+    for step in STEPS:
+        assert f'[{step.option}' in shown
+    for name, steps in RECIPES.items():
+        assert f'{name:10}  {", ".join(steps)}' in shown
+    args = calibrate.parse_args(
+        'int8.py float.pth --out o.pth --recipe best --equalize-layers a --equalize-layers b '
+        '--empty-cells'.split()
+    )
+    assert (args.recipe, args.equalize_layers, args.empty_cells) == ('best', ['a', 'b'], True)
+    assert args.smooth == [] and args.equalize_concats is False
+
+
+def test_a_recipe_from_the_command_line_and_a_step_of_the_config(work, tmp_path):
+    """Of the recipe what serves the model; the float model of equalized layers is the same."""
+    out = tmp_path / 'o.pth'
+    config = tmp_path / 'steps.py'
+    steps = "calibration = dict(steps=dict(reestimate_norms=['pts_backbone']))"
+    config.write_text(f"_base_ = ['{work / 'int8.py'}']\n{steps}\n")
+    _, *rest = arguments(work, out, '--recipe', 'fast', '--num-batches', '3')
+    calibrate.main([str(config), *rest])
+    meta = read_checkpoint(out)['meta']
+    assert list(meta['steps']) == [
+        'equalize_concats',
+        'equalize_layers',
+        'reestimate_norms',
+        'bias_correction',
+    ]
+    assert meta['steps']['reestimate_norms'] == ['pts_backbone'] and meta['bias_corrected']
+    with pytest.raises(ConfigError, match="unknown step 'no_such'"):
+        job.calibrate_checkpoint(
+            work / 'int8.py', work / 'float.pth', tmp_path / 'p.pth', steps=dict(no_such=True)
+        )

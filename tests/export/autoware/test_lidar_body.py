@@ -8,7 +8,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from mmdet3d_quant.core.modes import set_mode
-from mmdet3d_quant.export import ExportError, capture_inputs
+from mmdet3d_quant.export import ExportError
 from mmdet3d_quant.layers.fold import fold_known
 from tests.export.autoware import contract
 from tests.export.autoware.detectors import detector, files
@@ -133,23 +133,11 @@ def test_the_manifest_says_what_becomes_of_odd_clouds(small, body):
 
 
 def test_what_the_plugins_lack_is_refused_by_name(small, tmp_path):
-<<<<<<< HEAD
     model, batch = copy.deepcopy(small[0]), small[1]
     head = model.bbox_head.prediction_heads[0]
     del head.vel, head.heads['vel']
     with pytest.raises(ExportError, match=r'no velocity.*vel=\(2, 2\)'):
         files(model, batch, tmp_path)
-=======
-    model, batch = small
-    inputs = capture_inputs(model, batch)  # with velocity: the head itself reads it
-    head = model.bbox_head.prediction_heads[0]
-    vel = head._modules.pop('vel')
-    try:
-        with pytest.raises(ExportError, match=r'no velocity.*vel=\(2, 2\)'):
-            files(model, batch, tmp_path, inputs)
-    finally:
-        head.vel = vel
->>>>>>> w-L2
 
 
 def test_the_graph_is_sound(body):
