@@ -53,7 +53,8 @@ def execute(notebook: dict[str, Any]) -> dict[str, Any]:
     from pages.transcripts import shown
 
     shell, count = InteractiveShell.instance(), 0
-    shell.displayhook.write_output_prompt = lambda: None  # the page has no numbers of outputs
+    hook: Any = shell.displayhook
+    hook.write_output_prompt = lambda: None  # the page has no numbers of outputs
     cells = []
     for cell in notebook['cells']:
         if cell['cell_type'] == 'code':
