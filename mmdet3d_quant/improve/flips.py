@@ -29,39 +29,48 @@ def polish(
     exact: nn.Sequential,
     relaxed: Mapping[str, Relaxed],
     data: Samples,
-    error: float,
+    nearest: float,
 ) -> float:
     """Flips weights of the layers of a block, one layer after the other, where the block gains.
 
     Convolutions in 2D that pad with zeros and linear layers are looked at. Flips are chosen by the
-    error of the layer's own output on the crops learned from, from the learned rounding and from
-    rounding to nearest; they stay if the error of the block on the judged crops is less.
+    error of the layer's own output on the crops learned from, beginning at several roundings; they
+    stay if the error of the block on the judged crops is less.
 
     Args:
         chain: The block; its layers have the rounded weights.
         exact: The block of the float model.
         relaxed: Its layers that are learned.
         data: Crops.
-        error: The block's error on the judged crops.
+        nearest: The block's error on the judged crops with rounding to nearest, where all begins if
+            what was learned is not better.
 
     Returns:
         The error afterwards.
     """
+    error = data.error(chain)
+    if not error < nearest:
+        error = nearest
+        for r in relaxed.values():
+            _set(r, r.nearest())
     for r in relaxed.values():
         if not _is_served(r.layer):
             continue
         twin = _twin(chain, exact, r.layer)
         pairs = _seen(chain, exact, r.layer, twin, data.learned(CROPS))
-        learned = r.ups()
-        r.choose(_flipped(r, *_products(r.layer, pairs)))
-        r.layer.weight.copy_(r.rounded())
+        known = r.ups()
+        _set(r, _flipped(r, *_products(r.layer, pairs)))
         new = data.error(chain)
         if new < error:
             error = new
         else:
-            r.choose(learned)
-            r.layer.weight.copy_(r.rounded())
+            _set(r, known)
     return error
+
+
+def _set(r: Relaxed, ups: Tensor) -> None:
+    r.choose(ups)
+    r.layer.weight.copy_(r.rounded())
 
 
 def _is_served(layer: Any) -> bool:
@@ -122,16 +131,16 @@ def _products(layer: Any, pairs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _flipped(r: Relaxed, square: Tensor, mixed: Tensor) -> Tensor:
-    """Finds which weights go up, by output channel the better of two descents; weight's shape."""
+    """Finds which weights go up, by output channel the best of several descents; weight's shape."""
     shape = r.layer.weight.shape
     low, step, free = (t.expand(shape).flatten(1).unflatten(0, mixed.shape[:2]) for t in r.grid())
-    starts = [up.flatten(1).unflatten(0, mixed.shape[:2]) for up in (r.ups(), r.nearest())]
+    starts = [up.flatten(1).unflatten(0, mixed.shape[:2]) for up in r.starts()]
     result = []
     for g in range(len(square)):
         group = low[g].double() * step[g].double(), step[g].double(), free[g]
         ends = [_descend(up[g], group, square[g], mixed[g]) for up in starts]
-        better = ends[1][1] < ends[0][1]
-        result.append(torch.where(better[:, None], ends[1][0], ends[0][0]))
+        least = torch.stack([error for _, error in ends]).argmin(0)
+        result.append(torch.stack([end for end, _ in ends])[least, torch.arange(len(least))])
     return torch.cat(result).view(shape)
 
 

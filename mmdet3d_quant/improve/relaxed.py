@@ -62,14 +62,22 @@ class Relaxed:
         """Tells which weights rounding to nearest takes up; bool, of the weight's shape."""
         return self._steps.round() > self._below
 
+    def starts(self) -> list[Tensor]:
+        """Lists roundings: the one learned, to nearest, all down, all up.
+
+        Returns:
+            bool, of the weight's shape, whether each weight is on the number above.
+        """
+        down = torch.zeros_like(self._fixed)
+        return [self.ups(), self.nearest(), down, ~self._fixed]
+
     def grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Lists the numbers below the weights, in steps, the steps, and which weights may move.
 
         Returns:
             Tensors that broadcast to the weight's shape; the last is bool.
         """
-        inside = (self._below >= -self._most) & (self._below + 1 <= self._most)
-        return self._below, self._step, inside & ~self._fixed
+        return self._below, self._step, ~self._fixed
 
     def choose(self, ups: Tensor) -> None:
         """Sets which weights are on the number above.

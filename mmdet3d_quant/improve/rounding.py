@@ -31,7 +31,8 @@ class LearnedRounding:
 
     Block by block, in the order in which they are called, the weights of a block are rounded so
     that on the quantized model's tensors it gives what the float block gives on the float model's
-    (AdaRound, BRECQ, QDrop). A weight becomes the number of its layer's grid that was chosen:
+    (AdaRound, BRECQ, QDrop). Then weights are flipped, alone and in pairs, where that helps a layer
+    and its block. A weight becomes the number of its layer's grid that was chosen:
     ranges and keys stay, and rounding to nearest gives that number. The float model moves by up to
     a step per weight. A block that is not better on crops apart from those learned from is as
     before.
@@ -175,9 +176,7 @@ class LearnedRounding:
             with torch.no_grad():
                 for r in relaxed.values():
                     r.layer.weight.copy_(r.rounded())
-                after = data.error(chain)
-                if before > 0:
-                    after = polish(chain, float_chain, relaxed, data, after)
+                after = before and polish(chain, float_chain, relaxed, data, before)
         if before > 0 and after < before:
             self.gains[block.name] = before, after
             self.flipped.update({name: r.flipped() for name, r in relaxed.items()})
