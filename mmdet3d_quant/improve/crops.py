@@ -166,6 +166,12 @@ class Samples:
         self.scale = max(wrong / max(count, 1), 1e-30)
         return wrong / max(power, 1e-30)
 
+    def learned(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields all that is learned from: so many inputs, quantized and float, at a time."""
+        for x, z, _ in self._sets[0]:
+            size = count * (SIDE**2 if x.dim() == 2 else 1)
+            yield from strict_zip(x.split(size), z.split(size))
+
     def pick(self, count: int, float_share: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Picks inputs, of which a share of the elements is the float model's, and the outputs."""
         groups = self._sets[0]

@@ -54,14 +54,48 @@ class Relaxed:
         free = (1 - (2 * self.share() - 1).abs().pow(power)).masked_fill(self._fixed, 0)
         return free
 
+    def ups(self) -> Tensor:
+        """Tells which weights are nearer to the number above; bool, of the weight's shape."""
+        return self.share().detach() >= 0.5
+
+    def nearest(self) -> Tensor:
+        """Tells which weights rounding to nearest takes up; bool, of the weight's shape."""
+        return self._steps.round() > self._below
+
+    def starts(self) -> list[Tensor]:
+        """Lists roundings: the one learned, to nearest, all down, all up.
+
+        Returns:
+            bool, of the weight's shape, whether each weight is on the number above.
+        """
+        down = torch.zeros_like(self._fixed)
+        return [self.ups(), self.nearest(), down, ~self._fixed]
+
+    def grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Lists the numbers below the weights, in steps, the steps, and which weights may move.
+
+        Returns:
+            Tensors that broadcast to the weight's shape; the last is bool.
+        """
+        return self._below, self._step, ~self._fixed
+
+    def choose(self, ups: Tensor) -> None:
+        """Sets which weights are on the number above.
+
+        Args:
+            ups: bool, of the weight's shape.
+        """
+        with torch.no_grad():
+            self.up.copy_(torch.where(ups, 10.0, -10.0))
+
     def rounded(self) -> Tensor:
         """Computes the weight on the nearer of its two numbers."""
-        number = self._below + (self.share().detach() >= 0.5)
+        number = self._below + self.ups()
         return (number.clamp(-self._most, self._most) * self._step).to(self.layer.weight.dtype)
 
     def flipped(self) -> float:
         """Computes the share of the weights that are not rounded to nearest."""
-        number = self._below + (self.share().detach() >= 0.5)
+        number = self._below + self.ups()
         return float((number != self._steps.round()).double().mean())
 
 

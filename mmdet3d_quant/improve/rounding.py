@@ -19,6 +19,7 @@ from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.improve.blocks import LEVELS, Block, find_blocks
 from mmdet3d_quant.improve.crops import Samples, collect
+from mmdet3d_quant.improve.flips import polish
 from mmdet3d_quant.improve.relaxed import Relaxed, exponent
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.sparse import SPARSE_CONVS
@@ -30,7 +31,8 @@ class LearnedRounding:
 
     Block by block, in the order in which they are called, the weights of a block are rounded so
     that on the quantized model's tensors it gives what the float block gives on the float model's
-    (AdaRound, BRECQ, QDrop). A weight becomes the number of its layer's grid that was chosen:
+    (AdaRound, BRECQ, QDrop). Then weights are flipped, alone and in pairs, where that helps a layer
+    and its block. A weight becomes the number of its layer's grid that was chosen:
     ranges and keys stay, and rounding to nearest gives that number. The float model moves by up to
     a step per weight. A block that is not better on crops apart from those learned from is as
     before.
@@ -164,7 +166,8 @@ class LearnedRounding:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(set_mode(exact, 'float'))
             stack.enter_context(set_mode(model, 'quant'))
-            data = Samples(found, wanted, block.chain(exact))
+            float_chain = block.chain(exact)
+            data = Samples(found, wanted, float_chain)
             before = data.error(chain)
             if before > 0:
                 with _constant(model), _soft(chain, relaxed, self.qdrop, self.seed):
@@ -173,7 +176,7 @@ class LearnedRounding:
             with torch.no_grad():
                 for r in relaxed.values():
                     r.layer.weight.copy_(r.rounded())
-            after = data.error(chain)
+                after = before and polish(chain, float_chain, relaxed, data, before)
         if before > 0 and after < before:
             self.gains[block.name] = before, after
             self.flipped.update({name: r.flipped() for name, r in relaxed.items()})

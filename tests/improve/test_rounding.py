@@ -43,7 +43,7 @@ def steps_of(layer, weight):
     return weight.double() / (quantizer.amax.double() / quantizer.spec.format.qmax)
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', range(6))
 def test_nearly_as_good_as_the_best_of_all_roundings(seed):
     torch.manual_seed(seed)
     layer = QuantConv2d(8, 1, 1, bias=False)
@@ -64,9 +64,8 @@ def test_nearly_as_good_as_the_best_of_all_roundings(seed):
     LearnedRounding(qdrop=0.0)(layer, [], list(enumerate(data)))
     learned = error(layer, data, wanted)
     best = min(errors)
-    assert best <= learned * (1 + 1e-6) and learned <= nearest * (1 + 1e-6)
-    if best < 0.5 * nearest:  # a relaxation finds a good rounding where much is to be gained
-        assert learned <= best + 0.2 * (nearest - best)
+    assert best <= learned * (1 + 1e-6)
+    assert learned <= best + 0.1 * (nearest - best)
 
 
 class Net(nn.Module):
@@ -164,7 +163,17 @@ def test_a_second_run_and_another_seed():
     assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
 
 
-def test_what_makes_it_worse_is_undone_and_told():
+def test_where_learning_fails_flips_begin_at_nearest():
+    data = images()
+    step = LearnedRounding(['block'], steps=1, rate=1e3)
+    calibrated(Net(), data, after=[step])
+    before, after = step.gains['block']
+    assert after < before
+
+
+def test_what_makes_it_worse_is_undone_and_told(monkeypatch):
+    module = 'mmdet3d_quant.improve.rounding'
+    monkeypatch.setattr(f'{module}.polish', lambda chain, e, r, data, b: data.error(chain))
     data, net = images(), Net()
     before = calibrated(copy.deepcopy(net), data)
     step = LearnedRounding(steps=1, rate=1e3)
