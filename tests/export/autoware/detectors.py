@@ -27,9 +27,9 @@ def detector(cfg, batch, camera, **encoder):
     return model
 
 
-def files(model, batch, folder, **options):
+def files(model, batch, folder, inputs=None, **options):
     """The files for Autoware by stem, and the manifest."""
-    inputs = capture_inputs(model, batch)
+    inputs = capture_inputs(model, batch) if inputs is None else inputs
     _, manifest = export_suite(
         model, inputs, folder, {}, tell=lambda name: None, runtime='autoware', **options
     )
