@@ -88,7 +88,9 @@ def run(model, batch, folder, stages):
     features, coors, _ = model.voxelize([points])
     network = LayerByLayer(program, found, found['lidar/indices'])
     wanted = network(features, coors).numpy()
-    assert len(network.differing) == sum(isinstance(o, (SparseConv, Add, Relu)) for o in program.ops)
+    assert len(network.differing) == sum(
+        isinstance(o, (SparseConv, Add, Relu)) for o in program.ops
+    )
     return found, wanted, network.differing
 
 
