@@ -79,7 +79,7 @@ def watched(graph, path):
 
 @torch.no_grad()
 def run(model, batch, folder, stages):
-    """Tensors of the file; the map of the model by layer, and the share of last bits that differ."""
+    """Tensors of the file; the map of the model, and the share of last bits by layer."""
     made, _ = files(model, batch, folder, int8_stages=stages)
     points = batch['inputs']['points'][0]
     file = watched(made['bevfusion_lidar'], folder / 'watched.onnx')
