@@ -79,7 +79,7 @@ def watched(graph, path):
 
 @torch.no_grad()
 def run(model, batch, folder, stages):
-    """Tensors of the file, the map of the model by layer, the share of last bits that differ."""
+    """Tensors of the file; the map of the model, and the share of last bits by layer."""
     made, _ = files(model, batch, folder, int8_stages=stages)
     points = batch['inputs']['points'][0]
     file = watched(made['bevfusion_lidar'], folder / 'watched.onnx')
@@ -88,8 +88,9 @@ def run(model, batch, folder, stages):
     features, coors, _ = model.voxelize([points])
     network = LayerByLayer(program, found, found['lidar/indices'])
     wanted = network(features, coors).numpy()
-    kinds = (SparseConv, Add, Relu)
-    assert len(network.differing) == sum(isinstance(op, kinds) for op in program.ops)
+    assert len(network.differing) == sum(
+        isinstance(o, (SparseConv, Add, Relu)) for o in program.ops
+    )
     return found, wanted, network.differing
 
 
