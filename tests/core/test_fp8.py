@@ -109,6 +109,7 @@ def test_a_learned_range_has_the_slope_of_what_it_rounds():
     assert float(amax.grad) == pytest.approx(float(slope), rel=1e-5)
 
 
+@pytest.mark.usefixtures('same_optimizers')
 def test_compiled_code_rounds_alike():
     torch.manual_seed(0)
     quantizer = Quantizer(QuantSpec((4, 3)))
