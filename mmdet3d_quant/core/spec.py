@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Iterable, Mapping
+from typing import Collection, Iterable, Mapping
 
 from mmdet3d_quant.core.formats import FORMATS, Bits, Format
 
@@ -141,6 +141,35 @@ def select(names: Iterable[str], pattern: str) -> list[str]:
         The matching names, in their given order.
     """
     return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + '.*')]
+
+
+def select_all(
+    names: Collection[str], patterns: Iterable[str], what: str, who: str = ''
+) -> list[str]:
+    """Selects the names that any of several patterns matches.
+
+    Args:
+        names: Dotted module names.
+        patterns: See :func:`select`.
+        what: What the names are of, for the error.
+        who: What takes the patterns, for the error.
+
+    Returns:
+        The matching names, each once, in the order of the patterns.
+
+    Raises:
+        ValueError: If a pattern matches none.
+    """
+    chosen: dict[str, None] = {}
+    for pattern in patterns:
+        found = select(names, pattern)
+        if not found:
+            place = f'{who}: ' if who else ''
+            raise ValueError(
+                f'{place}{pattern!r} names no {what}; these are: {", ".join(names) or "none"}'
+            )
+        chosen.update(dict.fromkeys(found))
+    return list(chosen)
 
 
 def as_bits(formats: str | Mapping[str, str] | tuple[()]) -> dict[str, Bits]:

@@ -17,7 +17,7 @@ from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.calibration.result import Choice
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, set_mode
-from mmdet3d_quant.core.spec import select
+from mmdet3d_quant.core.spec import select_all
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.features import values
 from mmdet3d_quant.layers.pairs import find_pairs
@@ -60,16 +60,8 @@ class BiasCorrection:
             for n, m in model.named_modules()
             if isinstance(m, QuantLayer) and m._weight_quantizer.float_reason is None
         }
-        chosen: dict[str, QuantLayer] = {}
-        for pattern in self.patterns:
-            names = select(known, pattern)
-            if not names:
-                raise ValueError(
-                    f'bias correction: {pattern!r} names no quantized layer; these are: '
-                    f'{", ".join(known) or "none"}'
-                )
-            chosen.update({name: known[name] for name in names})
-        return chosen
+        names = select_all(known, self.patterns, 'quantized layer', 'bias correction')
+        return {name: known[name] for name in names}
 
     @torch.no_grad()
     def __call__(

@@ -14,7 +14,7 @@ from mmdet3d_quant.calibration.eager import uncompiled
 from mmdet3d_quant.calibration.observe import Forward
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, set_mode
-from mmdet3d_quant.core.spec import select
+from mmdet3d_quant.core.spec import select_all
 from mmdet3d_quant.improve.channel_factors import ALPHAS, Path, Scaled, Seen, plan_factors
 from mmdet3d_quant.improve.exact import move_exactly, watched
 from mmdet3d_quant.improve.flow import Flow, Step, Value
@@ -45,13 +45,9 @@ def layers_of(model: nn.Module, patterns: Sequence[str], kind: type = nn.Module)
         and isinstance(layer, kind)
         and layer._input_quantizer.float_reason is None
     ]
-    for pattern in patterns:
-        if not select(known, pattern):
-            what = 'linear layer' if kind is nn.Linear else 'layer'
-            raise ValueError(
-                f'{pattern!r} names no quantized {what}; these are: {", ".join(known) or "none"}'
-            )
-    return [name for name in known if any(select([name], pattern) for pattern in patterns)]
+    what = 'quantized linear layer' if kind is nn.Linear else 'quantized layer'
+    chosen = set(select_all(known, patterns, what))
+    return [name for name in known if name in chosen]
 
 
 def scale_channels(

@@ -15,7 +15,7 @@ from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.calibration.result import Choice
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, set_mode
-from mmdet3d_quant.core.spec import select
+from mmdet3d_quant.core.spec import select_all
 from mmdet3d_quant.layers.base import QuantLayer
 
 #: A variance changes by this factor at most, as that of a channel which rounds to one value.
@@ -78,13 +78,9 @@ class NormReestimation:
         }
         if not any(isinstance(m, QuantLayer) for m in model.modules()):
             raise ValueError('batch norms are re-estimated behind quantized layers: there are none')
-        for pattern in self.patterns:
-            if not select(known, pattern):
-                raise ValueError(
-                    f're-estimation: {pattern!r} names no batch norm with running statistics; '
-                    f'these are: {", ".join(known) or "none"}'
-                )
-        return {n: m for n, m in known.items() if any(select([n], p) for p in self.patterns)}
+        what = 'batch norm with running statistics'
+        chosen = set(select_all(known, self.patterns, what, 're-estimation'))
+        return {n: m for n, m in known.items() if n in chosen}
 
     @torch.no_grad()
     def __call__(

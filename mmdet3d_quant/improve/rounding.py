@@ -16,7 +16,7 @@ from mmdet3d_quant.calibration.result import Choice
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
-from mmdet3d_quant.core.spec import select
+from mmdet3d_quant.core.spec import select_all
 from mmdet3d_quant.improve.blocks import LEVELS, Block, find_blocks
 from mmdet3d_quant.improve.crops import Samples, collect
 from mmdet3d_quant.improve.flips import polish
@@ -99,17 +99,9 @@ class LearnedRounding:
             ValueError: If a pattern names no quantized layer.
         """
         known = {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
-        chosen: dict[str, QuantLayer] = {}
-        for pattern in self.patterns:
-            names = select(known, pattern)
-            if not names:
-                raise ValueError(
-                    f'learned rounding: {pattern!r} names no quantized layer; these are: '
-                    f'{", ".join(known) or "none"}'
-                )
-            chosen.update({name: known[name] for name in names})
-        self.left = {name: why for name, m in chosen.items() if (why := _problem(m))}
-        return {name: m for name, m in chosen.items() if name not in self.left}
+        names = select_all(known, self.patterns, 'quantized layer', 'learned rounding')
+        self.left = {name: why for name in names if (why := _problem(known[name]))}
+        return {name: known[name] for name in names if name not in self.left}
 
     def __call__(
         self, model: nn.Module, choices: list[Choice], held_out: list[tuple[int, Any]]

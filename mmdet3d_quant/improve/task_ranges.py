@@ -20,7 +20,7 @@ from mmdet3d_quant.core.copies import deep_copy, tensors
 from mmdet3d_quant.core.coverage import HEADS
 from mmdet3d_quant.core.maps import judged_maps, relative_noise
 from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
-from mmdet3d_quant.core.spec import select
+from mmdet3d_quant.core.spec import select_all
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.core.unsigned import set_unsigned_amax, unsigned_amax, unsigned_ranges
 from mmdet3d_quant.runs.listener import Listener
@@ -95,15 +95,8 @@ class TaskRanges:
             for name, q in quantizers(model).items()
             if q.float_reason is None and not name.endswith('_weight_quantizer')
         }
-        chosen: set[str] = set()
-        for pattern in self.patterns:
-            names = select(own, pattern)
-            if not names:
-                raise ValueError(
-                    f'task-guided ranges: {pattern!r} names no quantizer of an activation; these '
-                    f'are: {", ".join(own) or "none"}'
-                )
-            chosen.update(names)
+        what = 'quantizer of an activation'
+        chosen = set(select_all(own, self.patterns, what, 'task-guided ranges'))
         group_of = {name: group for group in ties(model) for name in group}
         found = dict.fromkeys(group_of.get(name, (name,)) for name in own if name in chosen)
         return [group for group in found if not any(own[name].known for name in group)]
