@@ -121,6 +121,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def constant_parameters(model: nn.Module) -> Iterator[None]:
+    """Computes no gradients of a model's parameters for a while."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def name_quantizers(model: nn.Module) -> None:
     """Labels all quantizers with their names in ``model``, for error messages."""
     for name, q in quantizers(model).items():

@@ -15,7 +15,7 @@ from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.calibration.result import Choice
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import deep_copy
-from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
+from mmdet3d_quant.core.modes import constant_parameters, evaluating, quantizers, set_mode
 from mmdet3d_quant.core.spec import select_all
 from mmdet3d_quant.improve.blocks import LEVELS, Block, find_blocks
 from mmdet3d_quant.improve.crops import Samples, collect
@@ -162,7 +162,7 @@ class LearnedRounding:
             data = Samples(found, wanted, float_chain)
             before = data.error(chain)
             if before > 0:
-                with _constant(model), _soft(chain, relaxed, self.qdrop, self.seed):
+                with constant_parameters(model), _soft(chain, relaxed, self.qdrop, self.seed):
                     self._optimize(chain, relaxed, data)
             kept = {name: r.layer.weight.detach().clone() for name, r in relaxed.items()}
             with torch.no_grad():
@@ -226,19 +226,6 @@ def _soft(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _constant(model: nn.Module) -> Iterator[None]:
-    """Computes no gradients of parameters for a while."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _run(forward: Forward, batch: Any, model: nn.Module) -> Any:

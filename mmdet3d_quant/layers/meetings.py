@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmdet3d_quant.core.copies import tensors
 from mmdet3d_quant.core.macs import weighted
-from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
+from mmdet3d_quant.core.modes import constant_parameters, evaluating, quantizers, set_mode
 from mmdet3d_quant.layers.base import QuantLayer
 from mmdet3d_quant.layers.joining import (
     ADDS,
@@ -110,18 +110,12 @@ def watch_meetings(
     Returns:
         :class:`Seen`.
     """
-    leaves = [p for p in model.parameters() if p.requires_grad]
-    for parameter in leaves:  # so that what needs a gradient depends on the inputs
-        parameter.requires_grad_(False)
-    try:
+    with constant_parameters(model):  # so that what needs a gradient depends on the inputs
         with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
             with set_mode(model, 'float'), _Watch(model) as watch:
                 given = [_live(x) for x in inputs]
                 watch.begin(given)
                 watch.end((run or model)(*given))
-    finally:
-        for parameter in leaves:
-            parameter.requires_grad_(True)
     return watch.seen
 
 

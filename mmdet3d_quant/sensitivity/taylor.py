@@ -21,7 +21,7 @@ from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.macs import weighted
 from mmdet3d_quant.core.maps import judged_maps
-from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
+from mmdet3d_quant.core.modes import constant_parameters, evaluating, quantizers, set_mode
 from mmdet3d_quant.core.ties import ties
 from mmdet3d_quant.layers.features import values, with_values
 
@@ -67,7 +67,7 @@ def taylor(
         QuantError: If the model has no map to be judged by.
     """
     found = Taylor()
-    with _constant_parameters(model), set_mode(model, 'float'), evaluating(model):
+    with constant_parameters(model), set_mode(model, 'float'), evaluating(model):
         with torch.inference_mode(False), torch.enable_grad():
             with judged_maps(model) as judged, _taps(model, members, found) as anchor:
                 maps = judged.returned((forward or run)(model, batch))
@@ -86,19 +86,6 @@ def _signs(x: Tensor, rng: torch.Generator) -> Tensor:
     """Random signs over the norm of a map, so that maps of any size count alike."""
     signs = torch.randint(0, 2, x.shape, generator=rng).to(x) * 2 - 1
     return signs / torch.linalg.vector_norm(x.detach()).clamp(min=1e-30)
-
-
-@contextmanager
-def _constant_parameters(model: nn.Module) -> Iterator[None]:
-    """Computes no gradients of parameters for a while."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @contextmanager
