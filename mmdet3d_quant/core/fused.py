@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import Parameter
 
+from mmdet3d_quant.core.formats import Format
 from mmdet3d_quant.core.spec import QuantSpec
 
 INTERPRETED = AVAILABLE = False
@@ -37,8 +38,7 @@ if AVAILABLE:
 #: Elements of memory that one program takes; a multiple of 32.
 BLOCK = 2048
 _KINDS = (Tensor, Parameter)
-#: What the kernels compute.
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def serves(x: Tensor, amax: Tensor, spec: QuantSpec) -> bool:
@@ -50,16 +50,29 @@ def serves(x: Tensor, amax: Tensor, spec: QuantSpec) -> bool:
         spec: Bits and axis.
     """
     return (
-        (x.is_cuda or INTERPRETED)
-        and AVAILABLE
+        knows(x, amax, spec.format)
         and type(x) in _KINDS
-        and x.dtype in TYPES
-        and amax.numel() == 1
-        and amax.dtype == torch.float32
         and amax.device == x.device
-        and spec.format.fused
         and is_dense(x)
         and not torch.jit.is_tracing()
+    )
+
+
+def knows(x: Tensor, amax: Tensor, fmt: Format) -> bool:
+    """Tells whether there are kernels for a type, a range and a format, whatever is in memory.
+
+    Args:
+        x: The tensor.
+        amax: Its range limit(s).
+        fmt: The number format.
+    """
+    return (
+        (x.is_cuda or INTERPRETED)
+        and AVAILABLE
+        and x.dtype in _TYPES
+        and amax.numel() == 1
+        and amax.dtype == torch.float32
+        and fmt.fused
     )
 
 
@@ -146,7 +159,9 @@ class _Rounding(Function):
         if len(kept) == 1:
             return _masked(grad, kept[0], *ctx.order), None, None, None, None, None
         x, amax = kept
-        grad_x, grad_amax = _learned(grad, x, amax, ctx.fmt, ctx.rectify)
+        grad_x = torch.empty_like(x)
+        low = 0 if ctx.rectify else ctx.fmt.qmin
+        grad_amax = _learned(grad, x, amax, low, ctx.fmt.qmax, ctx.rectify, grad_x)
         return grad_x if ctx.needs_input_grad[0] else None, grad_amax, None, None, None, None
 
 
@@ -163,24 +178,6 @@ def _masked(
     return grad_x
 
 
-def _learned(
-    grad: Tensor, x: Tensor, amax: Tensor, fmt: Any, rectify: bool
-) -> tuple[Tensor, Tensor]:
-    grad = like(grad, x)
-    n = x.numel()
-    if not n:
-        return torch.empty_like(x), torch.zeros_like(amax)
-    grad_x = torch.empty_like(x)
-    blocks = -(-n // BLOCK)
-    sums = torch.empty(blocks, device=x.device)
-    low = 0 if rectify else fmt.qmin
-    launch(
-        kernels.backward_learned, (blocks,), grad, x, grad_x, sums, amax, n, low, fmt.qmax,
-        rectify, True, BLOCK,
-    )  # fmt: skip
-    return grad_x, range_gradient(sums, amax, x, fmt.qmax)
-
-
 def slope(grad: Tensor, x: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor:
     """Computes the gradient of a learned range alone.
 
@@ -194,6 +191,19 @@ def slope(grad: Tensor, x: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor
     Returns:
         Tensor like ``amax``.
     """
+    return _learned(grad, x, amax, qmin, qmax)
+
+
+def _learned(
+    grad: Tensor,
+    x: Tensor,
+    amax: Tensor,
+    qmin: int,
+    qmax: int,
+    rectify: bool = False,
+    grad_x: Tensor | None = None,
+) -> Tensor:
+    """Computes the gradient of a range; that of ``x`` goes into ``grad_x``, if there is one."""
     n = x.numel()
     if not n:
         return torch.zeros_like(amax)
@@ -201,8 +211,8 @@ def slope(grad: Tensor, x: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor
     blocks = -(-n // BLOCK)
     sums = torch.empty(blocks, device=x.device)
     launch(
-        kernels.backward_learned, (blocks,), grad, x, x, sums, amax, n, qmin, qmax, False, False,
-        BLOCK,
+        kernels.backward_learned, (blocks,), grad, x, x if grad_x is None else grad_x, sums, amax,
+        n, qmin, qmax, rectify, grad_x is not None, BLOCK,
     )  # fmt: skip
     return range_gradient(sums, amax, x, qmax)
 

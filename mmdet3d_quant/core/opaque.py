@@ -29,15 +29,7 @@ def serves(x: Tensor, amax: Tensor, fmt: Format) -> bool:
         amax: Its learned range.
         fmt: The number format.
     """
-    return (
-        AVAILABLE
-        and fused.AVAILABLE
-        and (x.is_cuda or fused.INTERPRETED)
-        and x.dtype in fused.TYPES
-        and amax.numel() == 1
-        and amax.dtype == torch.float32
-        and fmt.fused
-    )
+    return AVAILABLE and fused.knows(x, amax, fmt)
 
 
 class WithRange(Function):
