@@ -16,6 +16,11 @@ from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import quantizers
 
 
+def heads(model: nn.Module) -> list[nn.Module]:
+    """Lists the children of a model that are heads, by their names."""
+    return [m for name, m in model.named_children() if fnmatchcase(name, HEADS)]
+
+
 class judged_maps(AbstractContextManager):  # noqa: N801 - reads as a function
     """Keeps the judged maps of a forward while the context is entered.
 
@@ -33,7 +38,7 @@ class judged_maps(AbstractContextManager):  # noqa: N801 - reads as a function
 
     def __init__(self, model: nn.Module) -> None:
         self.maps: list[Tensor] = []
-        self._heads = [m for name, m in model.named_children() if fnmatchcase(name, HEADS)]
+        self._heads = heads(model)
         self._kind = type(model).__name__
         self._handles: list[Any] = []
 

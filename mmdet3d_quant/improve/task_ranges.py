@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.calibration.result import Choice
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import deep_copy, tensors
-from mmdet3d_quant.core.coverage import HEADS
-from mmdet3d_quant.core.maps import judged_maps, relative_noise
+from mmdet3d_quant.core.maps import heads, judged_maps, relative_noise
 from mmdet3d_quant.core.modes import evaluating, quantizers, set_mode
 from mmdet3d_quant.core.spec import select_all
 from mmdet3d_quant.core.ties import ties
@@ -252,8 +250,7 @@ def _heatmaps(model: nn.Module) -> Iterator[list[Tensor]]:
     def hook(head: nn.Module, args: Any, output: Any) -> None:
         found.extend(x for x in _named(output) if x.dim() == 4)
 
-    heads = [m for name, m in model.named_children() if fnmatchcase(name, HEADS)]
-    handles = [head.register_forward_hook(hook) for head in heads]
+    handles = [head.register_forward_hook(hook) for head in heads(model)]
     try:
         yield found
     finally:
