@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.calibration.choose import Unit, search
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.core.spec import Method
-from mmdet3d_quant.improve.moves import ChannelMove, apply, by_input, num_inputs
+from mmdet3d_quant.improve.moves import ChannelMove, apply, by_input, num_inputs, spread
 from mmdet3d_quant.improve.readers import Reader
 from mmdet3d_quant.layers.base import QuantLayer
 
@@ -122,9 +122,8 @@ def _best(
     rounded = [r for r in readers if r.layer in sample and _is_served(layers[r.layer])]
     if not rounded:
         return None
-    first, last = rounded[0].channels or (0, 0)
     # The same tensor is read by all of them, each time the same channels.
-    peak = seen[rounded[0].layer].peak[first:last]
+    peak = seen[rounded[0].layer].peak[rounded[0].part]
     weight = torch.stack([_weight_peak(layers[r.layer], r) for r in rounded]).amax(0)
 
     def cost(exponents: Tensor) -> float:
@@ -175,7 +174,7 @@ def _weight_peak(layer: Any, reader: Reader) -> Tensor:
     weight = layer.weight.detach().abs().float()
     peaks = weight.new_zeros(num_inputs(layer))
     peaks.scatter_reduce_(0, _inputs(layer), weight.flatten(), 'amax')
-    return peaks[slice(*reader.channels or (None,))]
+    return peaks[reader.part]
 
 
 def _by_channel(layer: Any, weight: Tensor) -> Tensor:
@@ -192,8 +191,7 @@ def _inputs(layer: Any) -> Tensor:
 
 def _error(layer: Any, rows: Tensor, reader: Reader, exponents: Tensor) -> float:
     """Estimates the error of a layer's output, of the output's power, after a move."""
-    factor = rows.new_ones(len(rows))
-    factor[slice(*reader.channels or (None,))] = exponents.exp2()
+    factor = spread(layer, exponents.exp2(), reader)
     x = rows * factor[:, None]
     weight = layer.weight.detach().float() / by_input(layer, factor)
     spec = layer._input_quantizer.spec
@@ -219,7 +217,6 @@ def _note(
     """Scales what was seen of the readers' inputs, as the move will."""
     for reader in move.readers:
         if reader.layer in sample:
-            part = slice(*reader.channels or (None,))
             factor = move.factor.to(sample[reader.layer])
-            seen[reader.layer].peak[part] *= factor
-            sample[reader.layer][part] *= factor[:, None]
+            seen[reader.layer].peak[reader.part] *= factor
+            sample[reader.layer][reader.part] *= factor[:, None]

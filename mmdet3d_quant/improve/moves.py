@@ -115,7 +115,7 @@ def apply(model: nn.Module, moves: Iterable[AnyMove], back: bool = False) -> Non
             if factor.dim() == 0:
                 weight_part(layer, reader.channels).div_(factor)
             else:
-                layer.weight.div_(by_input(layer, _spread(layer, factor, reader)))  # type: ignore[operator]
+                layer.weight.div_(by_input(layer, spread(layer, factor, reader)))  # type: ignore[operator]
 
 
 def weight_part(layer: nn.Module, channels: tuple[int, int] | None) -> Tensor:
@@ -149,19 +149,27 @@ def by_input(layer: nn.Module, row: Tensor) -> Tensor:
     return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
 
+def spread(layer: nn.Module, factor: Tensor, reader: Reader) -> Tensor:
+    """Spreads a reader's factors over what its layer reads.
+
+    Args:
+        layer: The layer.
+        factor: One per channel of the reader.
+        reader: Which of the layer's input channels those are.
+
+    Returns:
+        (input channels,), 1 for the other channels.
+    """
+    row = factor.new_ones(num_inputs(layer))
+    row[reader.part] = factor
+    return row
+
+
 def _by_output(layer: nn.Module, row: Tensor) -> Tensor:
     dims = layer.weight.dim()  # type: ignore[union-attr, operator]
     if row.dim() == 0 or dims == 1:
         return row
     return row.view([-1 if d == output_axis(layer) else 1 for d in range(dims)])
-
-
-def _spread(layer: nn.Module, factor: Tensor, reader: Reader) -> Tensor:
-    """(input channels,): a reader's factors, and 1 for the channels that it reads elsewhere."""
-    first, last = reader.channels or (0, num_inputs(layer))
-    row = factor.new_ones(num_inputs(layer))
-    row[first:last] = factor
-    return row
 
 
 def _plain(readers: Iterable[Reader]) -> list[dict[str, Any]]:

@@ -28,6 +28,11 @@ class Reader:
     channels: Span | None
     behind: bool
 
+    @property
+    def part(self) -> slice:
+        """The channels as an index."""
+        return slice(*self.channels) if self.channels else slice(None)
+
 
 class Refused(Exception):
     """A factor cannot be moved; says why."""
