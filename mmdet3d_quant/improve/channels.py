@@ -155,10 +155,9 @@ def _paths(flow: Flow, names: set[str], sources: tuple[type, ...]) -> dict[str, 
 
 def _makers(flow: Flow, value: Value) -> Iterator[Step | str]:
     """The layers that make a tensor or, of a concat, its inputs; or why none does."""
-    while value.maker is not None and value.maker.kind == 'keeps':
-        value = value.maker.inputs[value.maker.source]
-    if value.maker is not None and value.maker.kind == 'concat':
-        for part in value.maker.inputs:
+    step = value.origin
+    if step is not None and step.kind == 'concat':
+        for part in step.inputs:
             yield from _makers(flow, part)
         return
     try:

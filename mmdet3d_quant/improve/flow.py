@@ -73,6 +73,14 @@ class Value:
     reads: List[Tuple[Step, int, Layout]] = field(default_factory=list)
     kept: bool = False
 
+    @property
+    def origin(self) -> Step | None:
+        """What gives it its size: its maker, or the first before that hands no factor on."""
+        step = self.maker
+        while step is not None and step.kind == 'keeps':
+            step = step.inputs[step.source].maker
+        return step
+
 
 @dataclass(eq=False)
 class Step:

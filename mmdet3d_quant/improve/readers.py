@@ -51,9 +51,7 @@ def source_of(flow: Flow, value: Value) -> Step:
     Raises:
         Refused: If there is none whose weight and bias may be changed.
     """
-    while value.maker is not None and value.maker.kind == 'keeps':
-        value = value.maker.inputs[value.maker.source]
-    step = value.maker
+    step = value.origin
     if step is None:
         raise Refused('it is an input of the model, or made by what was not seen')
     if step.kind != 'layer':
