@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmdet3d_quant.calibration.observe import Forward
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, set_mode
@@ -20,8 +21,6 @@ SIDE = 16
 JUDGED = 4
 #: Most crops of a block, and most bytes of them.
 MOST, MOST_BYTES = 256, 2**24
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 class _Reached(Exception):
@@ -53,9 +52,9 @@ def collect(
         layer.
     """
     kept: dict[str, list[Tensor]] = {block.name: [] for block in blocks}
+    share = {b.name: max(1, MOST // (len(batches) * b.calls)) for b in blocks}
+    room = MOST_BYTES // len(batches)
     for number, batch in enumerate(batches):
-        share = {b.name: _share(MOST, len(batches) * b.calls) for b in blocks}
-        room = MOST_BYTES // len(batches)
         with set_mode(model, mode), evaluating(model), torch.no_grad():
             with _keeping(model, blocks, kept, share, room, (seed, number)):
                 try:
@@ -63,10 +62,6 @@ def collect(
                 except _Reached:
                     pass
     return kept
-
-
-def _share(total: int, parts: int) -> int:
-    return max(1, total // parts)
 
 
 @contextmanager
