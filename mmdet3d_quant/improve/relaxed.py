@@ -51,8 +51,7 @@ class Relaxed:
 
     def undecided(self, power: float) -> Tensor:
         """Computes ``1 - |2 share - 1| ** power``: 0 where a weight is on a number."""
-        free = (1 - (2 * self.share() - 1).abs().pow(power)).masked_fill(self._fixed, 0)
-        return free
+        return (1 - (2 * self.share() - 1).abs().pow(power)).masked_fill(self._fixed, 0)
 
     def ups(self) -> Tensor:
         """Tells which weights are nearer to the number above; bool, of the weight's shape."""
@@ -95,8 +94,7 @@ class Relaxed:
 
     def flipped(self) -> float:
         """Computes the share of the weights that are not rounded to nearest."""
-        number = self._below + self.ups()
-        return float((number != self._steps.round()).double().mean())
+        return float((self.ups() != self.nearest()).double().mean())
 
 
 def exponent(step: int, steps: int) -> float | None:
