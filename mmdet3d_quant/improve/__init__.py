@@ -1,4 +1,4 @@
-"""Changes of weights that make a model fit INT8 better."""
+"""Changes of weights and ranges that make a model fit INT8 better."""
 
 from mmdet3d_quant.improve.bias import BiasCorrection
 from mmdet3d_quant.improve.channel_factors import Scaled

@@ -152,13 +152,12 @@ def calibrate_checkpoint(
     held = calibrator.needs_held_out or not set(chosen) <= set(BEFORE)
     seen, held_out = hold_out(batches) if held else (batches, {})
     data = Share(name, loader, seen, held_out, rank, world)
-    heard = Listener() if rank > 0 or listener is None else listener
-    made = Steps(chosen, Setup(plan.weights, lambda: data.load(seen), heard))
+    told = Told(Listener() if rank > 0 or listener is None else listener, strict)
+    made = Steps(chosen, Setup(plan.weights, lambda: data.load(seen), told.listener))
     made.check(model)
     key = dict(checkpoint=sha256(checkpoint), config=cfg.pretty_text)
     key.update(data=name, batches=list(seen.values()), before=made.before)
     saved = Progress(out, key, rank)
-    told = Told(heard, strict)
     _introduce(calibrator, data, cfg, place, told)
     if chosen:
         told.listener.note(str(made))
@@ -205,11 +204,7 @@ def calibrate_checkpoint(
 
 
 def _introduce(
-    calibrator: Calibrator,
-    data: Share,
-    cfg: Config,
-    place: torch.device,
-    told: Told,
+    calibrator: Calibrator, data: Share, cfg: Config, place: torch.device, told: Told
 ) -> None:
     """Reports the settings of the run, and warns of unusual ones."""
     active = sum(q.float_reason is None for q in quantizers(calibrator.model).values())

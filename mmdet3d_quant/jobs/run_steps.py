@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -74,12 +74,16 @@ class Steps:
 
     def lines(self) -> list[str]:
         """Says what each of them did, a line each."""
-        done = {**self.results, **self.after}
-        return [f'{name} ({", ".join(self._chosen[name])}): {done[name]}' for name in done]
+        return [f'{name} ({", ".join(self._chosen[name])}): {done}' for name, done in self._done()]
 
     def record(self, meta: dict[str, Any]) -> None:
         """Writes what they did into the ``meta`` of a checkpoint."""
         meta['steps'] = self._chosen
-        for name, done in {**self.results, **self.after}.items():
+        for name, done in self._done():
             step = BY_NAME[name]
             meta[step.meta] = step.record(done, meta.get(step.meta, []))
+
+    def _done(self) -> Iterator[tuple[str, Any]]:
+        """Yields names and what tells what was done: results before the ranges, steps behind."""
+        yield from self.results.items()
+        yield from self.after.items()
