@@ -111,7 +111,7 @@ class DepthLSSTransform(ViewTransform):
         undo = torch.inverse(lidar_aug_matrix[:, :3, :3])  # at once: a GPU is waited for
         matrices = (lidar2image, img_aug_matrix, lidar_aug_matrix, undo)
         size = self.image_size
-        maps = [_sample_depth(size, p, *m) for p, *m in strict_zip(points, *matrices)]
+        maps = [project_points(size, p, *m)[0] for p, *m in strict_zip(points, *matrices)]
         return torch.stack(maps).view(len(maps), num_cams, 1, *size)
 
     def lift(self, x: Tensor, depth_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,21 +169,6 @@ class DepthLSSTransform(ViewTransform):
         )
 
 
-def _sample_depth(
-    image_size: Sequence[int],
-    points: Tensor,
-    lidar2image: Tensor,
-    img_aug: Tensor,
-    lidar_aug: Tensor,
-    undo: Tensor,
-) -> Tensor:
-    """Projects one sample's points to depths, (N, H*W)."""
-    depth, winner = project_points(image_size, points, lidar2image, img_aug, lidar_aug, undo)
-    if len(points) == 0:
-        return depth.new_zeros(winner.shape)
-    return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0)
-
-
 def project_points(
     image_size: Sequence[int],
     points: Tensor,
@@ -203,8 +188,8 @@ def project_points(
         undo: Inverse of its rotation and scale, (3, 3).
 
     Returns:
-        Depths (N, P), metres, and the number of the point that is seen in each pixel, (N, H*W),
-        int64, -1 where there is none.
+        Depths of all pixels, (N, H*W), metres, 0 where no point falls, and the number of the point
+        that each sees, (N, H*W), int64, -1 where there is none.
     """
     height, width = image_size
     xyz = (points[:, :3].float() - lidar_aug[:3, 3]).T
@@ -220,4 +205,7 @@ def project_points(
     # One winner per pixel, whatever the order in which a device writes.
     winner = point_id.new_full((len(inside) * height * width,), -1)
     winner.scatter_reduce_(0, target, point_id, 'amax')
-    return depth, winner.view(len(inside), -1)
+    winner = winner.view(len(inside), -1)
+    if len(points) == 0:
+        return depth.new_zeros(winner.shape), winner
+    return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0), winner
