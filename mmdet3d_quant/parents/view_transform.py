@@ -193,13 +193,7 @@ def project_points(
     """
     height, width = image_size
     xyz = (points[:, :3].float() - lidar_aug[:3, 3]).T
-    cam = lidar2image[:, :3, :3] @ (undo @ xyz) + lidar2image[:, :3, 3:]
-    depth = cam[:, 2].clamp(1e-5, 1e5)
-    pixel = torch.cat([cam[:, :2] / depth[:, None], depth[:, None]], dim=1)
-    pixel = img_aug[:, :3, :3] @ pixel + img_aug[:, :3, 3:]
-    col, row = pixel[:, 0], pixel[:, 1]
-    inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-
+    depth, row, col, inside = to_pixels(image_size, undo @ xyz, lidar2image, img_aug)
     cam_id, point_id = inside.nonzero(as_tuple=True)
     target = (cam_id * height + row[inside].long()) * width + col[inside].long()
     # One winner per pixel, whatever the order in which a device writes.
@@ -209,3 +203,26 @@ def project_points(
     if len(points) == 0:
         return depth.new_zeros(winner.shape), winner
     return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0), winner
+
+
+def to_pixels(
+    image_size: Sequence[int], xyz: Tensor, lidar2image: Tensor, img_aug: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes where points of the LiDAR frame fall in N images.
+
+    Args:
+        image_size: H, W.
+        xyz: (3, P), metres.
+        lidar2image: (N, 4, 4).
+        img_aug: (N, 4, 4).
+
+    Returns:
+        Depths, rows and columns, float, and whether the image has them, bool; each (N, P).
+    """
+    height, width = image_size
+    cam = lidar2image[:, :3, :3] @ xyz + lidar2image[:, :3, 3:]
+    depth = cam[:, 2].clamp(1e-5, 1e5)
+    pixel = torch.cat([cam[:, :2] / depth[:, None], depth[:, None]], dim=1)
+    pixel = img_aug[:, :3, :3] @ pixel + img_aug[:, :3, 3:]
+    col, row = pixel[:, 0], pixel[:, 1]
+    return depth, row, col, (row >= 0) & (row < height) & (col >= 0) & (col < width)
