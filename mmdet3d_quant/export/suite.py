@@ -103,7 +103,7 @@ def export_suite(
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
-        ScnError: If libspconv would compute the LiDAR encoder wrongly.
+        ScnError: If the runtime would compute the LiDAR encoder wrongly.
         UncalibratedError: If a quantizer of a cut has no range.
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """

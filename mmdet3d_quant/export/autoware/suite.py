@@ -103,7 +103,8 @@ def finish_autoware(
         More entries of the manifest, by name of the file.
 
     Raises:
-        ExportError: If Autoware's plugins do not have what the encoder is made of.
+        ExportError: If the encoder has what Autoware's plugins do not have.
+        ScnError: If they do not compute one of its layers; names it.
     """
     if is_centerpoint(detector):
         return finish_pillars(folder)
