@@ -132,8 +132,7 @@ class DepthSupervisedLSSTransform(LSSTransform):
             if len(cloud) == 0:
                 found.append(seen.new_full((len(seen), *self.feature_size), -1))
                 continue
-            near = depth.gather(1, seen.clamp(min=0)).masked_fill(seen < 0, torch.inf)
-            near = near.view(len(seen), 1, *self.image_size)
+            near = depth.masked_fill(seen < 0, torch.inf).view(len(seen), 1, *self.image_size)
             _, pixel = F.adaptive_max_pool2d(-near, tuple(self.feature_size), return_indices=True)
             point = seen.gather(1, pixel.flatten(1))
             label = cloud[:, -1].long()[point.clamp(min=0)].masked_fill(point < 0, -1)

@@ -98,15 +98,11 @@ class _Camera(nn.Module):
         frames = []
         for i, image in enumerate(pixels.round().clamp(0, 255).byte()):
             (feats,) = _run(self.engine, self.name, {'imgs': image.numpy()}).values()
-            geometry = self.view.get_geometry(
-                camera2lidar[i : i + 1, :, :3, :3],
-                camera2lidar[i : i + 1, :, :3, 3],
-                camera_intrinsics[i : i + 1, :, :3, :3],
-                img_aug_matrix[i : i + 1, :, :3, :3],
-                img_aug_matrix[i : i + 1, :, :3, 3],
-            )
+            mine = slice(i, i + 1)
             tensors = dict(
-                pooling_inputs(self.view, geometry),
+                pooling_inputs(
+                    self.view, camera2lidar[mine], camera_intrinsics[mine], img_aug_matrix[mine]
+                ),
                 lidar2image=lidar2image[i],
                 img_aug_matrix=img_aug_matrix[i],
             )

@@ -18,13 +18,9 @@ from torch import Tensor
 
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.export.pairs import ExportError
-from mmdet3d_quant.export.sparse.openvino import DOMAIN, IR_VERSION, OPSET, VERSION
-from mmdet3d_quant.export.targets import TARGET_KEY
-from mmdet3d_quant.version import __version__
+from mmdet3d_quant.export.sparse.openvino import DOMAIN, as_model
 
 Bounds = Mapping[str, Sequence[float]]
-#: Stem of the file, between ``camera.backbone`` and ``camera.vtransform``.
-NAME = 'camera.bev_pool'
 
 
 def as_bev_pool(view: Any, bounds: Bounds, cameras: int) -> onnx.ModelProto:
@@ -95,18 +91,7 @@ def as_bev_pool(view: Any, bounds: Bounds, cameras: int) -> onnx.ModelProto:
             for name, value in (('begin', 0), ('end', 1), ('axis', 0))
         ],
     )
-    model = helper.make_model(
-        graph,
-        opset_imports=[
-            helper.make_operatorsetid('', OPSET),
-            helper.make_operatorsetid(DOMAIN, VERSION),
-        ],
-        ir_version=IR_VERSION,
-        producer_name='mmdet3d_quant',
-        producer_version=__version__,
-    )
-    helper.set_model_props(model, {TARGET_KEY: 'openvino'})
-    return model
+    return as_model(graph, {})
 
 
 def intervals_of(cells: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:

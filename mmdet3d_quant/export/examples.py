@@ -43,12 +43,9 @@ def capture_inputs(
     """
     if not is_of_family(detector):
         seen = cuts.capture_inputs(detector, batch)
-        camera = getattr(detector, 'view_transform', None) is not None
-        return (
-            {**seen, **CAPTURES[runtime](detector, batch)}
-            if runtime in CAPTURES and camera
-            else seen
-        )
+        if runtime in CAPTURES and getattr(detector, 'view_transform', None) is not None:
+            seen.update(CAPTURES[runtime](detector, batch))
+        return seen
     seen = {}
 
     def keep(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Runtimes that exported files are made for, as data: their files, tensors and plugins."""
+"""Runtimes that exported files are made for, as data: their files and tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Tuple, Union
 
-from mmdet3d_quant.export.boxes import MMDET3D, BoxCoding
 from mmdet3d_quant.export.targets import ALIASES, DEFAULT, TARGETS, target_of
 
 #: Sizes of a tensor: numbers, and names of those that vary from frame to frame or by model.
@@ -64,8 +63,6 @@ class Runtime:
         files: Files with tensors of its own, by stem; those of others are the targets' cuts.
         domain: Of its operators that ONNX lacks; empty: none.
         version: Of the domain.
-        plugins: Those operators.
-        boxes: How its files code boxes; None: as the target does.
         max_voxels: Most voxels that a layer may have; None: the file says.
         clouds: What it does with a cloud of ``none``, ``one`` and ``more`` voxels than it takes.
     """
@@ -76,8 +73,6 @@ class Runtime:
     files: tuple[RuntimeFile, ...] = ()
     domain: str = ''
     version: int = 1
-    plugins: tuple[str, ...] = ()
-    boxes: BoxCoding | None = None
     max_voxels: int | None = None
     clouds: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -130,8 +125,6 @@ _AUTOWARE = Runtime(
     targets=('tensorrt', 'tensorrt8'),  # which the nodes build by flags
     arithmetic='autoware',
     domain='autoware',
-    plugins=('GetIndicePairsImplicitGemm', 'ImplicitGemm', 'QuickCumsumCuda'),
-    boxes=MMDET3D,
     max_voxels=256_000,
     files=(
         RuntimeFile('bevfusion_lidar', 'voxels to boxes', _VOXELS, _BOXES),
@@ -172,7 +165,6 @@ _OPENVINO = Runtime(
     targets=('openvino',),
     arithmetic='openvino',
     domain='org.openvinotoolkit',
-    plugins=('SparseConvolution', 'SparseToDense', 'BevPoolV2'),
     clouds=MappingProxyType(
         dict(
             none='its example refuses a frame without points: such frames are to be skipped',

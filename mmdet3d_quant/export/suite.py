@@ -43,6 +43,8 @@ from mmdet3d_quant.export.manifest import (
 from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, Runtime, runtime_of, target_for
+from mmdet3d_quant.export.sparse import export_lidar
+from mmdet3d_quant.export.sparse.openvino import export_openvino
 from mmdet3d_quant.export.targets import DEFAULT, Target, target_of
 from mmdet3d_quant.export.typed import kept_float32
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
@@ -103,7 +105,7 @@ def export_suite(
 
     Raises:
         ExportError: If the detector has nothing to export, or as ``export_onnx``.
-        ScnError: If libspconv would compute the LiDAR encoder wrongly.
+        ScnError: If the runtime would compute the LiDAR encoder wrongly.
         UncalibratedError: If a quantizer of a cut has no range.
         ValueError: If ``only`` names what the detector does not have, or as ``export_onnx``.
     """
@@ -250,10 +252,6 @@ def _writes_lidar(runtime: Runtime, target: Target) -> bool:
 def _export_libspconv(
     encoder: nn.Module, folder: Path, quantized: bool
 ) -> tuple[Path, dict[str, Any]]:
-    from mmdet3d_quant.export.sparse import (
-        export_lidar,  # which needs spconv, and imports from here
-    )
-
     draft = folder / f'{LIDAR}.onnx'
     entry = export_lidar(encoder, draft, quantized=quantized)
     path = folder / f'{LIDAR}.{entry["order"]}.onnx'
@@ -263,8 +261,6 @@ def _export_libspconv(
 def _export_openvino(
     encoder: nn.Module, folder: Path, quantized: bool
 ) -> tuple[Path, dict[str, Any]]:
-    from mmdet3d_quant.export.sparse.openvino import export_openvino  # which needs spconv, too
-
     path = folder / f'{LIDAR}.onnx'
     return path, export_openvino(encoder, path)
 

@@ -166,9 +166,7 @@ class ViewTransform(nn.Module):
             (B, C*nz, nx, ny), float32; channel ``k * C + c`` is channel c at height k.
         """
         nx, ny, nz = self.nx.tolist()
-        # Truncation, not floor: bins up to one cell before the first edge count as inside.
-        index = ((geom - (self.bx - self.dx / 2)) / self.dx).long()
-        ix, iy, iz = index.unbind(-1)
+        ix, iy, iz = cells_of(geom, self.bx, self.dx).unbind(-1)
         inside = (ix >= 0) & (ix < nx) & (iy >= 0) & (iy < ny) & (iz >= 0) & (iz < nz)
         batch = len(geom)
         sample = torch.arange(batch, device=geom.device).view(-1, 1, 1, 1, 1)
@@ -200,3 +198,18 @@ class ViewTransform(nn.Module):
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Splits the output of ``depthnet``, (B*N, D+C, fH, fW), into context and depth."""
         return x[:, self.D : self.D + self.C], x[:, : self.D].softmax(dim=1)
+
+
+def cells_of(geom: Tensor, bx: Tensor, dx: Tensor) -> Tensor:
+    """Computes the cells of positions.
+
+    Args:
+        geom: (..., 3), x, y, z in metres.
+        bx: Centre of the first cell, (3,).
+        dx: Size of a cell, (3,).
+
+    Returns:
+        (..., 3), int64, along x, y, z; outside of the map too small or too large.
+    """
+    # Truncation, not floor: bins up to one cell before the first edge count as inside.
+    return ((geom - (bx - dx / 2)) / dx).long()

@@ -111,7 +111,7 @@ class DepthLSSTransform(ViewTransform):
         undo = torch.inverse(lidar_aug_matrix[:, :3, :3])  # at once: a GPU is waited for
         matrices = (lidar2image, img_aug_matrix, lidar_aug_matrix, undo)
         size = self.image_size
-        maps = [_sample_depth(size, p, *m) for p, *m in strict_zip(points, *matrices)]
+        maps = [project_points(size, p, *m)[0] for p, *m in strict_zip(points, *matrices)]
         return torch.stack(maps).view(len(maps), num_cams, 1, *size)
 
     def lift(self, x: Tensor, depth_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,21 +169,6 @@ class DepthLSSTransform(ViewTransform):
         )
 
 
-def _sample_depth(
-    image_size: Sequence[int],
-    points: Tensor,
-    lidar2image: Tensor,
-    img_aug: Tensor,
-    lidar_aug: Tensor,
-    undo: Tensor,
-) -> Tensor:
-    """Projects one sample's points to depths, (N, H*W)."""
-    depth, winner = project_points(image_size, points, lidar2image, img_aug, lidar_aug, undo)
-    if len(points) == 0:
-        return depth.new_zeros(winner.shape)
-    return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0)
-
-
 def project_points(
     image_size: Sequence[int],
     points: Tensor,
@@ -203,21 +188,41 @@ def project_points(
         undo: Inverse of its rotation and scale, (3, 3).
 
     Returns:
-        Depths (N, P), metres, and the number of the point that is seen in each pixel, (N, H*W),
-        int64, -1 where there is none.
+        Depths of all pixels, (N, H*W), metres, 0 where no point falls, and the number of the point
+        that each sees, (N, H*W), int64, -1 where there is none.
     """
     height, width = image_size
     xyz = (points[:, :3].float() - lidar_aug[:3, 3]).T
-    cam = lidar2image[:, :3, :3] @ (undo @ xyz) + lidar2image[:, :3, 3:]
-    depth = cam[:, 2].clamp(1e-5, 1e5)
-    pixel = torch.cat([cam[:, :2] / depth[:, None], depth[:, None]], dim=1)
-    pixel = img_aug[:, :3, :3] @ pixel + img_aug[:, :3, 3:]
-    col, row = pixel[:, 0], pixel[:, 1]
-    inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-
+    depth, row, col, inside = to_pixels(image_size, undo @ xyz, lidar2image, img_aug)
     cam_id, point_id = inside.nonzero(as_tuple=True)
     target = (cam_id * height + row[inside].long()) * width + col[inside].long()
     # One winner per pixel, whatever the order in which a device writes.
     winner = point_id.new_full((len(inside) * height * width,), -1)
     winner.scatter_reduce_(0, target, point_id, 'amax')
-    return depth, winner.view(len(inside), -1)
+    winner = winner.view(len(inside), -1)
+    if len(points) == 0:
+        return depth.new_zeros(winner.shape), winner
+    return depth.gather(1, winner.clamp(min=0)).masked_fill(winner < 0, 0.0), winner
+
+
+def to_pixels(
+    image_size: Sequence[int], xyz: Tensor, lidar2image: Tensor, img_aug: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes where points of the LiDAR frame fall in N images.
+
+    Args:
+        image_size: H, W.
+        xyz: (3, P), metres.
+        lidar2image: (N, 4, 4).
+        img_aug: (N, 4, 4).
+
+    Returns:
+        Depths, rows and columns, float, and whether the image has them, bool; each (N, P).
+    """
+    height, width = image_size
+    cam = lidar2image[:, :3, :3] @ xyz + lidar2image[:, :3, 3:]
+    depth = cam[:, 2].clamp(1e-5, 1e5)
+    pixel = torch.cat([cam[:, :2] / depth[:, None], depth[:, None]], dim=1)
+    pixel = img_aug[:, :3, :3] @ pixel + img_aug[:, :3, 3:]
+    col, row = pixel[:, 0], pixel[:, 1]
+    return depth, row, col, (row >= 0) & (row < height) & (col >= 0) & (col < width)

@@ -6,7 +6,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from mmdet3d_quant.engines import EngineError, ONNXRuntime
-from mmdet3d_quant.engines.plugins import runs_here
 from mmdet3d_quant.files.typed import is_strong
 from tests.engines.plugin_files import (
     CONVOLUTIONS,
@@ -260,6 +259,8 @@ def test_a_bias_of_another_length_is_an_error(tmp_path):
         ONNXRuntime(file)({'features': features, 'indices': indices})
 
 
-def test_operators_of_others_do_not_run_here():
-    assert runs_here(['autoware::ImplicitGemm', 'org.openvinotoolkit::SparseToDense'])
-    assert not runs_here(['autoware::ImplicitGemm', 'nv::CustomLayerNormalization'])
+def test_an_operator_that_is_not_known_is_refused_by_name(tmp_path):
+    node = helper.make_node('Other', ['x'], ['y'], 'odd', domain='autoware')
+    x, y = (('x', TensorProto.FLOAT, [1]), ('y', TensorProto.FLOAT, [1]))
+    with pytest.raises(EngineError, match="'odd' .autoware::Other. is no operator that runs here"):
+        ONNXRuntime(save(tmp_path / 'a.onnx', [node], [x], [y]))

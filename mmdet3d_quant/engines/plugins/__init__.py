@@ -7,8 +7,6 @@ is executed as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import onnx
 from onnx import NodeProto
 
@@ -19,17 +17,6 @@ from mmdet3d_quant.engines.plugins.operators import Operator
 
 #: Operators by domain and name.
 DOMAINS = {room.DOMAIN: room.KINDS for room in (autoware, openvino)}
-
-
-def runs_here(kinds: Iterable[str]) -> bool:
-    """Tells whether all of some operators, ``domain::name``, can be run by ONNX Runtime here."""
-    known = {f'{domain}::{name}' for domain, kinds in DOMAINS.items() for name in kinds}
-    return {*kinds} <= known
-
-
-def is_plugin(node: NodeProto) -> bool:
-    """Tells whether a node belongs to a domain of plugins that are known here."""
-    return node.domain in DOMAINS
 
 
 def plugin_nodes(model: onnx.ModelProto) -> dict[int, Operator]:
@@ -44,7 +31,7 @@ def plugin_nodes(model: onnx.ModelProto) -> dict[int, Operator]:
     Raises:
         EngineError: If a node is not as its contract says; names it.
     """
-    return {n: _operator(node) for n, node in enumerate(model.graph.node) if is_plugin(node)}
+    return {n: _operator(node) for n, node in enumerate(model.graph.node) if node.domain in DOMAINS}
 
 
 def _operator(node: NodeProto) -> Operator:

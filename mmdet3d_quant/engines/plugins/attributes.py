@@ -31,10 +31,9 @@ class Numbers:
 
     def wrong(self, value: Any) -> str | None:
         """Tells what is wrong with a value; None if nothing is."""
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if isinstance(value, (list, tuple)) != (self.count is not None) or (
-            self.count is not None and len(values) != self.count
-        ):
+        count = len(value) if isinstance(value, (list, tuple)) else None
+        values = [value] if count is None else value
+        if count != self.count:
             return f'wanted is {"one number" if self.count is None else f"{self.count} numbers"}'
         if any(not isinstance(v, (int, float)) or self.whole and v != int(v) for v in values):
             return f'wanted are {"integers" if self.whole else "numbers"}'

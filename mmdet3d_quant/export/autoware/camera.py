@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdet3d_quant.export.autoware.modules import Body
+from mmdet3d_quant.parents.view_base import cells_of
+from mmdet3d_quant.parents.view_transform import to_pixels
 
 
 class ImageBackbone(nn.Module):
@@ -89,12 +91,7 @@ def depth_maps(
         (N, 1, H, W), metres; 0 where no point falls.
     """
     height, width = size
-    cam = lidar2image[:, :3, :3] @ points[:, :3].T + lidar2image[:, :3, 3:]
-    depth = cam[:, 2].clamp(1e-5, 1e5)
-    pixel = torch.cat([cam[:, :2] / depth[:, None], depth[:, None]], dim=1)
-    pixel = img_aug_matrix[:, :3, :3] @ pixel + img_aug_matrix[:, :3, 3:]
-    col, row = pixel[:, 0], pixel[:, 1]
-    inside = (row >= 0) & (row < height) & (col >= 0) & (col < width)
+    depth, row, col, inside = to_pixels(size, points[:, :3].T, lidar2image, img_aug_matrix)
     # One more cell behind each image takes what falls outside, so that no size depends on points.
     rows, cols = row.clamp(0, height - 1).long(), col.clamp(0, width - 1).long()
     cells = torch.where(inside, rows * width + cols, torch.full_like(rows, height * width))
@@ -162,35 +159,39 @@ def camera_inputs(detector: Any, batch: Any) -> dict[str, Tensor]:
     mean, std, flips = image_norm(detector)
     img = seen['img'].flip(1) if flips else seen['img']
     imgs = (img * std + mean).round().clamp(0, 255).to(torch.uint8)
-    geometry = view.get_geometry(
-        camera2lidar[..., :3, :3],
-        camera2lidar[..., :3, 3],
-        intrinsics[..., :3, :3],
-        augmented[..., :3, :3],
-        augmented[..., :3, 3],
-    )
     return dict(
         points=points[0].float(),
         lidar2image=lidar2image[0],
         img_aug_matrix=augmented[0],
-        **pooling_inputs(view, geometry),
+        **pooling_inputs(view, camera2lidar, intrinsics, augmented),
         image_feats=feats[0],
         imgs=imgs,
     )
 
 
-def pooling_inputs(view: Any, geometry: Tensor) -> dict[str, Tensor]:
+def pooling_inputs(
+    view: Any, camera2lidar: Tensor, camera_intrinsics: Tensor, img_aug_matrix: Tensor
+) -> dict[str, Tensor]:
     """Computes what Autoware computes from the cameras' matrices, once, for the BEV pooling.
 
     Args:
         view: The view transform.
-        geometry: Of its ``get_geometry``, (1, N, D, fH, fW, 3), metres.
+        camera2lidar: (1, N, 4, 4).
+        camera_intrinsics: (1, N, 4, 4).
+        img_aug_matrix: (1, N, 4, 4).
 
     Returns:
         ``geom_feats`` int32 (K, 4), ``kept`` bool (N * D * fH * fW,), ``ranks`` int64 (K,) and
         ``indices`` int64 (K,).
     """
-    cells = ((geometry - (view.bx - view.dx / 2)) / view.dx).long().reshape(-1, 3)
+    geometry = view.get_geometry(
+        camera2lidar[..., :3, :3],
+        camera2lidar[..., :3, 3],
+        camera_intrinsics[..., :3, :3],
+        img_aug_matrix[..., :3, :3],
+        img_aug_matrix[..., :3, 3],
+    )
+    cells = cells_of(geometry, view.bx, view.dx).reshape(-1, 3)
     size = torch.as_tensor(view.nx).to(cells)
     kept = ((cells >= 0) & (cells < size)).all(1)
     cells = cells[kept]

@@ -6,13 +6,13 @@ Q/DQ pair stands around it: its scales are an attribute and two inputs.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Callable
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from mmdet3d_quant.export.pairs import ExportError
+from mmdet3d_quant.export.runtimes import runtime_of
+from mmdet3d_quant.export.sparse.check import check
 from mmdet3d_quant.export.sparse.program import (
     Add,
     Axes,
@@ -24,9 +24,9 @@ from mmdet3d_quant.export.sparse.program import (
     Transpose,
 )
 
-DOMAIN = 'autoware'
+DOMAIN = runtime_of('autoware').domain
 #: Value of ``algo``: spconv's implicit GEMM with one mask, whose bits are the kernel's places.
-MASK_IMPLICIT_GEMM, MASK_BITS = 1, 32
+MASK_IMPLICIT_GEMM = 1
 #: Values of ``act_type`` and of ``precision``.
 NONE, RELU, INT8 = 0, 1, 1
 #: Largest integer of the grid.
@@ -46,12 +46,15 @@ class SparseNodes:
         nodes: In the order of execution.
         stored: Weights, biases and scales.
         output: Name of the map, (1, C, H, W).
+
+    Raises:
+        ScnError: If Autoware's plugins do not compute the program; names the layer.
     """
 
     def __init__(
         self, program: Program, features: str, indices: str, dtype: int = TensorProto.FLOAT
     ) -> None:
-        check_program(program)
+        check(program)
         self.dtype = dtype
         self.nodes: list[NodeProto] = []
         self.stored: list[TensorProto] = []
@@ -195,25 +198,3 @@ _WRITERS: dict[type, Callable[[SparseNodes, Any], None]] = {
     Transpose: SparseNodes.transpose,
     Reshape: SparseNodes.reshape,
 }
-
-
-def check_program(program: Program) -> None:
-    """Checks that Autoware's plugins compute a program.
-
-    Raises:
-        ExportError: If not; names the layer and what would help.
-    """
-    for op in program.convs:
-        volume = math.prod(op.kernel)
-        size = 'x'.join(map(str, op.kernel))
-        if volume > MASK_BITS:
-            raise ExportError(
-                f'{op.layer} has a kernel of {size}, {volume} places: the mask of '
-                f'ImplicitGemm has {MASK_BITS} bits. Train with 3x3x3 and 1x1x3 kernels'
-            )
-        if volume == 1:
-            raise ExportError(
-                f'{op.layer} has a kernel of {size}, which spconv computes without ImplicitGemm: '
-                'take a submanifold kernel of 3x3x3 that is zero but for its centre, which '
-                'computes the same if the stride is 1'
-            )

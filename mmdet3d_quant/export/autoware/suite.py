@@ -20,6 +20,8 @@ from mmdet3d_quant.export.boxes import BOXES_KEY, MMDET3D
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.runtimes import RuntimeFile, runtime_of
+from mmdet3d_quant.export.sparse import trace
+from mmdet3d_quant.export.sparse.arithmetic import AUTOWARE, with_int8
 
 #: Key of the runtime's name in a file's ``metadata_props``.
 RUNTIME_KEY = 'mmdet3d_quant.runtime'
@@ -103,13 +105,11 @@ def finish_autoware(
         More entries of the manifest, by name of the file.
 
     Raises:
-        ExportError: If Autoware's plugins do not have what the encoder is made of.
+        ExportError: If the encoder has what Autoware's plugins do not have.
+        ScnError: If they do not compute one of its layers; names it.
     """
     if is_centerpoint(detector):
         return finish_pillars(folder)
-    from mmdet3d_quant.export.sparse import trace  # which needs spconv
-    from mmdet3d_quant.export.sparse.arithmetic import AUTOWARE, with_int8
-
     view = getattr(detector, 'view_transform', None)
     path = folder / f'{LIDAR_BODY if view is None else MAIN_BODY}.onnx'
     if not path.is_file():

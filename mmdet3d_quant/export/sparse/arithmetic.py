@@ -27,7 +27,8 @@ class Arithmetic:
         integers: Whether products of INT8 numbers are summed as integers, and the sum becomes
             FP16 by one factor per channel and the bias. Else values are rounded to their grids and
             computed in floating point, which is the same but for its last bits.
-        ones: Whether kernels of 1x1x1 are computed right.
+        ones: What is wrong with kernels of 1x1x1; empty if they are computed right.
+        places: Most places of a kernel; None: any number.
     """
 
     name: str
@@ -35,7 +36,8 @@ class Arithmetic:
     adds: bool = False
     kept: str = 'fp16'
     integers: bool = False
-    ones: bool = True
+    ones: str = ''
+    places: int | None = None
 
     @property
     def half(self) -> bool:
@@ -43,10 +45,20 @@ class Arithmetic:
         return self.kept != 'fp32'
 
 
-LIBSPCONV = Arithmetic('libspconv', adds=True, kept='readers', ones=False)
-#: INT8 from the third stage on, where it is faster than FP16 in the published measurements.
+LIBSPCONV = Arithmetic(
+    'libspconv',
+    adds=True,
+    kept='readers',
+    ones='computed wrongly by libspconv (Lidar_AI_Solution, issue 302)',
+)
+#: INT8 from the third stage on, where it is faster than FP16 in the published measurements; a
+#: kernel has as many places as the mask of ImplicitGemm has bits.
 AUTOWARE = Arithmetic(
-    'autoware', int8=('encoder_layers.encoder_layer[3-9]', 'conv_out'), integers=True
+    'autoware',
+    int8=('encoder_layers.encoder_layer[3-9]', 'conv_out'),
+    integers=True,
+    ones='computed by spconv without ImplicitGemm',
+    places=32,
 )
 OPENVINO = Arithmetic('openvino', int8=(), kept='fp32')
 #: By name of the runtime that computes the sparse layers.

@@ -100,12 +100,7 @@ def _check_conv(op: SparseConv, walk: _Walk) -> _Sparse:
         raise ScnError(f'bias {tuple(op.bias.shape)} for {out} channels')
     if op.grid != x.grid:
         raise ScnError(f'input_spatial_shape {op.grid}, but its input has {x.grid}')
-    if math.prod(op.kernel) == 1 and not walk.arithmetic.ones:
-        raise ScnError(
-            'kernels of 1x1x1 are computed wrongly by libspconv (Lidar_AI_Solution, issue 302); a '
-            'submanifold kernel of 3x3x3 that is zero but for its centre computes the same, if the '
-            'stride is 1'
-        )
+    _check_kernel(op.kernel, walk.arithmetic)
     if op.subm and (set(op.stride) != {1} or any(k % 2 == 0 for k in op.kernel)):
         raise ScnError('a submanifold convolution needs stride 1 and odd kernels')
     grid = x.grid
@@ -130,6 +125,20 @@ def _check_conv(op: SparseConv, walk: _Walk) -> _Sparse:
         return _Sparse(x.voxels, grid, out)
     walk.sets += 1
     return _Sparse(walk.sets, grid, out)
+
+
+def _check_kernel(kernel: Axes, arithmetic: Arithmetic) -> None:
+    places = math.prod(kernel)
+    if places == 1 and arithmetic.ones:
+        raise ScnError(
+            f'kernels of 1x1x1 are {arithmetic.ones}; a submanifold kernel of 3x3x3 that is zero '
+            'but for its centre computes the same, if the stride is 1'
+        )
+    if arithmetic.places and places > arithmetic.places:
+        raise ScnError(
+            f'a kernel of {"x".join(map(str, kernel))} has {places} places, and '
+            f'{arithmetic.name} has at most {arithmetic.places}: train with 3x3x3 and 1x1x3 kernels'
+        )
 
 
 def _check_add(op: Add, walk: _Walk) -> _Sparse:

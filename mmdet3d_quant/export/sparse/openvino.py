@@ -8,6 +8,7 @@ reads them in the domain ``org.openvinotoolkit``. A sparse tensor is two: values
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from mmdet3d_quant.export.manifest import describe_graph
+from mmdet3d_quant.export.runtimes import runtime_of
 from mmdet3d_quant.export.sparse.arithmetic import OPENVINO
 from mmdet3d_quant.export.sparse.check import check
 from mmdet3d_quant.export.sparse.program import (
@@ -34,7 +36,7 @@ from mmdet3d_quant.export.targets import TARGET_KEY
 from mmdet3d_quant.files.outputs import whole
 from mmdet3d_quant.version import __version__
 
-DOMAIN, VERSION = 'org.openvinotoolkit', 1
+DOMAIN, VERSION = runtime_of('openvino').domain, runtime_of('openvino').version
 OPSET, IR_VERSION = 17, 8
 #: Inputs and output, as the runtime's example and the set's other files call them.
 FEATURES, INDICES, MAP = 'voxel_features', 'voxel_indices', 'lidar'
@@ -50,7 +52,6 @@ def export_openvino(
     encoder: nn.Module,
     path: str | Path,
     order: str | None = 'zyx',
-    quantized: bool = True,
     output_bound: int = OUTPUT_BOUND,
 ) -> dict[str, Any]:
     """Writes a sparse encoder for OpenVINO's plugin for Intel GPUs, in floating point.
@@ -60,7 +61,6 @@ def export_openvino(
         path: File to write; it appears whole or not at all.
         order: Columns of ``voxel_indices`` behind the frame: ``'zyx'`` as the runtime's documents
             say, or ``'xyz'``, with which BEVFusion's map is one node. None: the encoder's own.
-        quantized: Taken for the sake of other runtimes; the layers are float either way.
         output_bound: Most voxels that a strided layer may make.
 
     Returns:
@@ -71,7 +71,7 @@ def export_openvino(
         ScnError: If the program is wrong; names the layer.
         OSError: If the file cannot be written.
     """
-    program = trace(encoder, order, False, output_bound, OPENVINO)
+    program = trace(encoder, order, quantized=False, output_bound=output_bound, arithmetic=OPENVINO)
     model = as_openvino(program)
     with whole(path) as tmp:
         onnx.save(model, str(tmp))
@@ -102,6 +102,16 @@ def as_openvino(program: Program) -> onnx.ModelProto:
         [helper.make_tensor_value_info(MAP, TensorProto.FLOAT, list(program.output_shape))],
         writer.weights,
     )
+    return as_model(graph, {ORDER_KEY: program.order})
+
+
+def as_model(graph: onnx.GraphProto, props: Mapping[str, str]) -> onnx.ModelProto:
+    """Makes the model of a graph with the plugin's operators, for the engine that has them.
+
+    Args:
+        graph: The graph.
+        props: More entries of the model's ``metadata_props``.
+    """
     model = helper.make_model(
         graph,
         opset_imports=[
@@ -112,7 +122,7 @@ def as_openvino(program: Program) -> onnx.ModelProto:
         producer_name='mmdet3d_quant',
         producer_version=__version__,
     )
-    helper.set_model_props(model, {TARGET_KEY: 'openvino', ORDER_KEY: program.order})
+    helper.set_model_props(model, {TARGET_KEY: 'openvino', **props})
     return model
 
 

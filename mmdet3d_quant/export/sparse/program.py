@@ -23,7 +23,7 @@ PRECISIONS = ('fp16', 'int8')
 
 
 class ScnError(ValueError):
-    """A network that libspconv would refuse or compute wrongly, or a file that holds none."""
+    """A network that its runtime would refuse or compute wrongly, or a file that holds none."""
 
 
 @dataclass(frozen=True, eq=False)

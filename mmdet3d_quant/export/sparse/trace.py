@@ -57,7 +57,7 @@ def trace(
     Raises:
         ExportError: If the encoder has something that the runtime does not have; names it.
         UncalibratedError: If a quantizer has no range.
-        ScnError: If the program is not one that libspconv computes; names the layer.
+        ScnError: If the program is not one that the runtime computes; names the layer.
     """
     native = order_of(encoder)
     order = order or native

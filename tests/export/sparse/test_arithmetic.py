@@ -147,17 +147,23 @@ def test_pattern_that_matches_nothing_is_refused():
         trace(model, arithmetic=with_int8(AUTOWARE, ('encoder_layers.encoder_layer9',)))
 
 
-def test_kernels_of_one_voxel_are_refused_only_where_they_are_wrong():
-    model = build('bevfusion')
-    program = trace(model, arithmetic=AUTOWARE)
+@pytest.mark.parametrize(
+    ('size', 'refused'),
+    [
+        (1, {LIBSPCONV: 'conv_input.*1x1x1 are computed wrongly', AUTOWARE: '1x1x1.*ImplicitGemm'}),
+        (5, {AUTOWARE: 'conv_input.*5x5x5 has 125 places.*autoware has at most 32'}),
+    ],
+)
+def test_kernels_are_refused_only_where_they_are_wrong(size, refused):
+    program = trace(build('bevfusion'), arithmetic=OPENVINO)
     first = program.ops[0]
-    one = replace(
-        first,
-        weight=first.weight[:, 1:2, 1:2, 1:2],
-        padding=(0, 0, 0),
-        rulebook='ones',
-    )
-    program = replace(program, ops=(one, *program.ops[1:]))
-    check(program)
-    with pytest.raises(ScnError, match='1x1x1'):
-        check(replace(program, arithmetic=LIBSPCONV))
+    weight = first.weight[:, :1, :1, :1].expand(-1, size, size, size, -1)
+    odd = replace(first, weight=weight, padding=(size // 2,) * 3, rulebook='odd')
+    program = replace(program, ops=(odd, *program.ops[1:]))
+    for arithmetic in ARITHMETICS.values():
+        judged = replace(program, arithmetic=arithmetic)
+        if arithmetic not in refused:
+            check(judged)
+            continue
+        with pytest.raises(ScnError, match=refused[arithmetic]):
+            check(judged)
