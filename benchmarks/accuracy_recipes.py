@@ -41,6 +41,7 @@ from mmdet3d_quant.improve import (
     equalize_concats,
     equalize_layers,
 )
+from mmdet3d_quant.jobs.steps import BY_NAME
 from mmdet3d_quant.qat.optim import BFloat16OptimWrapper
 from mmdet3d_quant.runs import from_config as fc
 
@@ -58,10 +59,10 @@ BEFORE: dict[str, Callable[[nn.Module, list], Any]] = {
     'concats': equalize_concats,
     'layers': lambda model, batches: equalize_layers(model, batches, ['*']),
 }
-#: Steps after the ranges, ``make(batches)``, in the order in which they follow each other.
+#: Steps after the ranges, ``make(batches)``, in the order of ``jobs.steps.STEPS``.
 AFTER: dict[str, Callable[[list], Any]] = {
-    'cells': lambda batches: EmptyCells(),
     'task': lambda batches: TaskRanges(batches=2),
+    'cells': lambda batches: EmptyCells(),
     'rounding': lambda batches: LearnedRounding(),
     'norms': lambda batches: NormReestimation(['*'], lambda: enumerate(batches)),
     'bias': lambda batches: BiasCorrection(),
@@ -91,7 +92,6 @@ def parse_args() -> argparse.Namespace:
     add('--out', type=Path, default=Path('work_dirs/recipes'))
     add('--calib-batches', type=int, default=8, help='of the calib_dataloader')
     add('--held-out', type=int, default=4, help='batches more, for the steps after the ranges')
-    add('--frames', type=int, help='of the validation set, the first; default: all')
     return parser.parse_args()
 
 
@@ -117,9 +117,6 @@ class Bench:
         self.batches, self.held_out = batches[: args.calib_batches], batches[args.calib_batches :]
         self.loader = Runner.build_dataloader(self.cfg.val_dataloader, seed=0)
         self.scorer = Scorer(self.cfg.val_evaluator, self.loader.dataset.metainfo)
-        self.pillars = 'pts_middle_encoder' in self.cfg.model and 'Pillar' in str(
-            self.cfg.model.pts_middle_encoder
-        )
 
     def config(self, kind: str) -> Config:
         """Reads the config of a kind, ``'int8'`` or ``'qat'``."""
@@ -146,7 +143,7 @@ class Bench:
         after = [
             make(self.batches)
             for step, make in AFTER.items()
-            if step in steps and (step != 'cells' or self.pillars)
+            if step in steps and (step != 'cells' or BY_NAME['empty_cells'].serves(model))
         ]
         held_out = dict(held_out=self.held_out, after=after) if after else {}
         mq.calibrate(model, self.batches, 'mse', **held_out)
@@ -193,7 +190,8 @@ class Bench:
             results = predict(model, track(self.loader, f'  {self.name}, {row}'))
             return self.scorer.score(results)
 
-        key = dict(setting=row, checkpoint=sha256(self.checkpoint), batches=self.args.calib_batches)
+        batches = [len(self.batches), len(self.held_out)]
+        key = dict(setting=row, checkpoint=sha256(self.checkpoint), batches=batches)
         return measured(self.out, key, run)
 
     def minutes(self, row: str, made: float | None = None) -> float:

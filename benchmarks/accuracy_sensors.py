@@ -57,7 +57,7 @@ def main() -> None:
     add = parser.add_argument
     add('--fusion', type=Path, default=CHECKPOINT, help='checkpoint; default: %(default)s')
     add('--lidar', type=Path, help='checkpoint of the LiDAR model; its row is omitted without')
-    add('--near', action='store_true', help='the models for near objects')
+    add('--near', action='store_true', help='the near models; give their files and data')
     add('--camera', type=Path, help='checkpoint of the camera model; likewise')
     add('--calib-batches', type=int, default=8, help='of the calib_dataloader')
     add('--data', nargs='+', default=['data/synthetic'], help='validation sets')

@@ -32,17 +32,18 @@ KINDS = {
 }
 HEAD = """# Results
 
-`make pages` writes this page from the files of `docs/results/`, each written by a script on this
-code, and from the metafiles of `configs/`. Scores are those of mmdet3d's `NuScenesMetric`, on
-generated nuScenes ([what that proves](accuracy.md)). The interval is where 95 % of the differences
-to float fall when layouts of frames are drawn again.
+`make pages` writes this page from the files of `docs/results/`, each written by a script on the
+version that stands with it, and from the metafiles of `configs/`. Scores are those of mmdet3d's
+`NuScenesMetric`, on generated nuScenes ([what that proves](accuracy.md)). The interval is where
+95 % of the differences to float fall when layouts of frames are drawn again.
 """
 TAIL = """
 ## What is not here
 
 A number is on this page only if the file of its script is in the checkout. So the scores by sensor,
 method and number of bits, BEVFusion with Swin and the rows after QAT are in
-[accuracy.md](accuracy.md) and [qat.md](qat.md), with the scripts that measured them. Beside
+[accuracy.md](accuracy.md) and [qat.md](qat.md), with the scripts that measured them. What each step
+of a calibration buys back, also of models for near objects: [recipes.md](recipes.md). Beside
 Model-Optimizer and NNCF: [peers.md](peers.md). Published models, by layer and without trained
 weights: [detectors.md](detectors.md). Nothing here was measured on nuScenes itself, nor on an Orin
 or in TensorRT.
@@ -102,10 +103,11 @@ def provenance(report: dict[str, Any]) -> str:
     """Writes where the numbers of a detector come from."""
     of, data = report['provenance'], report['data']
     machine, versions = of['machine'], of['versions']
+    engine = f'mmdet3d-quant {versions["mmdet3d_quant"]}, OpenVINO {versions["openvino"]}'
     cpu = f'{machine["processor"]}, {machine["cores"]} cores'
     cpu += f' ({", ".join(machine["int8_instructions"]) or "no VNNI"})'
     return (
-        f'\n{data["frames"]} frames of {data["scenery"]} layouts. OpenVINO {versions["openvino"]}, '
+        f'\n{data["frames"]} frames of {data["scenery"]} layouts. {engine}, '
         f'torch {versions["torch"]}, mmdet3d {versions["mmdet3d"]}; {cpu}.\n\n'
         f'`{of["command"]}` with `{of["config"]}` and `{of["checkpoint"]["name"]}` (SHA-256 '
         f'{of["checkpoint"]["sha256"][:12]}...).\n'

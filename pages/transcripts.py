@@ -23,9 +23,10 @@ BLOCK = re.compile(r'^```console\n(.*?)^```$', re.M | re.S)
 FAILED = re.compile(r'\(exit code (\d+)\)\n?\Z')
 #: Control sequences of a terminal.
 CONTROL = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
-#: Bars of progress, warnings of libraries, and lines of mmengine's log, which begin with a date.
+#: Bars of progress, warnings of libraries, and lines of mmengine's log, which begin with a date,
+#: with the tables below them.
 NOISE = re.compile(r'^.*(?:Warning: |warnings\.warn|━ *\d+/\d+ ).*\n', re.M)
-STAMP = re.compile(r'^\d\d/\d\d \d\d:\d\d:\d\d - mmengine - .*\n', re.M)
+STAMP = re.compile(r'^\d\d/\d\d \d\d:\d\d:\d\d - mmengine - .*\n(?:[+|].*\n)*', re.M)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def shown(output: str, folder: Path) -> str:
     text = CONTROL.sub('', output).replace('\r\n', '\n')
     text = re.sub(r'^.*\r', '', text, flags=re.M)
     text = STAMP.sub('', NOISE.sub('', text))
-    text = text.replace(f'{folder}/', '').replace(f'{ROOT}/', '')
+    for path in (folder, ROOT, os.path.relpath(ROOT, folder)):
+        text = text.replace(f'{path}/', '')
     lines = [line.rstrip() for line in text.splitlines()]
     return re.sub(r'\n{3,}', '\n\n', '\n'.join(lines).strip('\n') + '\n').lstrip('\n')
 

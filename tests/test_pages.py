@@ -3,6 +3,7 @@
 import ast
 import builtins
 import json
+import os
 import re
 import shutil
 from importlib import import_module
@@ -49,6 +50,9 @@ def test_what_is_of_the_moment_is_left_out(tmp_path):
     printed += 'Run ━━━ 3/3 0:01\n11/27 11:18:43 - mmengine - INFO - x\n'
     assert transcripts.shown(printed, tmp_path) == 'done\nbold a.pth b.py\n'
     assert transcripts.shown('┏━━┓\n┃ a ┃\n', tmp_path) == '┏━━┓\n┃ a ┃\n'
+    table = '11/27 11:18:43 - mmengine - INFO - cars:\n+---+\n| 3 |\n+---+\ndone\n'
+    assert transcripts.shown(table, tmp_path) == 'done\n'
+    assert transcripts.shown(f'{os.path.relpath(ROOT, tmp_path)}/b.py\n', tmp_path) == 'b.py\n'
 
 
 def test_every_page_with_commands_is_run_by_make():

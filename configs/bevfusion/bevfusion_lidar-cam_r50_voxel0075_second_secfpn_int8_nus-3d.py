@@ -6,7 +6,7 @@ _base_ = ['./bevfusion_lidar-cam_r50_voxel0075_second_secfpn_nus-3d.py']
 model = dict(
     img_backbone=dict(type='QuantResNet'),  # skip=['conv1'] would keep its first layer float
     img_neck=dict(type='QuantGeneralizedLSSFPN'),
-    # In INT8 its downsample costs the tiny model 0.18 points (docs/accuracy.md); 5 % of the work.
+    # In INT8 its downsample costs the tiny model 0.17 points (docs/accuracy.md); 5 % of the work.
     view_transform=dict(type='QuantDepthLSSTransform'),
     fusion_layer=dict(type='QuantConvFuser'),
     pts_backbone=dict(type='QuantSECOND'),
