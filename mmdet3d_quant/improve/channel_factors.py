@@ -3,7 +3,8 @@
 That is estimated from a sample of a reader's input: the error of each input channel, weighed by the
 weights that read it, and that of the weights, weighed by the size of the channel. A channel that is
 small beside the others gains by a factor; the weights of the others lose, since each output channel
-of a weight has one range.
+of a weight has one range. Ranges come from every other batch and the error from the rest, so that a
+channel that is large in some batches only is not lifted until it is clipped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Dict, List, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant.calibration.choose import Unit, search
 from mmdet3d_quant.calibration.histogram import Histogram
@@ -26,9 +28,15 @@ from mmdet3d_quant.layers.base import QuantLayer
 
 #: Shares of the range that go to the weights, 0, to the activations, 1, or to both.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
-#: Least gain, dB, and largest power of two.
-LEAST, LARGEST = 0.1, 10
+#: Least gain, dB, and largest power of two where weights have 8 bits. By that power a channel's error
+#: is 24 dB less, and little more is to be gained; a channel that is larger in other data would be
+#: clipped. Each bit that weights have less is one power more: their error is that much larger.
+LEAST, LARGEST = 0.1, 4
+#: A channel behind a batch norm is taken to be as large as its bias and so many times its weight.
+DEVIATIONS = 4.0
 
+#: (channels, values) each: what ranges are found on, and what errors are measured on.
+Halves = Tuple[Tensor, Tensor]
 #: A layer's source and all that read that; or why there is none that can be changed.
 Path = Union[str, Tuple[str, Tuple[Reader, ...]]]
 
@@ -68,6 +76,11 @@ class Seen:
     peak: Tensor
     rows: List[Tensor] = field(default_factory=list)
 
+    def halves(self) -> Halves:
+        """Joins every other batch, and the rest; a single batch is both."""
+        fitted, judged = self.rows[::2], self.rows[1::2] or self.rows
+        return torch.cat(fitted, 1), torch.cat(judged, 1)
+
 
 def plan_factors(
     model: nn.Module,
@@ -87,7 +100,7 @@ def plan_factors(
         What is to be moved, and what stays.
     """
     layers = dict(model.named_modules())
-    sample = {n: torch.cat(s.rows, 1) for n, s in seen.items() if s.peak.any()}
+    sample = {n: s.halves() for n, s in seen.items() if s.peak.any()}
     moves: list[ChannelMove] = []
     results: dict[str, str] = {}  # by source: why it stays, or nothing
     left: dict[str, str] = {}
@@ -116,7 +129,7 @@ def _best(
     source: str,
     readers: Sequence[Reader],
     seen: dict[str, Seen],
-    sample: dict[str, Tensor],
+    sample: dict[str, Halves],
     alphas: Sequence[float],
 ) -> ChannelMove | None:
     rounded = [r for r in readers if r.layer in sample and _is_served(layers[r.layer])]
@@ -124,13 +137,15 @@ def _best(
         return None
     # The same tensor is read by all of them, each time the same channels.
     peak = seen[rounded[0].layer].peak[rounded[0].part]
+    peak = torch.where(peak > 0, torch.maximum(peak, _usual_peak(layers[source], peak)), peak)
     weight = torch.stack([_weight_peak(layers[r.layer], r) for r in rounded]).amax(0)
 
     def cost(exponents: Tensor) -> float:
         return sum(_error(layers[r.layer], sample[r.layer], r, exponents) for r in rounded)
 
     before = cost(torch.zeros_like(peak))
-    tried = [exponents_of(peak, weight, alpha) for alpha in alphas]
+    limit = max(_limit(layers[r.layer]) for r in rounded)
+    tried = [exponents_of(peak, weight, alpha, limit) for alpha in alphas]
     costs = [cost(e) if e.any() else math.inf for e in tried]
     best = min(costs)
     if not before or best > before * 10 ** (-LEAST / 10):
@@ -140,7 +155,7 @@ def _best(
     return ChannelMove(source, tuple(readers), powers, gain)
 
 
-def exponents_of(peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
+def exponents_of(peak: Tensor, weight: Tensor, alpha: float, limit: int = LARGEST) -> Tensor:
     """Computes the power of two by which each channel is multiplied.
 
     It is the one nearest to ``weight ** (1 - alpha) / peak ** alpha``, times one for all of them,
@@ -150,6 +165,7 @@ def exponents_of(peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
         peak: (channels,), the largest absolute value of each.
         weight: (channels,), the largest absolute weight that reads it.
         alpha: Share of the activations: with 1 all channels become as large as the largest.
+        limit: Largest power.
 
     Returns:
         float (channels,), whole numbers; 0 for channels without values or weights.
@@ -160,7 +176,7 @@ def exponents_of(peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
     size = peak.double().log2()
     powers = (1 - alpha) * weight.double().log2() - alpha * size
     common = ((powers + size)[live].max() - size[live].max()).round()
-    powers = (powers.round() - common).clamp(-LARGEST, LARGEST)
+    powers = (powers.round() - common).clamp(-limit, limit)
     return torch.where(live, powers, torch.zeros_like(powers)).to(peak)
 
 
@@ -168,6 +184,12 @@ def _is_served(layer: QuantLayer) -> bool:
     """Whether a layer rounds its input to evenly spaced numbers; floating ones need no help."""
     quantizer = layer._input_quantizer
     return quantizer.float_reason is None and quantizer.spec.format.even
+
+
+def _limit(layer: QuantLayer) -> int:
+    """Computes the largest power of two for what a layer reads."""
+    quantizer = layer._weight_quantizer
+    return LARGEST + (max(8 - quantizer.spec.num_bits, 0) if quantizer.float_reason is None else 0)
 
 
 def _weight_peak(layer: Any, reader: Reader) -> Tensor:
@@ -189,13 +211,22 @@ def _inputs(layer: Any) -> Tensor:
     return by_input(layer, numbers).expand(layer.weight.shape).flatten()
 
 
-def _error(layer: Any, rows: Tensor, reader: Reader, exponents: Tensor) -> float:
+def _usual_peak(source: Any, like: Tensor) -> Tensor:
+    """(channels,): how large a batch norm says that its channels may be; else 0."""
+    if not isinstance(source, _BatchNorm):
+        return torch.zeros_like(like)
+    return (source.bias.abs() + DEVIATIONS * source.weight.abs()).detach().to(like)
+
+
+def _error(layer: Any, halves: Halves, reader: Reader, exponents: Tensor) -> float:
     """Estimates the error of a layer's output, of the output's power, after a move."""
+    fitted, judged = halves
     factor = spread(layer, exponents.exp2(), reader)
-    x = rows * factor[:, None]
+    x = judged * factor[:, None]
     weight = layer.weight.detach().float() / by_input(layer, factor)
     spec = layer._input_quantizer.spec
-    amax = search([Unit(('',), Method('mse'), Histogram.of(x), spec)])[0]
+    histogram = Histogram.of(fitted * factor[:, None])
+    amax = search([Unit(('',), Method('mse'), histogram, spec)])[0]
     step = spec.format.step(torch.tensor(amax))
     noise = (spec.format.round_(x / step) * step - x).square().mean(1)
     power = x.square().mean(1)
@@ -212,11 +243,12 @@ def _error(layer: Any, rows: Tensor, reader: Reader, exponents: Tensor) -> float
 
 
 def _note(
-    layers: dict[str, Any], move: ChannelMove, seen: dict[str, Seen], sample: dict[str, Tensor]
+    layers: dict[str, Any], move: ChannelMove, seen: dict[str, Seen], sample: dict[str, Halves]
 ) -> None:
     """Scales what was seen of the readers' inputs, as the move will."""
     for reader in move.readers:
         if reader.layer in sample:
-            factor = move.factor.to(sample[reader.layer])
+            factor = move.factor.to(seen[reader.layer].peak)
             seen[reader.layer].peak[reader.part] *= factor
-            sample[reader.layer][reader.part] *= factor[:, None]
+            for half in sample[reader.layer]:
+                half[reader.part] *= factor[:, None]

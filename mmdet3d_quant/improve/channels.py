@@ -24,7 +24,7 @@ from mmdet3d_quant.layers.features import values
 from mmdet3d_quant.layers.pairs import TRANSPOSED
 
 #: Values of a layer's input that are kept, of one batch.
-SAMPLE = 2**17
+SAMPLE = 2**15
 
 
 def layers_of(model: nn.Module, patterns: Sequence[str], kind: type = nn.Module) -> list[str]:

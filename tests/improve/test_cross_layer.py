@@ -105,7 +105,7 @@ def test_every_net_computes_the_same_to_the_bit_whatever_was_moved(net):
 
 def test_each_channel_gets_the_power_of_two_of_the_formula():
     """sqrt(r1 / r2) of the paper, by hand; channels without values or weights stay."""
-    peak, weight = [8.0, 3.0, 0.03, 0.0, 2.0], [0.5, 0.5, 4.0, 1.0, 0.0]
+    peak, weight = [8.0, 3.0, 1.0, 0.0, 2.0], [0.5, 0.5, 4.0, 1.0, 0.0]
     found = exponents_of(torch.tensor(peak), torch.tensor(weight), 0.5).tolist()
     powers = [round(-math.log2(math.sqrt(p / w))) for p, w in zip(peak[:3], weight[:3])]
     assert found[3:] == [0, 0]

@@ -32,7 +32,7 @@ class Tokens(nn.Module):
         return self.last(nn.functional.gelu(self.q(x) * self.k(x)))
 
 
-def tokens(count=3):
+def tokens(count=16):
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(2, 6, 8, generator=generator) for _ in range(count)]
 
