@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdet3d_quant.calibration.gather import gather_batches
 from mmdet3d_quant.calibration.observe import Forward, run
 from mmdet3d_quant.calibration.result import Choice
+from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.modes import evaluating, set_mode
 from mmdet3d_quant.core.spec import select_all
@@ -100,7 +101,8 @@ class NormReestimation:
         judged = held_out if self.batches else [b for b in held_out if b[0] % 2]
         seen = self.batches() if self.batches else [b for b in held_out if not b[0] % 2]
         wanted = self._wanted(model, norms, seen)
-        before = self._error(model, norms, judged)
+        exact = dict(self._made(model, norms, judged, 'float'))
+        before = self._error(model, norms, judged, exact)
         old = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}
         self.left = {n: 'no batch reached it' for n in norms if n not in wanted}
         self.changed = {}
@@ -112,7 +114,7 @@ class NormReestimation:
             moved = shift / (norm.running_var.double() + norm.eps).sqrt()
             self.changed[name] = float(moved.abs().max())
             _set(norm, old[name], shift, ratio)
-        after = self._error(model, norms, judged)
+        after = self._error(model, norms, judged, exact)
         self.errors, self.undone = (before, after), after > before
         if self.undone:
             for name, norm in norms.items():
@@ -154,24 +156,34 @@ class NormReestimation:
             result[name] = (mean - float_mean, _ratio(var, float_var))
         return result
 
+    def _made(
+        self, model: nn.Module, norms: dict[str, Any], batches: Batches, mode: str
+    ) -> Iterator[tuple[int, dict[str, list[Tensor]]]]:
+        """By number of a batch what norms make in a mode."""
+        for number, batch in batches:
+            made: dict[str, list[Tensor]] = {}
+            with set_mode(model, mode), evaluating(model), _making(norms, made):
+                self.forward(model, deep_copy(batch))
+            yield number, made
+
     def _error(
-        self, model: nn.Module, norms: dict[str, Any], batches: Sequence[tuple[int, Any]]
+        self,
+        model: nn.Module,
+        norms: dict[str, Any],
+        batches: Batches,
+        exact: dict[int, dict[str, list[Tensor]]],
     ) -> float:
         """Squared error of what norms make, of its power; the mean over norms and batches."""
         found: dict[int, dict[str, float]] = {}
-        for number, batch in batches:
-            exact: dict[str, list[Tensor]] = {}
-            rounded: dict[str, list[Tensor]] = {}
-            for mode, made in (('float', exact), ('quant', rounded)):
-                with set_mode(model, mode), evaluating(model), _making(norms, made):
-                    self.forward(model, deep_copy(batch))
+        for number, made in self._made(model, norms, batches, 'quant'):
+            wanted = exact[number]
             found[number] = {
                 name: float(
-                    sum((a - b).square().sum() for a, b in zip(exact[name], calls))
-                    / max(float(sum(a.square().sum() for a in exact[name])), 1e-30)
+                    sum((a - b).square().sum() for a, b in strict_zip(wanted[name], calls))
+                    / max(float(sum(a.square().sum() for a in wanted[name])), 1e-30)
                 )
-                for name, calls in rounded.items()
-                if [a.shape for a in exact.get(name, ())] == [b.shape for b in calls]
+                for name, calls in made.items()
+                if [a.shape for a in wanted.get(name, ())] == [b.shape for b in calls]
             }
         rows = gather_batches(found, 're-estimation of batch norms is judged on').values()
         errors = [error for row in rows for error in row.values()]
