@@ -46,13 +46,14 @@ def by_brute_force(model, exact, x):
         norm.running_var *= (var / float_var).float()
 
 
-def test_statistics_are_those_of_brute_force_one_norm_after_the_other():
+def test_statistics_are_those_of_brute_force_one_norm_after_the_other(monkeypatch):
+    monkeypatch.setattr(NormReestimation, '_error', lambda *args: 0.0)  # whether it helps or not
     data = images()
     model = calibrated(Two(), data)
     step = NormReestimation(batches=lambda: [(0, data[0])])
     slow, exact = copy.deepcopy(model), copy.deepcopy(model)
     by_brute_force(slow, exact, data[0])
-    step(model, [], list(enumerate(data)))
+    step(model, [], [(0, data[0])])
     assert set(step.changed) == {'first', 'second'} and not step.undone
     for name, value in slow.state_dict().items():
         assert torch.allclose(model.state_dict()[name], value, atol=1e-6), name
