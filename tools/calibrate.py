@@ -46,7 +46,7 @@ examples:
   # what helps and is cheap; a recipe and one step more
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --recipe fast
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --recipe fast \\
-      --reestimate-norms img_backbone
+      --learned-rounding img_backbone
 
   # inputs of concats, and channels of some layers, scaled alike; the float model stays as it is
   python tools/calibrate.py $CONFIG float.pth --out int8.pth --equalize-concats \\

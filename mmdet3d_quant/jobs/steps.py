@@ -189,6 +189,8 @@ RECIPES = {
     for name, more in _MORE.items()
 }
 BY_NAME = {step.name: step for step in STEPS}
+#: Steps of which a calibration has one at most.
+SAME_ERROR = ('reestimate_norms', 'bias_correction')
 
 
 def as_chosen(given: Given, where: str) -> Chosen:
@@ -234,7 +236,8 @@ def read_steps(
         Patterns by name, in the order of :data:`STEPS`.
 
     Raises:
-        ConfigError: If a step or recipe is unknown, or a value makes no sense.
+        ConfigError: If a step or recipe is unknown, a value makes no sense, or two steps do not go
+            together.
     """
     own = cfg.get('calibration') or {}
     name = recipe or own.get('recipe')
@@ -250,6 +253,12 @@ def read_steps(
         patterns = [p for part in parts for p in part.get(step.name, ())]
         if patterns:
             joined[step.name] = list(dict.fromkeys(patterns))
+    both = [name for name in SAME_ERROR if name in joined]
+    if len(both) > 1:
+        raise ConfigError(
+            f'{" and ".join(both)} would take the same mean errors off twice: choose one; a recipe '
+            'that has the other can be written as its steps'
+        )
     return joined
 
 

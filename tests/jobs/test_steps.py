@@ -17,13 +17,13 @@ def config(**calibration):
 
 
 def test_config_recipe_and_call_add_up_in_the_order_of_the_table():
-    cfg = config(recipe='fast', steps=dict(bias_correction='backbone', reestimate_norms=['*']))
+    cfg = config(recipe='fast', steps=dict(bias_correction='backbone', learned_rounding=['*']))
     chosen = read_steps(cfg, toy(), None, dict(equalize_layers=['backbone.last'], smooth=False))
     # of the recipe: no linear layers to smooth, no pillars with empty cells
     assert chosen == dict(
         equalize_concats=['*'],
         equalize_layers=['*', 'backbone.last'],
-        reestimate_norms=['*'],
+        learned_rounding=['*'],
         bias_correction=['*', 'backbone'],
     )
     names = [step.name for step in STEPS]
@@ -46,6 +46,8 @@ def test_what_makes_no_sense_is_an_error_with_its_place():
             as_chosen(given, 'steps')
     with pytest.raises(ConfigError, match="unknown recipe 'slow'; there are fast, best"):
         read_steps(config(), toy(), 'slow')
+    with pytest.raises(ConfigError, match='same mean errors off twice: choose one'):
+        read_steps(config(recipe='fast'), toy(), None, dict(reestimate_norms=['*']))
 
 
 class Heard(Listener):

@@ -311,7 +311,7 @@ def test_a_recipe_from_the_command_line_and_a_step_of_the_config(work, tmp_path)
     """Of the recipe what serves the model; the float model of equalized layers is the same."""
     out = tmp_path / 'o.pth'
     config = tmp_path / 'steps.py'
-    steps = "calibration = dict(steps=dict(reestimate_norms=['pts_backbone']))"
+    steps = "calibration = dict(steps=dict(bias_correction=['pts_backbone']))"
     config.write_text(f"_base_ = ['{work / 'int8.py'}']\n{steps}\n")
     _, *rest = arguments(work, out, '--recipe', 'fast', '--num-batches', '3')
     calibrate.main([str(config), *rest])
@@ -319,10 +319,9 @@ def test_a_recipe_from_the_command_line_and_a_step_of_the_config(work, tmp_path)
     assert list(meta['steps']) == [
         'equalize_concats',
         'equalize_layers',
-        'reestimate_norms',
         'bias_correction',
     ]
-    assert meta['steps']['reestimate_norms'] == ['pts_backbone'] and meta['bias_corrected']
+    assert meta['steps']['bias_correction'] == ['*', 'pts_backbone'] and meta['bias_corrected']
     with pytest.raises(ConfigError, match="unknown step 'no_such'"):
         job.calibrate_checkpoint(
             work / 'int8.py', work / 'float.pth', tmp_path / 'p.pth', steps=dict(no_such=True)
