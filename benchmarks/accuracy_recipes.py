@@ -67,17 +67,17 @@ AFTER: dict[str, Callable[[list], Any]] = {
     'norms': lambda batches: NormReestimation(['*'], lambda: enumerate(batches)),
     'bias': lambda batches: BiasCorrection(),
 }
-EQUAL = ('concats', 'layers', 'cells', 'bias')
+EQUAL = ('concats', 'layers', 'cells')
 #: Recipe -> steps of both; where a model has no pillars, there are no empty cells.
 RECIPES: dict[str, Sequence[str]] = {
     'ranges only': (),
     '+ bias correction': ('bias',),
-    '+ equalization': EQUAL,
-    '+ re-estimated norms': (*EQUAL, 'norms'),
-    '+ task-guided ranges': (*EQUAL, 'task'),
-    '+ learned rounding': (*EQUAL, 'rounding'),
-    '+ both': (*EQUAL, 'task', 'rounding'),
-    'QAT': EQUAL,
+    '+ equalization': (*EQUAL, 'bias'),
+    '+ equalization, norms': (*EQUAL, 'norms'),
+    '+ task-guided ranges': (*EQUAL, 'task', 'norms'),
+    '+ learned rounding': (*EQUAL, 'rounding', 'norms'),
+    '+ both': (*EQUAL, 'task', 'rounding', 'norms'),
+    'QAT': (*EQUAL, 'norms'),
 }
 
 

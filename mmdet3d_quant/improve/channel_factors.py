@@ -28,9 +28,9 @@ from mmdet3d_quant.layers.base import QuantLayer
 
 #: Shares of the range that go to the weights, 0, to the activations, 1, or to both.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
-#: Least gain, dB, and largest power of two where weights have 8 bits. By that power a channel's error
-#: is 24 dB less, and little more is to be gained; a channel that is larger in other data would be
-#: clipped. Each bit that weights have less is one power more: their error is that much larger.
+#: Least gain, dB, and largest power of two where weights have 8 bits. By that power a channel's
+#: error is 24 dB less, and little more is to be gained; a channel that is larger in other data would
+#: be clipped. Each bit that weights have less is one power more: their error is that much larger.
 LEAST, LARGEST = 0.1, 4
 #: A channel behind a batch norm is taken to be as large as its bias and so many times its weight.
 DEVIATIONS = 4.0
@@ -189,7 +189,10 @@ def _is_served(layer: QuantLayer) -> bool:
 def _limit(layer: QuantLayer) -> int:
     """Computes the largest power of two for what a layer reads."""
     quantizer = layer._weight_quantizer
-    return LARGEST + (max(8 - quantizer.spec.num_bits, 0) if quantizer.float_reason is None else 0)
+    bits = quantizer.spec.num_bits
+    if quantizer.float_reason is not None or not isinstance(bits, int):
+        return LARGEST
+    return LARGEST + max(8 - bits, 0)
 
 
 def _weight_peak(layer: Any, reader: Reader) -> Tensor:
