@@ -29,8 +29,8 @@ from mmdet3d_quant.layers.base import QuantLayer
 #: Shares of the range that go to the weights, 0, to the activations, 1, or to both.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 #: Least gain, dB, and largest power of two where weights have 8 bits. By that power a channel's
-#: error is 24 dB less, and little more is to be gained; a channel that is larger in other data would
-#: be clipped. Each bit that weights have less is one power more: their error is that much larger.
+#: error is 24 dB less, and little more is to be gained; one that is larger in other data would be
+#: clipped. Each bit that weights have less is one power more: their error is that much larger.
 LEAST, LARGEST = 0.1, 4
 #: A channel behind a batch norm is taken to be as large as its bias and so many times its weight.
 DEVIATIONS = 4.0
