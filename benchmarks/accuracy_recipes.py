@@ -51,6 +51,7 @@ MODELS = {
     'centerpoint_tiny_depthwise': 'centerpoint_tiny',
     'bevfusion_tiny_cam_near': 'bevfusion_tiny',
     'bevfusion_tiny_lidar-cam': 'bevfusion_tiny',
+    'centerpoint_tiny': 'centerpoint_tiny',
 }
 #: Bits of weights and activations.
 WIDTHS = {'w8a8': (8, 8), 'w4a8': (4, 8), 'w6a6': (6, 6), 'w4a4': (4, 4)}
@@ -77,7 +78,7 @@ RECIPES: dict[str, Sequence[str]] = {
     '+ task-guided ranges': (*EQUAL, 'task', 'norms'),
     '+ learned rounding': (*EQUAL, 'rounding', 'norms'),
     '+ both': (*EQUAL, 'task', 'rounding', 'norms'),
-    'QAT': (*EQUAL, 'norms'),
+    'QAT': EQUAL,
 }
 
 

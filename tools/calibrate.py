@@ -18,7 +18,7 @@ from terminal import ConsoleListener, open_console, run_tool
 from mmdet3d_quant.calibration.stability import TOLERANCE
 from mmdet3d_quant.core.spec import METHODS
 from mmdet3d_quant.jobs.calibration import Calibrated, calibrate_checkpoint
-from mmdet3d_quant.jobs.steps import RECIPES, STEPS
+from mmdet3d_quant.jobs.steps import RECIPES, SAME_ERROR, STEPS
 from mmdet3d_quant.runs.processes import LAUNCHERS
 
 #: Rows of the table on the console; the report has all.
@@ -77,7 +77,12 @@ def tables() -> str:
     text = ''
     for title, rows in dict(methods=METHODS, recipes=recipes).items():
         text += f'\n{title}:\n' + ''.join(f'  {name:10}  {what}\n' for name, what in rows.items())
-    return text + '\nThe steps run in the order in which their options are listed.\n'
+    only = ' and '.join(SAME_ERROR)
+    return text + (
+        f'\nOf {only} a calibration has one: a recipe takes the first\n'
+        'that serves the model, unless you name the other. The steps run in the order in which\n'
+        'their options are listed.\n'
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

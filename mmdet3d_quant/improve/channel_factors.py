@@ -17,7 +17,6 @@ from typing import Any, Dict, List, Tuple, Union
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet3d_quant.calibration.choose import Unit, search
 from mmdet3d_quant.calibration.histogram import Histogram
@@ -28,12 +27,9 @@ from mmdet3d_quant.layers.base import QuantLayer
 
 #: Shares of the range that go to the weights, 0, to the activations, 1, or to both.
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
-#: Least gain, dB, and largest power of two where weights have 8 bits. By that power a channel's
-#: error is 24 dB less, and little more is to be gained; one that is larger in other data would be
-#: clipped. Each bit that weights have less is one power more: their error is that much larger.
-LEAST, LARGEST = 0.1, 4
-#: A channel behind a batch norm is taken to be as large as its bias and so many times its weight.
-DEVIATIONS = 4.0
+#: Least gain, dB, and largest power of two: more helps no weight of 4 bits, and a channel that is
+#: larger in other data would be clipped.
+LEAST, LARGEST = 0.1, 8
 
 #: (channels, values) each: what ranges are found on, and what errors are measured on.
 Halves = Tuple[Tensor, Tensor]
@@ -137,15 +133,13 @@ def _best(
         return None
     # The same tensor is read by all of them, each time the same channels.
     peak = seen[rounded[0].layer].peak[rounded[0].part]
-    peak = torch.where(peak > 0, torch.maximum(peak, _usual_peak(layers[source], peak)), peak)
     weight = torch.stack([_weight_peak(layers[r.layer], r) for r in rounded]).amax(0)
 
     def cost(exponents: Tensor) -> float:
         return sum(_error(layers[r.layer], sample[r.layer], r, exponents) for r in rounded)
 
     before = cost(torch.zeros_like(peak))
-    limit = max(_limit(layers[r.layer]) for r in rounded)
-    tried = [exponents_of(peak, weight, alpha, limit) for alpha in alphas]
+    tried = [exponents_of(peak, weight, alpha) for alpha in alphas]
     costs = [cost(e) if e.any() else math.inf for e in tried]
     best = min(costs)
     if not before or best > before * 10 ** (-LEAST / 10):
@@ -155,7 +149,7 @@ def _best(
     return ChannelMove(source, tuple(readers), powers, gain)
 
 
-def exponents_of(peak: Tensor, weight: Tensor, alpha: float, limit: int = LARGEST) -> Tensor:
+def exponents_of(peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """Computes the power of two by which each channel is multiplied.
 
     It is the one nearest to ``weight ** (1 - alpha) / peak ** alpha``, times one for all of them,
@@ -165,7 +159,6 @@ def exponents_of(peak: Tensor, weight: Tensor, alpha: float, limit: int = LARGES
         peak: (channels,), the largest absolute value of each.
         weight: (channels,), the largest absolute weight that reads it.
         alpha: Share of the activations: with 1 all channels become as large as the largest.
-        limit: Largest power.
 
     Returns:
         float (channels,), whole numbers; 0 for channels without values or weights.
@@ -176,7 +169,7 @@ def exponents_of(peak: Tensor, weight: Tensor, alpha: float, limit: int = LARGES
     size = peak.double().log2()
     powers = (1 - alpha) * weight.double().log2() - alpha * size
     common = ((powers + size)[live].max() - size[live].max()).round()
-    powers = (powers.round() - common).clamp(-limit, limit)
+    powers = (powers.round() - common).clamp(-LARGEST, LARGEST)
     return torch.where(live, powers, torch.zeros_like(powers)).to(peak)
 
 
@@ -184,15 +177,6 @@ def _is_served(layer: QuantLayer) -> bool:
     """Whether a layer rounds its input to evenly spaced numbers; floating ones need no help."""
     quantizer = layer._input_quantizer
     return quantizer.float_reason is None and quantizer.spec.format.even
-
-
-def _limit(layer: QuantLayer) -> int:
-    """Computes the largest power of two for what a layer reads."""
-    quantizer = layer._weight_quantizer
-    bits = quantizer.spec.num_bits
-    if quantizer.float_reason is not None or not isinstance(bits, int):
-        return LARGEST
-    return LARGEST + max(8 - bits, 0)
 
 
 def _weight_peak(layer: Any, reader: Reader) -> Tensor:
@@ -212,13 +196,6 @@ def _inputs(layer: Any) -> Tensor:
     """(weights,): the input channel that each weight reads."""
     numbers = torch.arange(num_inputs(layer), device=layer.weight.device)
     return by_input(layer, numbers).expand(layer.weight.shape).flatten()
-
-
-def _usual_peak(source: Any, like: Tensor) -> Tensor:
-    """(channels,): how large a batch norm says that its channels may be; else 0."""
-    if not isinstance(source, _BatchNorm):
-        return torch.zeros_like(like)
-    return (source.bias.abs() + DEVIATIONS * source.weight.abs()).detach().to(like)
 
 
 def _error(layer: Any, halves: Halves, reader: Reader, exponents: Tensor) -> float:

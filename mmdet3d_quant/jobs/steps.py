@@ -180,17 +180,17 @@ STEPS = (
     ),
 )
 BEFORE = ('equalize_concats', 'equalize_layers', 'smooth')
+#: Steps of which a calibration has one: what is asked for, else the first that serves the model.
+SAME_ERROR = ('reestimate_norms', 'bias_correction')
 _EXACT = (*BEFORE, 'empty_cells')
 _MORE: Dict[str, tuple] = {'fast': (), 'best': ('task_ranges', 'learned_rounding')}
 #: Steps by name of a recipe, each for all layers that it serves: ``fast`` has what is exact in
 #: float or takes a pass over the batches, ``best`` also what takes minutes.
 RECIPES = {
-    name: tuple(s.name for s in STEPS if s.name in (*_EXACT, *more, 'bias_correction'))
+    name: tuple(s.name for s in STEPS if s.name in (*_EXACT, *more, *SAME_ERROR))
     for name, more in _MORE.items()
 }
 BY_NAME = {step.name: step for step in STEPS}
-#: Steps of which a calibration has one at most.
-SAME_ERROR = ('reestimate_norms', 'bias_correction')
 
 
 def as_chosen(given: Given, where: str) -> Chosen:
@@ -244,10 +244,11 @@ def read_steps(
     if name is not None and name not in list(RECIPES):
         raise ConfigError(f'unknown recipe {name!r}; there are {", ".join(RECIPES)}')
     parts = [
-        {k: ['*'] for k in RECIPES[name] if _serves(BY_NAME[k], model)} if name else {},
         as_chosen(own.get('steps') or {}, f'{cfg.filename}: `calibration.steps`'),
         *(as_chosen(given or {}, 'steps') for given in more),
     ]
+    if name is not None:
+        parts.insert(0, _of_recipe(name, model, [k for part in parts for k in part]))
     joined: Chosen = {}
     for step in STEPS:
         patterns = [p for part in parts for p in part.get(step.name, ())]
@@ -256,10 +257,16 @@ def read_steps(
     both = [name for name in SAME_ERROR if name in joined]
     if len(both) > 1:
         raise ConfigError(
-            f'{" and ".join(both)} would take the same mean errors off twice: choose one; a recipe '
-            'that has the other can be written as its steps'
+            f'{" and ".join(both)} would take the same mean errors off twice: choose one'
         )
     return joined
+
+
+def _of_recipe(name: str, model: nn.Module, given: Sequence[str]) -> Chosen:
+    """The steps of a recipe that serve a model and go with those that are given."""
+    names = [k for k in RECIPES[name] if _serves(BY_NAME[k], model)]
+    first = next((k for k in (*given, *names) if k in SAME_ERROR), None)
+    return {k: ['*'] for k in names if k not in SAME_ERROR or k == first}
 
 
 def _serves(step: Step, model: nn.Module) -> bool:

@@ -80,7 +80,7 @@ def error_by_hand(alpha):
     peak = torch.cat(weights).abs().amax(0)
     factor = x.abs().amax(0) ** alpha / peak ** (1 - alpha) if alpha is not None else peak / peak
     power = factor.log2().round()
-    factor = (power - power[1]).clamp(-4, 4).exp2()  # up to 16 times that of the outlier
+    factor = (power - power[1]).clamp(-8, 8).exp2()  # up to 256 times that of the outlier
     wrong = 0.0
     for w in weights:
         scaled = w * factor, x / factor

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mmengine.config import Config
+from torch import nn
 
 from mmdet3d_quant.core.modes import float_state_dict
 from mmdet3d_quant.jobs import calibration as job
@@ -46,8 +47,24 @@ def test_what_makes_no_sense_is_an_error_with_its_place():
             as_chosen(given, 'steps')
     with pytest.raises(ConfigError, match="unknown recipe 'slow'; there are fast, best"):
         read_steps(config(), toy(), 'slow')
+    both = dict(reestimate_norms=['*'], bias_correction=['*'])
     with pytest.raises(ConfigError, match='same mean errors off twice: choose one'):
-        read_steps(config(recipe='fast'), toy(), None, dict(reestimate_norms=['*']))
+        read_steps(config(), toy(), None, both)
+
+
+def test_of_two_steps_against_one_error_a_recipe_has_what_serves_or_is_asked_for():
+    names, biases = 'reestimate_norms', 'bias_correction'
+    without, with_norm = toy(), toy()
+    with_norm.norm = nn.BatchNorm2d(4)
+    for model, given, wanted in (
+        (without, {}, biases),
+        (with_norm, {}, names),
+        (with_norm, {biases: ['backbone']}, biases),
+        (with_norm, {names: ['norm']}, names),
+    ):
+        chosen = read_steps(config(recipe='fast'), model, None, given)
+        assert [n for n in (names, biases) if n in chosen] == [wanted]
+    assert chosen[names] == ['*', 'norm']
 
 
 class Heard(Listener):
