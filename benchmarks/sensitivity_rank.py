@@ -2,9 +2,10 @@
 """Does the cheap score of `tools/sensitivity.py` rank units as their loss of mAP does?
 
 For a model that is hard to quantize, with ranges alone: the noise at the head's maps that gradients
-predict for each unit, the same measured on two frames, and the loss of mAP on the validation scenes
-with only this unit quantized. Compared are ranks (Spearman), with the 95 % interval over
-resampled layouts, and what a score costs beside a calibration.
+predict for each unit, the same measured on two frames, and the mAP that is lost on the validation
+scenes with only this unit quantized, by the labels and by the boxes that the float model is sure
+of. Compared are ranks (Spearman), with the 95 % interval over resampled scenes, and what a score
+costs beside a calibration.
 
 Example:
     python benchmarks/sensitivity_rank.py --width w4a8 --unit block
@@ -18,6 +19,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,11 +32,11 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 import mmdet3d_quant as mq
-from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.data.evaluation import Scores, bootstrap, predict
 from mmdet3d_quant.files.outputs import sha256, whole
 from mmdet3d_quant.runs import from_config as fc
-from mmdet3d_quant.sensitivity.measure import Bench
+from mmdet3d_quant.sensitivity.boxes import Boxes, as_truth, boxes_of, score
+from mmdet3d_quant.sensitivity.measure import LEAST_SCORE, Bench
 from mmdet3d_quant.sensitivity.rows import predicted_noise
 from mmdet3d_quant.sensitivity.units import LEVELS, Unit, find_units
 
@@ -84,18 +86,20 @@ class Ranks:
         found = [self.bench.noise(u.members, some) for u in track(self.units, 'measuring noise')]
         return found, time.time() - start
 
-    def scores(self, unit: Unit | None) -> Scores:
-        """Scores on the validation scenes with only a unit quantized, or none."""
+    def scores(self, unit: Unit | None) -> tuple[Scores, list[Boxes]]:
+        """Scores and boxes on the validation scenes with only a unit quantized, or none."""
         members = self.bench.members
         names = [q for name in (unit.members if unit else ()) for q in members[name]]
 
-        def run() -> Scores:
+        def run() -> tuple[Scores, list[Boxes]]:
             mq.set_mode(self.model, 'float')
             known = mq.quantizers(self.model)
             for name in names:
                 known[name].mode = 'quant'
             title = f'  {unit.name if unit else "float"}'
-            return self.models.scorer.score(predict(self.model, track(self.models.loader, title)))
+            found = predict(self.model, track(self.models.loader, title))
+            boxes = [boxes_of(SimpleNamespace(**sample)) for sample in found]
+            return self.models.scorer.score(found), boxes
 
         what = f'{self.args.width} {unit.name.replace("/", " ") if unit else "float"}'
         key = dict(setting=what, quantizers=names, checkpoint=sha256(self.models.checkpoint))
@@ -108,42 +112,56 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     predicted, seconds = ranks.predicted()
     alone, more = ranks.alone()
     rows = [ranks.scores(unit) for unit in (None, *ranks.units)]
-    draws = 100 * bootstrap(rows)
-    losses = [100 * (rows[0].mAP - row.mAP) for row in rows[1:]]
-    lost = draws[0] - draws[1:]
-
-    def agreement(noise: list[float]) -> dict[str, Any]:
-        luck = [spearmanr(noise, column)[0] for column in lost.T]
-        return dict(
-            spearman=float(spearmanr(noise, losses)[0]),
-            interval=list(np.percentile(luck, [2.5, 97.5])),
-        )
-
-    luck = [spearmanr(losses, column)[0] for column in lost.T]
+    sure = [as_truth(boxes, LEAST_SCORE) for boxes in rows[0][1]]
+    by_label = (
+        [100 * scores.mAP for scores, _ in rows],
+        100 * bootstrap([scores for scores, _ in rows]),
+    )
+    by_float = tuple(zip(*(score(boxes, sure) for _, boxes in rows)))
+    losses = {
+        name: (values[0] - np.array(values[1:]), np.array(draws[0]) - np.array(draws[1:]))
+        for name, (values, draws) in dict(labels=by_label, float=by_float).items()
+    }
+    noises = dict(predicted=predicted, alone=alone)
     return dict(
         model=args.model,
         width=args.width,
         unit=args.unit,
         frames=len(ranks.frames),
         units=[
-            dict(name=u.name, predicted=p, alone=a, loss=loss, std=float(std))
-            for u, p, a, loss, std in strict_zip(ranks.units, predicted, alone, losses, lost.std(1))
+            dict(
+                name=unit.name,
+                **{name: noise[i] for name, noise in noises.items()},
+                **{name: float(loss[i]) for name, (loss, _) in losses.items()},
+                **{f'{name}_std': float(draws[i].std()) for name, (_, draws) in losses.items()},
+            )
+            for i, unit in enumerate(ranks.units)
         ],
-        predicted=agreement(predicted),
-        alone=agreement(alone),
-        mAP_with_itself=list(np.percentile(luck, [2.5, 97.5])),
+        spearman={
+            f'{what} noise, {name}': agreement(noise, *losses[name])
+            for what, noise in noises.items()
+            for name in losses
+        },
+        itself={name: agreement(list(both[0]), *both) for name, both in losses.items()},
         calibrations=dict(predicted=seconds / ranks.calibration, alone=more / ranks.calibration),
     )
+
+
+def agreement(noise: list[float], losses: np.ndarray, draws: np.ndarray) -> list[float]:
+    """Spearman's rank correlation of noise and losses, and the ends of its 95 % interval."""
+    luck = [spearmanr(noise, column)[0] for column in draws.T]
+    return [float(spearmanr(noise, losses)[0]), *np.percentile(luck, [2.5, 97.5])]
 
 
 def main() -> None:
     args = parse_args()
     console = Console()
     found = report(args)
-    table = Table('unit', 'predicted noise', 'measured', 'loss of mAP, points', '+-')
-    for row in sorted(found['units'], key=lambda row: -row['loss']):
-        numbers = (f'{row[k]:.3g}' for k in ('predicted', 'alone'))
-        table.add_row(row['name'], *numbers, f'{row["loss"]:+.2f}', f'{row["std"]:.2f}')
+    table = Table('unit', 'predicted noise', 'measured', 'lost by labels', 'by float boxes')
+    for row in sorted(found['units'], key=lambda row: -row['float']):
+        noises = (f'{row[k]:.3g}' for k in ('predicted', 'alone'))
+        losses = (f'{row[k]:+.2f} ± {row[f"{k}_std"]:.2f}' for k in ('labels', 'float'))
+        table.add_row(row['name'], *noises, *losses)
     console.print(table)
     path = args.out / f'{args.model}_{args.width}_{args.unit}.json'
     with whole(path) as part:

@@ -8,6 +8,7 @@ from torch import nn
 from mmdet3d_quant.core.modes import float_state_dict
 from mmdet3d_quant.jobs import calibration as job
 from mmdet3d_quant.jobs.steps import BEFORE, RECIPES, STEPS, as_chosen, read_steps
+from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.runs.from_config import ConfigError
 from mmdet3d_quant.runs.listener import Listener
 from tests.sensitivity.toy import toy, write
@@ -53,18 +54,17 @@ def test_what_makes_no_sense_is_an_error_with_its_place():
 
 
 def test_of_two_steps_against_one_error_a_recipe_has_what_serves_or_is_asked_for():
-    names, biases = 'reestimate_norms', 'bias_correction'
-    without, with_norm = toy(), toy()
-    with_norm.norm = nn.BatchNorm2d(4)
+    norms, biases = 'reestimate_norms', 'bias_correction'
+    with_norms, without = toy(), nn.Sequential(QuantConv2d(2, 2, 1), QuantConv2d(2, 2, 1))
     for model, given, wanted in (
         (without, {}, biases),
-        (with_norm, {}, names),
-        (with_norm, {biases: ['backbone']}, biases),
-        (with_norm, {names: ['norm']}, names),
+        (with_norms, {}, norms),
+        (with_norms, {biases: ['backbone']}, biases),
+        (with_norms, {norms: ['backbone']}, norms),
     ):
         chosen = read_steps(config(recipe='fast'), model, None, given)
-        assert [n for n in (names, biases) if n in chosen] == [wanted]
-    assert chosen[names] == ['*', 'norm']
+        assert [n for n in (norms, biases) if n in chosen] == [wanted]
+    assert chosen[norms] == ['*', 'backbone']
 
 
 class Heard(Listener):
