@@ -27,11 +27,13 @@ from mmdet3d_quant.calibration.result import (
     Calibration,
     CalibrationError,
     Choice,
+    Comparing,
     Correction,
 )
 from mmdet3d_quant.calibration.stability import TOLERANCE, Stability
 from mmdet3d_quant.calibration.unsigned import note_unsigned_ranges
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.copies import deep_copy
 from mmdet3d_quant.core.coverage import coverage
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import kept_float, quantizers, set_mode
@@ -153,9 +155,23 @@ class Calibrator:
                     self._active[name].amax = choice.amax
             note_unsigned_ranges(choices, self._active)
             set_mode(self.model, 'quant')
-            for correct in after:
-                correct(self.model, choices, list(batches))
+            self._apply(after, choices, list(batches))
         return self._result(choices)
+
+    def _apply(
+        self, after: Sequence[Correction], choices: list[Choice], held_out: list[tuple[int, Any]]
+    ) -> None:
+        exact: nn.Module | None = None
+        for correct in after:
+            if not isinstance(correct, Comparing):
+                exact = None
+                correct(self.model, choices, list(held_out))
+                continue
+            correct.exact = exact = exact or deep_copy(self.model)
+            try:
+                correct(self.model, choices, list(held_out))
+            finally:
+                correct.exact = None
 
     def _units(self, total: Statistics) -> list[Unit]:
         specs = {name: q.spec for name, q in self._active.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -48,6 +48,18 @@ class Correction(Protocol):
             choices: The ranges that were chosen.
             held_out: Numbered batches that the ranges were not chosen from.
         """
+
+
+@runtime_checkable
+class Comparing(Correction, Protocol):
+    """A step that compares with the float model, which it moves, too.
+
+    Attributes:
+        exact: While it runs a copy of the model from before the first of such steps that follow
+            each other.
+    """
+
+    exact: nn.Module | None
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class NormReestimation:
         forward: See :func:`mmdet3d_quant.calibrate`.
 
     Attributes:
+        exact: The model whose mode ``float`` is compared with; None: the one that is changed.
         changed: By norm the largest change of a channel's mean, in its standard deviations.
         left: Reason by name of each norm that stays.
         errors: Error of what the norms make, of its power, on held-out batches, before and after.
@@ -61,6 +62,7 @@ class NormReestimation:
         forward: Forward | None = None,
     ) -> None:
         self.patterns, self.batches, self.forward = list(patterns), batches, forward or run
+        self.exact: nn.Module | None = None
         self.changed: dict[str, float] = {}
         self.left: dict[str, str] = {}
         self.errors: tuple[float, float] = (0.0, 0.0)
@@ -100,8 +102,10 @@ class NormReestimation:
         norms: dict[str, Any] = self.layers(model)
         judged = held_out if self.batches else [b for b in held_out if b[0] % 2]
         seen = self.batches() if self.batches else [b for b in held_out if not b[0] % 2]
-        wanted = self._wanted(model, norms, seen)
-        exact = dict(self._made(model, norms, judged, 'float'))
+        twin = self.exact or model
+        twins = self.layers(twin)
+        wanted = self._wanted(model, norms, twin, twins, seen)
+        exact = dict(self._made(twin, twins, judged, 'float'))
         before = self._error(model, norms, judged, exact)
         old = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in norms.items()}
         self.left = {n: 'no batch reached it' for n in norms if n not in wanted}
@@ -130,14 +134,19 @@ class NormReestimation:
         return text + ''.join(f'; {name} is left: {why}' for name, why in self.left.items())
 
     def _wanted(
-        self, model: nn.Module, norms: dict[str, Any], batches: Batches
+        self,
+        model: nn.Module,
+        norms: dict[str, Any],
+        twin: nn.Module,
+        twins: dict[str, Any],
+        batches: Batches,
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """By norm the change of its mean, and the factor of its variance, by channel."""
         sums: dict[int, dict[str, Tensor]] = {}
         for number, batch in batches:
             exact: Moments = {}
-            with set_mode(model, 'float'), evaluating(model), _reading(norms, exact):
-                self.forward(model, deep_copy(batch))
+            with set_mode(twin, 'float'), evaluating(twin), _reading(twins, exact):
+                self.forward(twin, deep_copy(batch))
             rounded: Moments = {}
             with set_mode(model, 'quant'), evaluating(model), _reading(norms, rounded, exact):
                 self.forward(model, deep_copy(batch))

@@ -53,6 +53,7 @@ class LearnedRounding:
         listener: Told how many blocks are done.
 
     Attributes:
+        exact: The model whose mode ``float`` is learned from; None: the one that is changed.
         gains: By block the squared error of its output before and after, over that of its float
             output, on crops that were not learned from.
         flipped: By layer the share of its weights that are not rounded to nearest.
@@ -88,6 +89,7 @@ class LearnedRounding:
         self.qdrop, self.by, self.batches = qdrop, by, batches
         self.rate, self.weight, self.seed = rate, weight, seed
         self.forward, self.listener = forward or run, listener or Listener()
+        self.exact: nn.Module | None = None
         self.gains: dict[str, tuple[float, float]] = {}
         self.flipped: dict[str, float] = {}
         self.left: dict[str, str] = {}
@@ -127,7 +129,7 @@ class LearnedRounding:
         blocks = find_blocks(model, layers, first, self.by)
         reached = {name for block in blocks for name in block.layers}
         self.left.update({n: 'no batch reached it' for n in layers if n not in reached})
-        exact = deep_copy(model)
+        exact = self.exact or deep_copy(model)
         wanted = collect(exact, blocks, batches, self.forward, 'float', self.seed)
         with self.listener.counting('Rounding blocks', len(blocks)) as count:
             for done, block in enumerate(blocks):

@@ -79,6 +79,32 @@ def test_a_planted_shift_is_repaired():
     assert error() < before / 2
 
 
+class Shift:
+    """A step that moves the float model, and keeps what it is compared with."""
+
+    exact = None
+
+    def __call__(self, model, choices, held_out):
+        self.seen = self.exact
+        with torch.no_grad():
+            model.a.weight += 0.3
+
+
+def test_steps_that_follow_each_other_compare_with_the_float_model_as_it_was():
+    """Norms take off what the step before did to the means, float and quantized alike."""
+    data = images(8)
+    exact = outputs(calibrated(Two(), data), data, 'float')
+    errors = {}
+    for name, between in dict(seen=[], forgotten=[lambda *_: None]).items():
+        first, last = Shift(), NormReestimation(['first'], lambda: enumerate(data))
+        model = calibrated(Two(), data, [first, *between, last])
+        assert torch.equal(first.seen.a.weight, Two().a.weight)
+        assert first.exact is None and last.exact is None
+        mean = (outputs(model, data, 'quant') - exact).double().mean((0, 2, 3))
+        errors[name] = float(mean.abs().max())
+    assert errors['seen'] < errors['forgotten'] / 2
+
+
 def test_what_does_not_help_on_other_batches_is_undone_and_told():
     data = images()
     model = calibrated(Two(), data)
