@@ -64,8 +64,8 @@ BEFORE: dict[str, Callable[[nn.Module, list], Any]] = {
 AFTER: dict[str, Callable[[list], Any]] = {
     'task': lambda batches: TaskRanges(batches=2),
     'cells': lambda batches: EmptyCells(),
-    'rounding': lambda batches: LearnedRounding(),
     'norms': lambda batches: NormReestimation(['*'], lambda: enumerate(batches)),
+    'rounding': lambda batches: LearnedRounding(),
     'bias': lambda batches: BiasCorrection(),
 }
 EQUAL = ('concats', 'layers', 'cells')
@@ -76,8 +76,8 @@ RECIPES: dict[str, Sequence[str]] = {
     '+ equalization': (*EQUAL, 'bias'),
     '+ equalization, norms': (*EQUAL, 'norms'),
     '+ task-guided ranges': (*EQUAL, 'task', 'norms'),
-    '+ learned rounding': (*EQUAL, 'rounding', 'norms'),
-    '+ both': (*EQUAL, 'task', 'rounding', 'norms'),
+    '+ learned rounding': (*EQUAL, 'norms', 'rounding'),
+    '+ both': (*EQUAL, 'task', 'norms', 'rounding'),
     'QAT': EQUAL,
 }
 

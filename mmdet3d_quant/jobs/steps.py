@@ -105,8 +105,8 @@ def _has_pillars(model: nn.Module) -> bool:
 
 
 #: All steps in their order; the ranges are found between :data:`BEFORE` and the rest. Factors move
-#: before, as ranges follow from them. Behind come ranges that follow from others, what changes
-#: weights, and what answers for the errors that are left.
+#: before, as ranges follow from them. Behind come ranges that follow from others, means of what
+#: rounding left, weights, which are learned for the means as they are then, and biases.
 STEPS = (
     Step(
         'equalize_concats',
@@ -157,19 +157,19 @@ STEPS = (
         serves=_has_pillars,
     ),
     Step(
-        'learned_rounding',
-        'learn for each weight of these layers whether it is rounded up or down; in one process',
-        lambda patterns, setup: LearnedRounding(patterns, listener=setup.listener),
-        'rounding_learned',
-        _names('flipped'),
-    ),
-    Step(
         'reestimate_norms',
         'move the running statistics of these batch norms by as much as quantization moves those '
         'of their inputs',
         lambda patterns, setup: NormReestimation(patterns, setup.batches),
         'norms_reestimated',
         _names('changed'),
+    ),
+    Step(
+        'learned_rounding',
+        'learn for each weight of these layers whether it is rounded up or down; in one process',
+        lambda patterns, setup: LearnedRounding(patterns, listener=setup.listener),
+        'rounding_learned',
+        _names('flipped'),
     ),
     Step(
         'bias_correction',
