@@ -12,7 +12,10 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.modes import set_mode
+from mmdet3d_quant.improve.moves import apply
+from mmdet3d_quant.improve.recorded import MOVED, recorded_moves
 from mmdet3d_quant.qat.hook import bare_model
 from mmdet3d_quant.runs import from_config as fc
 
@@ -22,12 +25,14 @@ class DistillHook(Hook):
     """Adds losses for the distance of a detector's features from those of the float model.
 
     The teacher is built from the run's own config, with the weights of ``checkpoint``, in float
-    and evaluation mode; it is no part of the trained model, nor of its checkpoints. It sees the
+    and evaluation mode; it is no part of the trained model, nor of its checkpoints. Factors that
+    steps of the calibration moved in the model are moved in a float checkpoint's, too. It sees the
     same batch, augmentation included. Each named module adds ``loss_distill_NAME``: the mean over
     samples of ``||student - teacher||^2 / ||teacher||^2``, which is the reciprocal of the SQNR.
 
     Args:
-        checkpoint: Weights of the teacher: the float checkpoint, or the calibrated one.
+        checkpoint: Weights of the teacher: the float checkpoint, or the calibrated one, if no step
+            of its calibration moved the float model.
         modules: Weight of the loss by name of the module whose output is compared, for example
             ``{'pts_neck': 1.0, 'bbox_head.heatmap_head': 1.0}``. Outputs that depend on which
             objects a model found (boxes by query) cannot be compared.
@@ -47,12 +52,18 @@ class DistillHook(Hook):
         self.teacher: nn.Module
         self._seen: dict[str, Any] = {}
         self._handles: list[Any] = []
+        self._meta: dict[str, Any] = {}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keeps the notes of the checkpoint that training begins with."""
+        self._meta = checkpoint.get('meta') or {}
 
     def before_train(self, runner: Runner) -> None:
         """Builds the teacher and registers forward hooks on both models.
 
         Raises:
             CheckpointError: If the checkpoint does not fit the config.
+            QuantError: If factors were moved in it that were not moved in the model.
             ValueError: If the model has no module of a name.
         """
         model = bare_model(runner)
@@ -63,7 +74,8 @@ class DistillHook(Hook):
                 some = ', '.join(child for child, _ in parent.named_children())
                 raise ValueError(f'DistillHook: the model has no module {name!r}; there are {some}')
         self.teacher = fc.build_model(runner.cfg)
-        fc.load_weights(self.teacher, self.checkpoint, calibrated=False)
+        meta = fc.load_weights(self.teacher, self.checkpoint, calibrated=False)
+        self._fit(meta, runner)
         self.teacher.to(next(model.parameters()).device).eval().requires_grad_(False)
         set_mode(self.teacher, 'float')
         for handle in self._handles:  # of a training that was cut off
@@ -75,6 +87,22 @@ class DistillHook(Hook):
             for name in self.modules
         ]
         self._handles.append(model.register_forward_hook(self._add_losses, with_kwargs=True))
+
+    def _fit(self, meta: Mapping[str, Any], runner: Runner) -> None:
+        """Moves the factors of the student in the teacher; warns if that is no float model."""
+        own, moves = (recorded_moves(notes, self.teacher) for notes in (meta, self._meta))
+        if own and own != moves:
+            raise QuantError(
+                f'DistillHook: factors were moved in {self.checkpoint} that were not in the model '
+                'that is trained: name the float checkpoint'
+            )
+        apply(self.teacher, [] if own else moves)
+        changed = [key for key in MOVED if meta.get(key)]
+        if changed:
+            runner.logger.warning(
+                f'DistillHook: {self.checkpoint} is not the float model, steps of its calibration '
+                f'changed it ({", ".join(changed)}): name the float checkpoint as the teacher'
+            )
 
     def _listener(self, key: str) -> Any:
         def listen(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -20,6 +20,7 @@ from mmdet3d_quant.core.modes import kept_float, quantizers, require_calibrated,
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import select
 from mmdet3d_quant.core.ties import share_ranges, unequal_ties
+from mmdet3d_quant.improve.recorded import MOVES
 from mmdet3d_quant.qat.averaging import averaging, fit_checkpoint, fit_model
 from mmdet3d_quant.qat.clipping import Clipping
 from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges, require_ranges
@@ -31,7 +32,7 @@ KEY = 'qat'
 #: Iterations from one look at what ranges clip to the next; there is one at the end of an epoch.
 CLIPPING_EVERY = 200
 #: What checkpoints go on telling in their ``meta``: the notes of calibration.
-_KEPT = ('kept_float', 'macs', 'unsigned_ranges')
+_KEPT = ('kept_float', 'macs', 'unsigned_ranges', *MOVES)
 
 
 @HOOKS.register_module()

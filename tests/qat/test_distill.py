@@ -5,6 +5,12 @@ import torch
 
 import mmdet3d_quant as mq
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.core.errors import QuantError
+from mmdet3d_quant.core.modes import float_state_dict
+from mmdet3d_quant.files.checkpoint import read_checkpoint
+from mmdet3d_quant.improve import equalize_layers
+from mmdet3d_quant.improve.recorded import MOVED, MOVES
+from mmdet3d_quant.jobs.steps import BEFORE, BY_NAME, STEPS
 from mmdet3d_quant.qat.distill import distance
 from tests.qat.toy import QAT, Points, Toy, calibrated, runner
 
@@ -114,3 +120,65 @@ def test_bad_input(tmp_path, start):
         runner(tmp_path, start, [QAT, hook(start, neck=1.0)]).train()
     with pytest.raises(ValueError, match='weights > 0'):
         runner(tmp_path, start, [QAT, hook(start, norm=0.0)])
+
+
+@pytest.fixture(scope='module')
+def equalized(tmp_path_factory):
+    """A float checkpoint, and the calibrated one with factors moved; of the notes the moves."""
+    folder = tmp_path_factory.mktemp('equalized')
+    torch.manual_seed(0)
+    model, images = Toy().eval(), Points().images
+    with torch.no_grad():
+        model.norm.weight *= 2.0 ** torch.arange(8)
+    torch.save(dict(state_dict=float_state_dict(model)), folder / 'float.pth')
+    result = equalize_layers(model, [images], ['head'], lambda m, x: m(x))
+    assert [move.source for move in result.moves] == ['norm']
+    mq.calibrate(model, [images])
+    meta = dict(layers_equalized=[move.plain() for move in result.moves])
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / 'int8.pth')
+    return folder
+
+
+@pytest.mark.parametrize('teacher', ['float.pth', 'int8.pth'])
+def test_factors_that_calibration_moved_are_moved_in_a_float_teacher(tmp_path, equalized, teacher):
+    """A float student of the calibrated checkpoint differs in nothing from either teacher."""
+    hooks = [hook(equalized / teacher)]
+    losses = losses_of_first_step(tmp_path, equalized / 'int8.pth', hooks, 'float')
+    assert losses['loss_distill_norm'] == 0 and losses['loss'] > 0
+
+
+def test_training_goes_on_with_the_notes_of_the_moves(tmp_path, equalized):
+    runner(tmp_path / 'run', equalized / 'int8.pth', [QAT], epochs=1).train()
+    before, after = (
+        read_checkpoint(path)['meta']['layers_equalized']
+        for path in (equalized / 'int8.pth', tmp_path / 'run' / 'epoch_1.pth')
+    )
+    assert before == after
+
+
+def test_a_teacher_that_is_no_float_model_is_told(tmp_path, start, equalized, caplog):
+    with pytest.raises(QuantError, match='int8.pth that were not in the model.*: name the float'):
+        runner(tmp_path / 'a', start, [QAT, hook(equalized / 'int8.pth')]).train()
+    given = read_checkpoint(start)
+    for meta, text in (
+        (dict(smoothed=[dict(source='norm', factors=[3.0], readers=[])]), 'has no move'),
+        (
+            dict(smoothed=[dict(source='neck', factors=[2.0], readers=[])]),
+            "'neck', which the model",
+        ),
+    ):
+        torch.save(dict(given, meta=meta), tmp_path / 'odd.pth')
+        with pytest.raises(QuantError, match=text):
+            runner(tmp_path / 'b', start, [QAT, hook(tmp_path / 'odd.pth')]).train()
+    torch.save(dict(given, meta=dict(norms_reestimated=['norm'])), tmp_path / 'moved.pth')
+    run = runner(tmp_path / 'c', start, [QAT, hook(tmp_path / 'moved.pth')], epochs=1)
+    run.logger.addHandler(caplog.handler)
+    run.train()
+    assert 'moved.pth is not the float model' in caplog.text
+    assert 'norms_reestimated' in caplog.text
+
+
+def test_notes_that_it_reads_are_those_that_steps_write():
+    notes = {step.meta for step in STEPS}
+    assert {*MOVES, *MOVED} <= notes and {BY_NAME[name].meta for name in BEFORE} == set(MOVES)
+    assert notes - {*MOVES, *MOVED} == {'ranges_moved', 'empty_cells'}  # float is the same
