@@ -173,6 +173,7 @@ class Bench:
             param_scheduler=cfg.param_scheduler,
             default_hooks=dict(checkpoint=None, logger=dict(type='LoggerHook', interval=10)),
             custom_hooks=cfg.custom_hooks,
+            load_from=str(folder / 'start.pth'),  # training initializes weights first
             randomness=cfg.randomness,
             default_scope='mmdet3d',
             experiment_name=f'{self.name}_{folder.name}',
