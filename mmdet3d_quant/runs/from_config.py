@@ -166,7 +166,7 @@ def _check_one(cfg: Config, entry: str, root: Path, infos: str, training: bool) 
     if str(root) != '.' and not root.is_dir():
         raise DatasetError(
             f'{where}: {root} does not exist; set its data_root, or make a data set with '
-            f'tools/make_synthetic_nuscenes.py --out {root}'
+            f'`mmdet3d-quant make_synthetic_nuscenes --out {root}`'
         )
     path = root / infos
     if not path.is_file():
