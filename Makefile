@@ -17,7 +17,7 @@ PEERS ?= .venv-peers
 # The site.
 DOCS ?= .venv-docs
 # Pages whose commands a script runs, and whose output it writes.
-TRANSCRIPTS := docs/tutorial.md docs/orin.md docs/lost-points.md docs/slow-engine.md
+TRANSCRIPTS := docs/tutorial.md docs/orin.md docs/lost-points.md docs/slow-engine.md docs/detectors.md
 # What builds and checks a release.
 RELEASE ?= .venv-release
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ast
 import os
+import runpy
 import sys
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,11 +25,15 @@ or checkpoints/ and are not in the current folder are looked for in
 
 def home() -> Path:
     """The folder with ``tools`` and ``configs``: in an installed wheel, or of the checkout."""
-    spec = find_spec('mmdet3d_quant')
-    assert spec and spec.submodule_search_locations, 'the package is installed with this module'
-    package = Path(spec.submodule_search_locations[0])
+    package = _package()
     carried = package / '.mim'
     return carried if carried.is_dir() else package.parent
+
+
+def _package() -> Path:
+    spec = find_spec('mmdet3d_quant')
+    assert spec and spec.submodule_search_locations, 'the package is installed with this module'
+    return Path(spec.submodule_search_locations[0])
 
 
 def tools() -> dict[str, Path]:
@@ -57,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         print(USAGE.format(tools='\n'.join(lines), home=home()))
         return
     if words[0] == '--version':
-        print(version('mmdet3d-quant'))
+        print(runpy.run_path(str(_package() / 'version.py'))['__version__'])
         return
     script = known.get(words[0].replace('-', '_'))
     if script is None:

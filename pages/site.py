@@ -27,8 +27,9 @@ OUTSIDE = {
 LINK = re.compile(r'(?<=\]\()(?!https?:|#)([^)#\s]+)')
 #: What a browser would fetch by itself.
 FETCHED = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="?(https?:)?//[^>]*>')
-#: A role of Sphinx, which docstrings have before a name in backticks.
-ROLE = re.compile(r':(?:meth|func|class|data|mod|attr):(?=<code>)(<code>)~?')
+#: A role of Sphinx, which docstrings have before a name in backticks; where one begins with it,
+#: the first colon has gone as that behind a type.
+ROLE = re.compile(r'(?::|\b)(?:meth|func|class|data|mod|attr):\s?(?=<code>)(<code>)~?')
 REFERENCE = """# API
 
 Every module, from its docstrings. What most need: [calibration](calibration.md),

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,25 +100,27 @@ def shown(output: str, folder: Path) -> str:
     return re.sub(r'\n{3,}', '\n\n', '\n'.join(lines).strip('\n') + '\n').lstrip('\n')
 
 
-def rerun(text: str, folder: Path) -> str:
+def rerun(text: str, folder: Path, save: Callable[[str], object] = lambda text: None) -> str:
     """Runs all commands of a page.
 
     Args:
         text: Markdown.
         folder: Where they run.
+        save: Gets the page after each block, with the outputs so far.
 
     Returns:
         The page with their outputs.
     """
-
-    def again(match: re.Match[str]) -> str:
-        parts = []
-        for step in steps(match[1]):
+    done, end = '', 0
+    for block in BLOCK.finditer(text):
+        done += text[end : block.start()] + '```console\n'
+        end = block.end()
+        for step in steps(block[1]):
             print(f'$ {step.command}', flush=True)
-            parts.append(f'$ {step.command}\n{run(step, folder)}')
-        return f'```console\n{"".join(parts)}```'
-
-    return BLOCK.sub(again, text)
+            done += f'$ {step.command}\n{run(step, folder)}'
+        done += '```'
+        save(done + text[end:])
+    return done + text[end:]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             folder = (args.folder or Path(new)).resolve()
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                page.write_text(rerun(page.read_text(), folder))
+                rerun(page.read_text(), folder, page.write_text)
             except ValueError as err:
                 sys.exit(f'error: {page}: {err}')
 

@@ -16,6 +16,7 @@ from tests.small import ROOT
 
 # Commands with their output.
 
+PAGES = sorted(p for p in (ROOT / 'docs').glob('*.md') if '```console' in p.read_text())
 PAGE = """# A page
 
 ```console
@@ -57,8 +58,23 @@ def test_what_is_of_the_moment_is_left_out(tmp_path):
 
 def test_every_page_with_commands_is_run_by_make():
     (line,) = re.findall(r'^TRANSCRIPTS := (.+)$', (ROOT / 'Makefile').read_text(), re.M)
-    with_commands = [p for p in (ROOT / 'docs').glob('*.md') if '```console' in p.read_text()]
-    assert set(line.split()) == {p.relative_to(ROOT).as_posix() for p in with_commands}
+    assert set(line.split()) == {p.relative_to(ROOT).as_posix() for p in PAGES}
+
+
+def silent(text):
+    """Commands of a page that have nothing below them, and whose output goes to no file."""
+    steps = transcripts.page_steps(text)
+    return [s.command for s in steps if not s.output and not re.search(r'[^2]> *\S+$', s.command)]
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda p: p.name)
+def test_commands_of_a_page_have_their_output(path):
+    assert silent(path.read_text()) == [], 'run `make transcripts`'
+
+
+def test_a_command_without_its_output_is_found():
+    page = '```console\n$ a\n1\n$ b > c\n$ d 2> e\n```\n```console\n$ f\n```\n'
+    assert silent(page) == ['d 2> e', 'f']
 
 
 # Notebooks.

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import mmdet3d_quant
+import mmdet3d_quant_cli
 from mmdet3d_quant.files.checkpoint import read_checkpoint
 from mmdet3d_quant.runs import from_config as fc
 from pages import licences
@@ -32,6 +33,12 @@ def test_the_version_is_in_one_place():
     assert newest == VERSION and re.fullmatch(r'\d+\.\d+\.\d+', VERSION)
     for name in ('Makefile', 'pyproject.toml', 'mmdet3d_quant_cli.py', 'mmdet3d_quant/__init__.py'):
         assert VERSION not in (ROOT / name).read_text(), name
+
+
+def test_an_editable_install_tells_the_version_of_its_files(capsys):
+    """Its metadata are those of the day it was installed."""
+    mmdet3d_quant_cli.main(['--version'])
+    assert capsys.readouterr().out == f'{VERSION}\n'
 
 
 def built(kind, source, folder):

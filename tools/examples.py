@@ -50,9 +50,9 @@ def example_inputs(
         except (fc.ConfigError, DatasetError, OSError) as err:
             if args.inputs == 'data':
                 raise
-            console.print(f'No data ({err}): verifying on generated inputs')
+            console.print(f'No data ({err}): the inputs are generated')
         else:
-            console.print(f'Verifying on the first frame of {name}')
+            console.print(f'Inputs: the first frame of {name}')
             # Float and uncalibrated models alike: only the tensors between the cuts are wanted.
             try:
                 with mq.set_mode(model, 'float'), torch.no_grad():
@@ -60,8 +60,6 @@ def example_inputs(
             except RuntimeError as err:  # an operator that this device lacks, as of dynamic voxels
                 if args.inputs == 'data' or isinstance(err, QuantError):
                     raise
-                console.print(
-                    f'The frame cannot be run here ({err}): verifying on generated inputs'
-                )
+                console.print(f'The frame cannot be run here ({err}): the inputs are generated')
     size = args.image_size or image_size(cfg)
     return generate_inputs(model, args.num_cams, image_size=size), False

@@ -11,9 +11,12 @@ from terminal import open_console, run_tool
 
 from mmdet3d_quant.jobs.child_configs import Written, quantize_config
 
-EXAMPLE = """
+EXAMPLE = r"""
 examples:
-  python tools/quantize_config.py pointpillars_hv_secfpn_8xb6-160e_kitti-3d-3class.py
+  # one of mmdet3d's own, from its wheel
+  python tools/quantize_config.py \
+      mmdet3d::pointpillars/pointpillars_hv_secfpn_8xb6-160e_kitti-3d-3class.py -o int8.py
+
   python tools/quantize_config.py configs/fcos3d/fcos3d_r101.py -o configs/fcos3d/fcos3d_int8.py
 
 The INT8 config inherits all but the types of parts, or their conv_cfg, and says in comments what
@@ -27,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='float config')
+    parser.add_argument('config', help='float config; mmdet3d::... names one of mmdet3d')
     parser.add_argument(
         '-o', '--out', help='INT8 config to write; default: STEM_int8.py in this folder'
     )

@@ -118,7 +118,7 @@ def _version(root: Path, version: str | None) -> str:
     if not root.is_dir():
         raise DatasetError(
             f'{root} does not exist; get nuScenes, or make a data set with '
-            f'tools/make_synthetic_nuscenes.py --out {root}'
+            f'`mmdet3d-quant make_synthetic_nuscenes --out {root}`'
         )
     versions = sorted(p.name for p in root.glob('v1.0-*') if p.is_dir())
     if version is None and len(versions) == 1:

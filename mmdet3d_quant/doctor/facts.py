@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from mmdet3d_quant.doctor.packages import PACKAGES
+from mmdet3d_quant.version import __version__
 
 CPUINFO = Path('/proc/cpuinfo')
 #: What a container may use of the processor: microseconds, and of how many.
@@ -41,7 +42,7 @@ def gather() -> dict[str, Any]:
         python=platform.python_version(),
         system=platform.platform(),
         machine=platform.machine(),
-        versions={name: installed(name) for name in (*names, 'triton', 'mmdet3d-quant')},
+        versions={'mmdet3d-quant': __version__, **{n: installed(n) for n in (*names, 'triton')}},
         imports=try_imports(modules),
         processor=processor(),
         programs={name: shutil.which(name) for name in ('c++', 'cc', 'nvcc', 'nvidia-smi')},

@@ -44,8 +44,8 @@ def _python(facts: dict[str, Any]) -> Iterator[Line]:
     remedy = 'make the environment with one of these' if status == WRONG else ''
     yield Line('System', 'python', status, version, says, remedy)
     yield Line('System', 'system', OK, facts['system'])
-    version = facts['versions'].get('mmdet3d-quant')
-    yield _works(facts, 'System', 'mmdet3d-quant', 'mmdet3d_quant', version or 'a checkout')
+    version = facts['versions']['mmdet3d-quant']
+    yield _works(facts, 'System', 'mmdet3d-quant', 'mmdet3d_quant', version)
 
 
 def _packages(facts: dict[str, Any]) -> Iterator[Line]:

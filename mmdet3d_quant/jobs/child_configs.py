@@ -9,7 +9,6 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-import mmdet3d
 from mmengine.config import Config
 
 from mmdet3d_quant.core.coverage import Coverage, coverage
@@ -23,8 +22,8 @@ from mmdet3d_quant.runs import from_config as fc
 RATE, EPOCHS = 0.01, 1 / 6
 #: Where the QAT config expects the calibrated checkpoint.
 CALIBRATED = 'work_dirs/int8.pth'
-_CALIBRATE = f'#   python tools/calibrate.py THIS_CONFIG FLOAT_CHECKPOINT --out {CALIBRATED}'
-_EXPORT = f'#   python tools/export_onnx.py THIS_CONFIG {CALIBRATED} --out-dir onnx'
+_CALIBRATE = f'#   mmdet3d-quant calibrate THIS_CONFIG FLOAT_CHECKPOINT --out {CALIBRATED}'
+_EXPORT = f'#   mmdet3d-quant export_onnx THIS_CONFIG {CALIBRATED} --out-dir onnx'
 #: What a part that scatters pillars into a map asks for.
 PILLARS = 'PointPillarsScatter'
 _EMPTY = (
@@ -33,8 +32,6 @@ _EMPTY = (
 )
 #: How many names a comment lists.
 _SHOWN = 4
-#: Configs in the wheel of mmdet3d, which mmengine finds by ``mmdet3d::``.
-_WHEEL = Path(mmdet3d.__file__).parent / '.mim' / 'configs'
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def quantize_config(
     """Writes the INT8 child of a float config, and the QAT child beside it.
 
     Args:
-        config: A float config of mmdet3d.
+        config: A float config of mmdet3d; ``mmdet3d::...`` names one in its wheel.
         out: INT8 config to write; default: ``STEM_int8.py`` in the current folder. The other is
             named with ``qat`` for ``int8``.
         force: Replace files that are there.
@@ -73,7 +70,7 @@ def quantize_config(
             can be quantized.
         OSError: If a file is there and not ``force``, or cannot be written.
     """
-    config = Path(config)
+    config = fc.located(config)
     out = Path(out) if out is not None else Path(f'{config.stem}_int8.py')
     qat = _qat_path(out)
     for path in (out, qat):
@@ -164,8 +161,8 @@ def _commands(cfg: Config) -> list[str]:
 def _base(config: Path, out: Path) -> str:
     """How a config at ``out`` names another as its base."""
     config = config.resolve()
-    if _WHEEL.resolve() in config.parents:
-        return f'mmdet3d::{config.relative_to(_WHEEL.resolve()).as_posix()}'
+    if fc.WHEEL.resolve() in config.parents:
+        return f'mmdet3d::{config.relative_to(fc.WHEEL.resolve()).as_posix()}'
     return Path(os.path.relpath(config, out.resolve().parent)).as_posix()
 
 
@@ -210,7 +207,7 @@ def qat_text(cfg: Config, int8: Path, swaps: Sequence[Swap]) -> str:
         hooks.append(dict(type='DistillHook', checkpoint=CALIBRATED, modules=necks))
     lines = [
         f'# QAT of {int8.name}, from its calibrated checkpoint. docs/qat.md has the reasons.',
-        '#   python tools/train.py THIS_CONFIG',
+        '#   mmdet3d-quant train THIS_CONFIG',
         f'_base_ = [{int8.name!r}]',
         assignment('custom_imports', _imports(cfg, 'mmdet3d_quant.qat')),
         '',

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mmdet3d
 import torch
 from mmdet3d.registry import MODELS
 from mmengine.config import Config
@@ -24,6 +25,8 @@ from mmdet3d_quant.data.nuscenes import DatasetError, check, check_objects, read
 from mmdet3d_quant.files.checkpoint import use_one_door
 from mmdet3d_quant.runs.weights import load_weights as load_weights
 
+#: Configs in the wheel of mmdet3d, which mmengine finds by ``mmdet3d::``.
+WHEEL = Path(mmdet3d.__file__).parent / '.mim' / 'configs'
 #: Where calibration data come from: the first of these that the config has.
 CALIBRATION_LOADERS = ('calib_dataloader', 'val_dataloader', 'test_dataloader')
 #: Tables of more bytes are not read through at every start: v1.0-trainval takes a minute.
@@ -47,11 +50,18 @@ class ConfigError(QuantError, ValueError):
 def read_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Reads a config and applies ``--cfg-options``.
 
+    Args:
+        path: A file, or ``mmdet3d::...`` for one in the wheel of mmdet3d.
+        overrides: What replaces values of the config, by dotted keys.
+
     Raises:
         ConfigError: If it is missing, cannot be read, or has no ``model``.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f'config {path} does not exist')
+    path = located(path)
+    if not path.is_file():
+        raise ConfigError(
+            f'config {path} does not exist; one of mmdet3d is named mmdet3d::FOLDER/FILE'
+        )
     try:
         cfg = Config.fromfile(str(path))
     except Exception as err:  # any error of the code in the config
@@ -63,6 +73,12 @@ def read_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     if 'model' not in cfg:
         raise ConfigError(f'config {path} has no `model`')
     return cfg
+
+
+def located(path: str | Path) -> Path:
+    """Finds a config's file: by its path, or one in the wheel of mmdet3d by ``mmdet3d::...``."""
+    package, there, name = str(path).partition('::')
+    return WHEEL / name if there and package == 'mmdet3d' else Path(path)
 
 
 def _without_classes(cfg: Config) -> Config:
@@ -150,7 +166,7 @@ def _check_one(cfg: Config, entry: str, root: Path, infos: str, training: bool) 
     if str(root) != '.' and not root.is_dir():
         raise DatasetError(
             f'{where}: {root} does not exist; set its data_root, or make a data set with '
-            f'tools/make_synthetic_nuscenes.py --out {root}'
+            f'`mmdet3d-quant make_synthetic_nuscenes --out {root}`'
         )
     path = root / infos
     if not path.is_file():

@@ -132,6 +132,7 @@ def test_an_empty_environment_is_told_what_it_lacks(bare):
         assert line['found'] == 'not installed' and line['remedy'] == package.remedy
         assert line['status'] == (NOTE if package.without else WRONG)
     assert 'No module named' in lines['mmdet3d-quant']['says']
+    assert repr(lines['mmdet3d-quant']['found']) in (ROOT / 'mmdet3d_quant/version.py').read_text()
 
 
 def test_old_and_broken_packages_are_told(bare):

@@ -107,7 +107,7 @@ def test_comments_say_what_stays_float_and_why(tmp_path):
 @pytest.mark.parametrize('name, pillars', [('pointpillars', True), ('fcos3d', False)])
 def test_pillars_are_calibrated_with_their_empty_cells(name, pillars, tmp_path):
     text = quantize_config(write(tmp_path, name), tmp_path / 'int8.py').int8.read_text()
-    (command,) = [line for line in text.splitlines() if 'tools/calibrate.py' in line]
+    (command,) = [line for line in text.splitlines() if 'mmdet3d-quant calibrate' in line]
     assert command.endswith(' --empty-cells') == pillars
     assert ('# Most cells hold no pillar' in text) == pillars
 

@@ -244,3 +244,13 @@ def test_layers_of_a_model_that_is_built_may_be_named_by_whatever_name(kind):
     cfg = Config(dict(model=dict(type=QuantResNet, depth=18, conv_cfg=dict(type=kind))))
     model = fc.build_model(cfg)
     assert type(model.layer1[0].conv1) is QuantConv2d
+
+
+def test_a_config_of_mmdet3ds_wheel_is_named_by_its_package(tmp_path):
+    name = 'mmdet3d::pointpillars/pointpillars_hv_secfpn_8xb6-160e_kitti-3d-3class.py'
+    child = tmp_path / 'child.py'
+    child.write_text(f'_base_ = [{name!r}]\n')  # mmengine finds it by itself
+    model = fc.read_config(child).model
+    assert model.pop('_scope_') == 'mmdet3d' and fc.read_config(name).model == model
+    with pytest.raises(fc.ConfigError, match=r'nothing\.py does not exist'):
+        fc.read_config('mmdet3d::pointpillars/nothing.py')

@@ -282,7 +282,7 @@ def test_errors_are_one_line_on_the_command_line(tmp_path):
     command = [sys.executable, 'tools/calibrate.py', 'no.py', 'no.pth', '--out', tmp_path / 'o.pth']
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1 and 'Traceback' not in result.stderr
-    assert result.stderr.strip().splitlines()[-1] == 'error: config no.py does not exist'
+    assert result.stderr.strip().splitlines()[-1].startswith('error: config no.py does not exist')
 
 
 def test_skip_from_the_command_line_survives_to_the_files(work, tmp_path):
