@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         scores = {args.engine: evaluate(cfg, engines, args.engine, console)}
         if args.fake_quant:
             name = 'torch fake-quant' if int8 else 'torch float'
-            scores[name] = evaluate(cfg, as_exported(model, args.folder), name, console)
+            own = as_exported(model, args.folder, args.scn)
+            scores[name] = evaluate(cfg, own, name, console)
     console.print(table(scores))
     return scores[args.engine]
 

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from torch import Tensor, nn
 
-from mmdet3d_quant.check.autoware import autoware_detector
+from mmdet3d_quant.check.autoware import as_autoware, autoware_detector
 from mmdet3d_quant.check.chains import chain_detector
 from mmdet3d_quant.check.parts import EnginePart as EnginePart
 from mmdet3d_quant.check.sparse import OpenVINONetwork
@@ -21,7 +21,8 @@ from mmdet3d_quant.export.families import detector_cuts, is_of_family
 from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.manifest import MANIFEST, read_manifest
 from mmdet3d_quant.export.onnx import ExportError
-from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, runtime_of
+from mmdet3d_quant.export.sparse.arithmetic import ARITHMETICS, computed_as
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnEncoder, ScnNetwork
 from mmdet3d_quant.export.sparse.trace import order_of
@@ -113,16 +114,28 @@ def runtime_in(folder: str | Path) -> str:
     return read_manifest(folder).get('runtime', DEFAULT_RUNTIME)
 
 
-def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
-    """Copies a detector with the grids of its files: unsigned ones, and scales that FP16 has.
+def as_exported(detector: nn.Module, folder: str | Path, scn: bool = False) -> nn.Module:
+    """Copies a detector that computes what its files do, in torch.
+
+    It has their grids (unsigned ones, and scales that FP16 has), and for Autoware its arithmetic of
+    sparse layers.
 
     Args:
         detector: The detector; left unchanged.
         folder: Its files, from ``export_suite``.
+        scn: Also keep float in the LiDAR encoder what the runtime does not compute in INT8.
 
     Returns:
         The copy, or the detector itself if it has the grids of its files.
     """
+    runtime = runtime_in(folder)
+    if runtime == 'autoware':
+        return as_autoware(detector, folder)
+    if scn:
+        arithmetic = ARITHMETICS[runtime_of(runtime).arithmetic]
+        detector = copy.deepcopy(detector)
+        encoder: Any = detector.pts_middle_encoder
+        detector.pts_middle_encoder = computed_as(encoder, arithmetic)
     files = {
         cut.name: onnx.load(str(path), load_external_data=False)
         for cut in detector_cuts(detector, {})
