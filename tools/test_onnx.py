@@ -53,7 +53,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--scn',
         action='store_true',
-        help="run the LiDAR encoder's file too, as libspconv would; OpenVINO's by ONNX Runtime",
+        help="run the LiDAR encoder's file too, as libspconv would; OpenVINO's, and its BEV "
+        'pooling, by ONNX Runtime',
     )
     parser.add_argument(
         '--force', action='store_true', help='go on with files of another checkpoint'

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from mmdet3d_quant.check.autoware import as_autoware, autoware_detector
 from mmdet3d_quant.check.chains import chain_detector
 from mmdet3d_quant.check.parts import EnginePart as EnginePart
+from mmdet3d_quant.check.pooling import pool_in
 from mmdet3d_quant.check.sparse import OpenVINONetwork
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.engines import Engine, OpenVINO
+from mmdet3d_quant.engines import Engine, ONNXRuntime, OpenVINO
+from mmdet3d_quant.export.bev_pool import POOL
 from mmdet3d_quant.export.boxes import BoxCoding
 from mmdet3d_quant.export.families import detector_cuts, is_of_family
 from mmdet3d_quant.export.half_ranges import round_ranges
@@ -50,8 +52,8 @@ def engine_detector(
         detector: The detector in eval mode; left unchanged.
         folder: Its files, from ``export_suite``.
         engine: Constructor of the engine, from a file.
-        scn: Also take the LiDAR encoder's file, as libspconv would compute it; one for OpenVINO
-            runs in ONNX Runtime.
+        scn: Also take the LiDAR encoder's file, as libspconv would compute it; one for OpenVINO,
+            and its BEV pooling, run in ONNX Runtime.
 
     Returns:
         A detector of the same type on the same device, with the same ``test_step``, for batches
@@ -96,6 +98,9 @@ def engine_detector(
             Path(folder) / f'{LIDAR}.onnx', order_of(detector.pts_middle_encoder)
         )
         result.pts_middle_encoder = ScnEncoder(network)
+        pool = Path(folder) / f'{POOL}.onnx'
+        if 'camera.backbone' in parts and pool.is_file():
+            pool_in(result.view_transform.view, ONNXRuntime(pool))
     elif scn:
         files = sorted(Path(folder).glob('lidar.backbone.*.onnx'))
         if len(files) != 1:

@@ -19,6 +19,7 @@ from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.macs import counting
 from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mode
 from mmdet3d_quant.export.autoware import autoware_cuts, finish_autoware
+from mmdet3d_quant.export.bev_pool import finish_openvino
 from mmdet3d_quant.export.boxes import BOXES_KEY
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.deploy import (
@@ -191,7 +192,7 @@ def export_suite(
             for name, entry in more.items():
                 path = folder / name
                 graph = onnx.load(str(path), load_external_data=False)
-                files[name].update(
+                files.setdefault(name, {}).update(
                     describe_graph(graph), **_plugins(graph), sha256=sha256(path), **entry
                 )
         _write_companions(folder, out_dir, manifest)
@@ -279,7 +280,8 @@ CUTS: dict[str, Callable[[nn.Module, Any, str], list[Cut]]] = {'autoware': autow
 #: are quantized, the choice of sparse layers in INT8, the cuts, and example inputs, to more entries
 #: of the manifest by name of the file, and the cuts as the files are now.
 FINISHERS: dict[str, Callable[..., tuple[dict[str, dict[str, Any]], list[Cut]]]] = {
-    'autoware': finish_autoware
+    'autoware': finish_autoware,
+    'openvino': finish_openvino,
 }
 #: What writes the LiDAR encoder's own file, by runtime: from the encoder, the folder, and whether
 #: it is quantized, to the file and its entry of the manifest.
