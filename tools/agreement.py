@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.check.verify import Agreement, require_agreement, verify
 from mmdet3d_quant.engines.deformable import runs_here
+from mmdet3d_quant.engines.plugins import without_kernels
 from mmdet3d_quant.export import Cut
 from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME
 from mmdet3d_quant.export.suite import LIDAR
@@ -51,9 +52,12 @@ def verify_files(
         if 'CustomLayerNormalization' in manifest['files'][path.name]['nodes']:
             console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
             continue
-        plugins = manifest['files'][path.name].get('custom_ops')
+        plugins = without_kernels(manifest['files'][path.name].get('custom_ops', ()))
         if plugins and not runs_here(plugins):
             console.print(f'{path.name}: not run, since it needs plugins: {", ".join(plugins)}')
+            continue
+        if not cut.inputs:
+            console.print(f'{path.name}: not run, since its voxels cannot be generated; give data')
             continue
         results += verify(cut, path, quantized, real)
     results += _verify_lidar(console, folder, manifest, quantized, real, model, inputs)
@@ -71,18 +75,20 @@ def _verify_lidar(
     model: nn.Module,
     inputs: dict[str, Tensor],
 ) -> list[Agreement]:
-    """Verifies the LiDAR encoder's file, if there is one and voxels to run it on."""
-    path = next((folder / name for name in manifest['files'] if name.startswith(LIDAR)), None)
-    if path is None:
+    """Verifies the LiDAR encoder's file, or its part of a body, if there are voxels to run on."""
+    runtime = manifest.get('runtime', DEFAULT_RUNTIME)
+    names = [n for n, e in manifest['files'].items() if n.startswith(LIDAR) or 'sparse' in e]
+    if not names:
         return []
+    path = folder / names[0]
     if 'voxels' not in inputs:
         console.print(f'{path.name}: not run, since its voxels cannot be generated; give data')
         return []
-    from mmdet3d_quant.check.sparse import judge_lidar  # which needs spconv
+    from mmdet3d_quant.check.sparse import int8_layers, judge_lidar  # which need spconv
 
     encoder, voxels, coors = model.pts_middle_encoder, inputs['voxels'], inputs['coors']
-    runtime = manifest.get('runtime', DEFAULT_RUNTIME)
-    return [judge_lidar(encoder, path, voxels, coors, quantized, real, runtime)]
+    int8 = int8_layers(manifest)
+    return [judge_lidar(encoder, path, voxels, coors, quantized, real, runtime, int8)]
 
 
 def agreement_table(results: list[Agreement]) -> Table:
@@ -99,7 +105,9 @@ def agreement_table(results: list[Agreement]) -> Table:
         table.add_row(
             f'{r.cut}.onnx',
             r.output,
-            f'{r.int8_convs} of {r.all_convs}' + ' (libspconv)' * (r.libspconv is not None),
+            f'{r.int8_convs} of {r.all_convs}' + ' (libspconv)' * (r.libspconv is not None)
+            if r.all_convs
+            else '',
             *('' if v is None else f'{v:.1f}' for v in values),
         )
     return table

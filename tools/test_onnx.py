@@ -53,7 +53,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--scn',
         action='store_true',
-        help="run the LiDAR encoder's file too, as libspconv would; OpenVINO's by ONNX Runtime",
+        help="run the LiDAR encoder's file too, as libspconv would; OpenVINO's, and its BEV "
+        'pooling, by ONNX Runtime',
     )
     parser.add_argument(
         '--force', action='store_true', help='go on with files of another checkpoint'
@@ -95,7 +96,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         scores = {args.engine: evaluate(cfg, engines, args.engine, console)}
         if args.fake_quant:
             name = 'torch fake-quant' if int8 else 'torch float'
-            scores[name] = evaluate(cfg, as_exported(model, args.folder), name, console)
+            own = as_exported(model, args.folder, args.scn)
+            scores[name] = evaluate(cfg, own, name, console)
     console.print(table(scores))
     return scores[args.engine]
 

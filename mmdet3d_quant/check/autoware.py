@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdet3d_quant.check.sparse import int8_layers
 from mmdet3d_quant.check.verify import nonfinite
 from mmdet3d_quant.core.compat import strict_zip
 from mmdet3d_quant.engines import Arrays, Engine
 from mmdet3d_quant.export.autoware.camera import image_norm, pooling_inputs
 from mmdet3d_quant.export.autoware.modules import ROWS
 from mmdet3d_quant.export.autoware.suite import IMAGES, LIDAR_BODY, MAIN_BODY
+from mmdet3d_quant.export.manifest import read_manifest
 from mmdet3d_quant.export.onnx import ExportError
+from mmdet3d_quant.export.sparse import trace
+from mmdet3d_quant.export.sparse.arithmetic import AUTOWARE, with_int8
+from mmdet3d_quant.export.sparse.run import ScnEncoder, ScnNetwork
 
 
 def autoware_detector(
@@ -57,6 +62,27 @@ def autoware_detector(
     result.extract_pts_feat = lambda inputs: [_voxels(layer, p) for p in inputs['points']]
     result.pts_neck = nn.Identity()
     result.bbox_head = _Boxes(result.bbox_head)
+    return result
+
+
+def as_autoware(detector: nn.Module, folder: str | Path) -> nn.Module:
+    """Copies a BEVFusion with its sparse encoder in Autoware's arithmetic, all of it in torch.
+
+    Args:
+        detector: The detector in eval mode; left unchanged.
+        folder: Its files, whose manifest says which sparse layers are INT8.
+
+    Returns:
+        A detector of the same type: the model that the files are to be judged by.
+    """
+    manifest = read_manifest(folder)
+    result: Any = copy.deepcopy(detector)
+    program = trace(
+        result.pts_middle_encoder,
+        quantized=manifest.get('precision') != 'float',
+        arithmetic=with_int8(AUTOWARE, int8_layers(manifest) or ()),
+    )
+    result.pts_middle_encoder = ScnEncoder(ScnNetwork(program, fp16_tensors=True))
     return result
 
 

@@ -10,18 +10,21 @@ from typing import Any
 import onnx
 from torch import Tensor, nn
 
-from mmdet3d_quant.check.autoware import autoware_detector
+from mmdet3d_quant.check.autoware import as_autoware, autoware_detector
 from mmdet3d_quant.check.chains import chain_detector
 from mmdet3d_quant.check.parts import EnginePart as EnginePart
+from mmdet3d_quant.check.pooling import pool_in
 from mmdet3d_quant.check.sparse import OpenVINONetwork
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.engines import Engine, OpenVINO
+from mmdet3d_quant.engines import Engine, ONNXRuntime, OpenVINO
+from mmdet3d_quant.export.bev_pool import POOL
 from mmdet3d_quant.export.boxes import BoxCoding
 from mmdet3d_quant.export.families import detector_cuts, is_of_family
 from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.manifest import MANIFEST, read_manifest
 from mmdet3d_quant.export.onnx import ExportError
-from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME
+from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, runtime_of
+from mmdet3d_quant.export.sparse.arithmetic import ARITHMETICS, computed_as
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnEncoder, ScnNetwork
 from mmdet3d_quant.export.sparse.trace import order_of
@@ -49,8 +52,8 @@ def engine_detector(
         detector: The detector in eval mode; left unchanged.
         folder: Its files, from ``export_suite``.
         engine: Constructor of the engine, from a file.
-        scn: Also take the LiDAR encoder's file, as libspconv would compute it; one for OpenVINO
-            runs in ONNX Runtime.
+        scn: Also take the LiDAR encoder's file, as libspconv would compute it; one for OpenVINO,
+            and its BEV pooling, run in ONNX Runtime.
 
     Returns:
         A detector of the same type on the same device, with the same ``test_step``, for batches
@@ -95,6 +98,9 @@ def engine_detector(
             Path(folder) / f'{LIDAR}.onnx', order_of(detector.pts_middle_encoder)
         )
         result.pts_middle_encoder = ScnEncoder(network)
+        pool = Path(folder) / f'{POOL}.onnx'
+        if 'camera.backbone' in parts and pool.is_file():
+            pool_in(result.view_transform.view, ONNXRuntime(pool))
     elif scn:
         files = sorted(Path(folder).glob('lidar.backbone.*.onnx'))
         if len(files) != 1:
@@ -113,16 +119,28 @@ def runtime_in(folder: str | Path) -> str:
     return read_manifest(folder).get('runtime', DEFAULT_RUNTIME)
 
 
-def as_exported(detector: nn.Module, folder: str | Path) -> nn.Module:
-    """Copies a detector with the grids of its files: unsigned ones, and scales that FP16 has.
+def as_exported(detector: nn.Module, folder: str | Path, scn: bool = False) -> nn.Module:
+    """Copies a detector that computes what its files do, in torch.
+
+    It has their grids (unsigned ones, and scales that FP16 has), and for Autoware its arithmetic of
+    sparse layers.
 
     Args:
         detector: The detector; left unchanged.
         folder: Its files, from ``export_suite``.
+        scn: Also keep float in the LiDAR encoder what the runtime does not compute in INT8.
 
     Returns:
         The copy, or the detector itself if it has the grids of its files.
     """
+    runtime = runtime_in(folder)
+    if runtime == 'autoware':
+        return as_autoware(detector, folder)
+    if scn:
+        arithmetic = ARITHMETICS[runtime_of(runtime).arithmetic]
+        detector = copy.deepcopy(detector)
+        encoder: Any = detector.pts_middle_encoder
+        detector.pts_middle_encoder = computed_as(encoder, arithmetic)
     files = {
         cut.name: onnx.load(str(path), load_external_data=False)
         for cut in detector_cuts(detector, {})

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from onnx.utils import Extractor
 from torch import Tensor, nn
 
 from mmdet3d_quant.check.fit import range_fits
 from mmdet3d_quant.check.runs import run_torch, sqnr
 from mmdet3d_quant.check.verify import Agreement, cost_fault, nonfinite, output_fault
 from mmdet3d_quant.engines import ONNXRuntime
+from mmdet3d_quant.export.autoware.voxels import voxel_inputs
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, runtime_of
-from mmdet3d_quant.export.sparse.arithmetic import ARITHMETICS, computed_as
+from mmdet3d_quant.export.sparse.arithmetic import ARITHMETICS, computed_as, with_int8
 from mmdet3d_quant.export.sparse.openvino import FEATURES, INDICES, MAP, ORDER_KEY
 from mmdet3d_quant.export.sparse.read import read_program
 from mmdet3d_quant.export.sparse.run import ScnNetwork
@@ -49,11 +53,12 @@ def judge_lidar(
     quantized: bool = True,
     real: bool = True,
     runtime: str = DEFAULT_RUNTIME,
+    int8: tuple[str, ...] | None = None,
 ) -> Agreement:
     """Compares a file with its encoder, both as the runtime computes them.
 
     A file for libspconv is run in torch with FP16 tensors as libspconv keeps them, one for OpenVINO
-    by ONNX Runtime with the plugin's operators.
+    and the map inside of Autoware's body by ONNX Runtime with the plugin's operators.
 
     Args:
         encoder: The encoder that was exported, in eval mode.
@@ -63,6 +68,7 @@ def judge_lidar(
         quantized: Whether the file is.
         real: Whether the voxels are data; else ranges, which are of data, are not judged by them.
         runtime: Name of what the file is for, one of ``RUNNERS``.
+        int8: Patterns of the layers in INT8, of a runtime that leaves the choice; None: its own.
 
     Returns:
         :class:`Agreement` of the map, with a fault if it is not finite or not close enough, ranges
@@ -76,6 +82,7 @@ def judge_lidar(
     """
     path, name = Path(path), 'lidar'
     arithmetic = ARITHMETICS[runtime_of(runtime).arithmetic]
+    arithmetic = arithmetic if int8 is None else with_int8(arithmetic, int8)
     followed = computed_as(encoder, arithmetic) if quantized else encoder
     cut = Cut(path.stem, _Encoder(followed), {'voxels': features, 'coors': coors}, (name,))
     plain = run_torch(cut, 'float')[name]
@@ -138,6 +145,25 @@ def _run_openvino(path: Path, features: Tensor, coors: Tensor, order: str) -> _R
     return _Run(network(features, coors).numpy(), (0, network.convs))
 
 
+def _run_autoware(path: Path, features: Tensor, coors: Tensor, order: str) -> _Run:
+    graph = onnx.load(str(path))
+    made = [node for node in graph.graph.node if node.op_type == 'ImplicitGemm']
+    points = graph.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    inputs = voxel_inputs(dict(voxels=features, coors=coors), order, points)
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / path.name
+        onnx.save(Extractor(graph).extract_model(list(inputs), [MAP]), str(part))
+        found = ONNXRuntime(part)({name: tensor.numpy() for name, tensor in inputs.items()})
+    int8 = sum(any(a.name == 'precision' and a.i for a in node.attribute) for node in made)
+    return _Run(found[MAP], (int8, len(made)))
+
+
+def int8_layers(manifest: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Reads which sparse layers are INT8 in a folder; None where the runtime leaves no choice."""
+    chosen = [entry['sparse'] for entry in manifest['files'].values() if 'sparse' in entry]
+    return tuple(e['layer'] for e in chosen[0] if e['precision'] == 'int8') if chosen else None
+
+
 def _in_order(coors: Tensor, have: str, want: str) -> Tensor:
     return coors if have == want else coors[:, [0, 3, 2, 1]]
 
@@ -146,6 +172,7 @@ def _in_order(coors: Tensor, have: str, want: str) -> Tensor:
 RUNNERS: dict[str, Callable[[Path, Tensor, Tensor, str], _Run]] = {
     DEFAULT_RUNTIME: _run_libspconv,
     'openvino': _run_openvino,
+    'autoware': _run_autoware,
 }
 
 

@@ -17,6 +17,7 @@ from mmdet3d_quant.check.queries import HEATMAP, choice_in
 from mmdet3d_quant.check.runs import run_torch, sqnr
 from mmdet3d_quant.check.steps import Asked, ask
 from mmdet3d_quant.engines import Arrays, Engine, ONNXRuntime, OpenVINO
+from mmdet3d_quant.engines.plugins import plugin_nodes
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.targets import coding_of
@@ -29,8 +30,8 @@ FLOAT_DB = 60.0
 QUERY_DB = 30.0
 #: How much closer an output must be to another run than fake-quant is to float.
 MARGIN_DB = 1.0
-#: The same two of files typed FP16, which carry its roundings from layer to layer: what they add
-#: may be as large as twice what quantization costs.
+#: The same two of files typed FP16, and of those with plugins that keep FP16, which carry its
+#: roundings from layer to layer: what they add may be as large as twice what quantization costs.
 HALF_DB, HALF_MARGIN_DB = 40.0, -3.0
 #: Least SQNR of an output of fake-quant against float: below, the error is half of the signal.
 COLLAPSED_DB = 6.0
@@ -46,9 +47,9 @@ class Agreement:
         fake_quant: Torch fake-quant against torch float: what quantization costs.
         onnxruntime: ONNX Runtime against the torch model that was exported; None for the LiDAR
             encoder's file, which it does not read.
-        openvino: The same of OpenVINO.
+        openvino: The same of OpenVINO; None for a file with plugin nodes, which it does not run.
         int8_convs: Convolutions that OpenVINO or libspconv runs in INT8.
-        all_convs: All convolutions of the graph there.
+        all_convs: All convolutions of the graph there; 0 if neither runs it.
         fault: Description of what is wrong with the output, or empty.
         libspconv: What libspconv computes, in torch, against the torch model; None for other files.
     """
@@ -85,17 +86,18 @@ def verify(
         ExportError: If the file has other outputs than the cut.
     """
     mode, graph = 'quant' if quantized else 'float', onnx.load(str(path))
-    engine = OpenVINO(path)
-    convs = engine.int8_convolutions()
-    choice, half = choice_in(cut, graph), is_strong(graph)
+    makers: dict[str, Callable[[Path], Engine]] = {'ONNX Runtime': ONNXRuntime}
+    convs, plugins = (0, 0), bool(plugin_nodes(graph))
+    if not plugins:
+        makers['OpenVINO'] = OpenVINO
+        convs = OpenVINO(path).int8_convolutions()
+    choice, half = choice_in(cut, graph), plugins or is_strong(graph)
     if choice is None:
         arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
         expected, plain = run_torch(cut, mode), run_torch(cut, 'float')
-        found = {'ONNX Runtime': ONNXRuntime(path)(arrays), 'OpenVINO': engine(arrays)}
+        found = {name: make(Path(path))(arrays) for name, make in makers.items()}
         runs = {name: Asked(outputs, expected, plain) for name, outputs in found.items()}
     else:
-        makers: dict[str, Callable[[Path], Engine]]
-        makers = {'ONNX Runtime': ONNXRuntime, 'OpenVINO': OpenVINO}
         runs = {name: ask(cut, graph, choice, make, mode) for name, make in makers.items()}
     for run in runs.values():
         require_outputs(cut, path, run.outputs)
@@ -127,7 +129,7 @@ def verify(
                 name,
                 cost,
                 closeness['ONNX Runtime'],
-                closeness['OpenVINO'],
+                closeness.get('OpenVINO'),
                 *convs,
                 fault,
             )

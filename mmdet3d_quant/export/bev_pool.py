@@ -7,7 +7,9 @@ cameras and are made once, by :func:`intervals_of`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,43 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from mmdet3d_quant.core.compat import strict_zip
+from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.sparse.openvino import DOMAIN, as_model
 
 Bounds = Mapping[str, Sequence[float]]
+#: Stem of the file, and of that whose outputs it reads.
+POOL, BACKBONE = 'camera.pool', 'camera.backbone'
+
+
+def finish_openvino(
+    detector: Any, folder: Path, quantized: bool, int8: Any, cuts: Sequence[Cut], inputs: Any
+) -> tuple[dict[str, dict[str, Any]], list[Cut]]:
+    """Writes :data:`POOL` beside :data:`BACKBONE`, or warns why there can be none.
+
+    Returns:
+        Entries of the manifest by name of the file, and the cuts.
+    """
+    lifting = [cut for cut in cuts if cut.name == BACKBONE]
+    if not lifting:
+        return {}, list(cuts)
+    view = detector.view_transform
+    try:
+        model = as_bev_pool(view, bounds_of(view), lifting[0].inputs['img'].shape[1])
+    except ExportError as err:
+        warnings.warn(f'{POOL}.onnx is not written, the caller has to pool: {err}', stacklevel=2)
+        return {f'{BACKBONE}.onnx': dict(no_pooling=str(err))}, list(cuts)
+    onnx.save(model, str(folder / f'{POOL}.onnx'))
+    return {f'{POOL}.onnx': {}}, list(cuts)
+
+
+def bounds_of(view: Any) -> Bounds:
+    """Reads first edge, last edge and step of a view transform by axis, metres."""
+    edges = [
+        (float(centre - step / 2), float(centre - step / 2 + step * cells), float(step))
+        for centre, step, cells in strict_zip(view.bx, view.dx, view.nx)
+    ]
+    return dict(strict_zip('xyz', edges), d=tuple(view.dbound))
 
 
 def as_bev_pool(view: Any, bounds: Bounds, cameras: int) -> onnx.ModelProto:

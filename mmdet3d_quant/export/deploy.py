@@ -15,6 +15,8 @@ from mmdet3d_quant.export.targets import Target, target_of
 ROLES = {
     'camera.backbone': 'images and LiDAR depths to features and depth weights per camera; '
     'BEV pooling comes next, in the runtime',
+    'camera.pool': "features by depth weights, summed by cell of the map; the camera's geometry is "
+    'an input; OpenVINO with the operators of Intel GPUs reads it',
     'camera.vtransform': 'the pooled map to the resolution of the LiDAR map',
     'lidar.backbone.xyz': 'voxels to the LiDAR map; libspconv reads the file, nothing is built',
     'lidar.backbone.zyx': 'voxels to the LiDAR map; libspconv reads the file, nothing is built',

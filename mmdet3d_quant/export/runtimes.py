@@ -152,10 +152,11 @@ _AUTOWARE = Runtime(
     ),
     clouds=MappingProxyType(
         dict(
-            none='engines are built for 1 voxel or more: frames without points are to be skipped',
+            none='engines are built for 1 voxel or more: frames without points are to be skipped; '
+            'engine onnxruntime computes them, from a map of zeros',
             one='as any other',
             more='the voxel generator leaves out what is beyond its bound, before the file; the '
-            'plugins keep 256,000 voxels by layer',
+            'plugins keep 256,000 voxels by layer, and engine onnxruntime refuses more',
         )
     ),
 )
@@ -167,10 +168,12 @@ _OPENVINO = Runtime(
     domain='org.openvinotoolkit',
     clouds=MappingProxyType(
         dict(
-            none='its example refuses a frame without points: such frames are to be skipped',
+            none='its example refuses a frame without points: such frames are to be skipped; '
+            'engine onnxruntime makes a map of zeros',
             one='as any other',
             more='the plugin has memory for output_bound voxels of a strided layer; its example '
-            'makes 80,000 voxels of a frame at most and leaves out the rest',
+            'makes 80,000 voxels of a frame at most and leaves out the rest; engine onnxruntime '
+            'refuses more than output_bound',
         )
     ),
 )

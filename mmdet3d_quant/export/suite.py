@@ -19,6 +19,7 @@ from mmdet3d_quant.core.formats import INT8
 from mmdet3d_quant.core.macs import counting
 from mmdet3d_quant.core.modes import evaluating, kept_float, quantizers, set_mode
 from mmdet3d_quant.export.autoware import autoware_cuts, finish_autoware
+from mmdet3d_quant.export.bev_pool import finish_openvino
 from mmdet3d_quant.export.boxes import BOXES_KEY
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.deploy import (
@@ -44,7 +45,7 @@ from mmdet3d_quant.export.onnx import export_onnx, kept_batch_norms
 from mmdet3d_quant.export.pairs import ExportError
 from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME, Runtime, runtime_of, target_for
 from mmdet3d_quant.export.sparse import export_lidar
-from mmdet3d_quant.export.sparse.openvino import export_openvino
+from mmdet3d_quant.export.sparse.openvino import OUTPUT_BOUND, export_openvino
 from mmdet3d_quant.export.targets import DEFAULT, Target, target_of
 from mmdet3d_quant.export.typed import kept_float32
 from mmdet3d_quant.export.unsigned import unsigned_names, with_unsigned
@@ -168,9 +169,7 @@ def export_suite(
                 files[path.name]['batch_norm'] = left
             if is_strong(model):
                 files[path.name]['float32'] = kept_float32(model)
-            plugins = custom_ops(model)
-            if plugins:
-                files[path.name]['custom_ops'] = {kind: len(at) for kind, at in plugins.items()}
+            files[path.name].update(_plugins(model))
             if quantized:
                 files[path.name].update(describe_pairs(model, cut.module))
         if encoder is not None and (not only or LIDAR in only):
@@ -187,15 +186,24 @@ def export_suite(
             kept_float=kept_float(detector),
             coverage=coverage(detector, _count_macs(detector, ran)).plain() if quantized else None,
         )
+        if runtime in FINISHERS:
+            finish = FINISHERS[runtime]
+            more, exported = finish(detector, folder, quantized, int8_stages, exported, inputs)
+            for name, entry in more.items():
+                path = folder / name
+                graph = onnx.load(str(path), load_external_data=False)
+                files.setdefault(name, {}).update(
+                    describe_graph(graph), **_plugins(graph), sha256=sha256(path), **entry
+                )
         _write_companions(folder, out_dir, manifest)
         check(exported, manifest, folder)
-        if runtime in FINISHERS:
-            for name, entry in FINISHERS[runtime](detector, folder, quantized, int8_stages).items():
-                path = folder / name
-                described = describe_graph(onnx.load(str(path), load_external_data=False))
-                files[name].update(described, sha256=sha256(path), **entry)
-            _write_companions(folder, out_dir, manifest)
     return exported, manifest
+
+
+def _plugins(model: onnx.ModelProto) -> dict[str, Any]:
+    """The entry of the manifest that counts operators that ONNX lacks, if there are any."""
+    plugins = {kind: len(at) for kind, at in custom_ops(model).items()}
+    return dict(custom_ops=plugins) if plugins else {}
 
 
 def _write_companions(folder: Path, out_dir: str | Path, manifest: dict[str, Any]) -> None:
@@ -262,15 +270,19 @@ def _export_openvino(
     encoder: nn.Module, folder: Path, quantized: bool
 ) -> tuple[Path, dict[str, Any]]:
     path = folder / f'{LIDAR}.onnx'
-    return path, export_openvino(encoder, path)
+    entry = export_openvino(encoder, path)
+    return path, dict(entry, voxels=dict(max=OUTPUT_BOUND, **runtime_of('openvino').clouds))
 
 
 #: What cuts detectors for a runtime that has files of its own.
 CUTS: dict[str, Callable[[nn.Module, Any, str], list[Cut]]] = {'autoware': autoware_cuts}
-#: What completes the files of a runtime in a folder after they were checked: from the detector, the
-#: folder, whether they are quantized, and the choice of sparse layers in INT8, to more entries of
-#: the manifest by name of the file.
-FINISHERS: dict[str, Callable[..., dict[str, dict[str, Any]]]] = {'autoware': finish_autoware}
+#: What completes the files of a runtime in a folder: from the detector, the folder, whether they
+#: are quantized, the choice of sparse layers in INT8, the cuts, and example inputs, to more entries
+#: of the manifest by name of the file, and the cuts as the files are now.
+FINISHERS: dict[str, Callable[..., tuple[dict[str, dict[str, Any]], list[Cut]]]] = {
+    'autoware': finish_autoware,
+    'openvino': finish_openvino,
+}
 #: What writes the LiDAR encoder's own file, by runtime: from the encoder, the folder, and whether
 #: it is quantized, to the file and its entry of the manifest.
 LIDAR_WRITERS: dict[str, Callable[[nn.Module, Path, bool], tuple[Path, dict[str, Any]]]] = {

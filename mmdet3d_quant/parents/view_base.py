@@ -166,14 +166,23 @@ class ViewTransform(nn.Module):
             (B, C*nz, nx, ny), float32; channel ``k * C + c`` is channel c at height k.
         """
         nx, ny, nz = self.nx.tolist()
-        ix, iy, iz = cells_of(geom, self.bx, self.dx).unbind(-1)
-        inside = (ix >= 0) & (ix < nx) & (iy >= 0) & (iy < ny) & (iz >= 0) & (iz < nz)
         batch = len(geom)
-        sample = torch.arange(batch, device=geom.device).view(-1, 1, 1, 1, 1)
-        cells = (((sample * nz + iz) * nx + ix) * ny + iy).masked_fill(~inside, -1)
-        bev = bev_pool(context, depth, cells.flatten(0, 1), batch * nz * nx * ny)
+        bev = bev_pool(context, depth, self.cells(geom), batch * nz * nx * ny)
         bev = bev.view(batch, nz, nx, ny, self.C)
         return bev.permute(0, 1, 4, 2, 3).reshape(batch, nz * self.C, nx, ny)
+
+    def cells(self, geom: Tensor) -> Tensor:
+        """Numbers the cell of each depth bin, (B*N, D, fH, fW), int64; -1 outside of the map.
+
+        Args:
+            geom: Positions from :meth:`get_geometry`, (B, N, D, fH, fW, 3), metres.
+        """
+        nx, ny, nz = self.nx.tolist()
+        ix, iy, iz = cells_of(geom, self.bx, self.dx).unbind(-1)
+        inside = (ix >= 0) & (ix < nx) & (iy >= 0) & (iy < ny) & (iz >= 0) & (iz < nz)
+        sample = torch.arange(len(geom), device=geom.device).view(-1, 1, 1, 1, 1)
+        cells = (((sample * nz + iz) * nx + ix) * ny + iy).masked_fill(~inside, -1)
+        return cells.flatten(0, 1)
 
     def _project(
         self,

@@ -8,8 +8,10 @@ import pytest
 import torch
 from onnx import helper
 
-from mmdet3d_quant.export.bev_pool import as_bev_pool, intervals_of
+from mmdet3d_quant.export.bev_pool import as_bev_pool, bounds_of, finish_openvino, intervals_of
+from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
+from mmdet3d_quant.parents import LSSTransform
 from mmdet3d_quant.parents.bev_pool import bev_pool
 
 BOUNDS = dict(x=(-8.0, 8.0, 2.0), y=(-5.0, 5.0, 1.0), z=(-3.0, 5.0, 8.0), d=(1.0, 4.0, 0.5))
@@ -76,3 +78,35 @@ def test_what_the_node_cannot_do_is_refused():
         as_bev_pool(view(nx=torch.tensor([8, 10, 2])), BOUNDS, 1)
     with pytest.raises(ExportError, match='7 depth bins.*counts 6.*dbound'):
         as_bev_pool(view(D=7), BOUNDS, 1)
+
+
+def transform(zbound):
+    bounds = {f'{axis}bound': limits for axis, limits in {**BOUNDS, 'z': zbound}.items()}
+    return LSSTransform(4, 5, (24, 32), (3, 4), **bounds)
+
+
+def camera_backbone():
+    return Cut('camera.backbone', torch.nn.Identity(), dict(img=torch.rand(1, 2, 3, 24, 32)), ())
+
+
+def test_bounds_of_a_view_transform_are_those_of_its_config(tmp_path):
+    made = transform(BOUNDS['z'])
+    found = bounds_of(made)
+    for axis, limits in BOUNDS.items():
+        assert found[axis] == pytest.approx(limits)
+    detector = SimpleNamespace(view_transform=made)
+    entries, _ = finish_openvino(detector, tmp_path, True, None, [camera_backbone()], {})
+    assert list(entries) == ['camera.pool.onnx']
+    node = onnx.load(str(tmp_path / 'camera.pool.onnx')).graph.node[0]
+    a = {i.name: helper.get_attribute_value(i) for i in node.attribute}
+    for axis, limits in BOUNDS.items():
+        assert [a[f'{axis}_bound_{end}'] for end in ('min', 'max', 'step')] == pytest.approx(limits)
+
+
+def test_a_map_of_several_heights_is_left_to_the_caller_with_a_warning(tmp_path):
+    detector = SimpleNamespace(view_transform=transform((-3.0, 5.0, 4.0)))
+    with pytest.warns(UserWarning, match=r'camera.pool.onnx is not written.*2 heights.*zbound'):
+        entries, _ = finish_openvino(detector, tmp_path, True, None, [camera_backbone()], {})
+    assert '2 heights' in entries['camera.backbone.onnx']['no_pooling']
+    assert not list(tmp_path.iterdir())
+    assert finish_openvino(detector, tmp_path, True, None, [], {}) == ({}, [])

@@ -7,6 +7,8 @@ is executed as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx
 from onnx import NodeProto
 
@@ -32,6 +34,11 @@ def plugin_nodes(model: onnx.ModelProto) -> dict[int, Operator]:
         EngineError: If a node is not as its contract says; names it.
     """
     return {n: _operator(node) for n, node in enumerate(model.graph.node) if node.domain in DOMAINS}
+
+
+def without_kernels(kinds: Iterable[str]) -> list[str]:
+    """Lists the operators, of ``domain::name``, that have no function of arrays here."""
+    return [kind for kind in kinds if kind.partition('::')[0] not in DOMAINS]
 
 
 def _operator(node: NodeProto) -> Operator:

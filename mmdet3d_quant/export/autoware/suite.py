@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.export.autoware.camera import ImageBackbone, MainBody
 from mmdet3d_quant.export.autoware.join import join, with_ports
-from mmdet3d_quant.export.autoware.modules import Body, require_head
+from mmdet3d_quant.export.autoware.modules import Body, FromVoxels, require_head
 from mmdet3d_quant.export.autoware.pillars import finish_pillars, is_centerpoint, pillar_cuts
 from mmdet3d_quant.export.autoware.sparse import SparseNodes
-from mmdet3d_quant.export.autoware.voxels import FEATURES, PLACES, voxel_nodes
+from mmdet3d_quant.export.autoware.voxels import FEATURES, PLACES, voxel_inputs, voxel_nodes
 from mmdet3d_quant.export.boxes import BOXES_KEY, MMDET3D
 from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.pairs import ExportError
@@ -91,8 +91,13 @@ def _ports(name: str, view: Any) -> RuntimeFile:
 
 
 def finish_autoware(
-    detector: Any, folder: Path, quantized: bool, int8: tuple[str, ...] | None
-) -> dict[str, dict[str, Any]]:
+    detector: Any,
+    folder: Path,
+    quantized: bool,
+    int8: tuple[str, ...] | None,
+    cuts: Sequence[Cut],
+    inputs: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Any]], list[Cut]]:
     """Completes the files in a folder: puts voxels and the sparse encoder in front of the body.
 
     Args:
@@ -100,20 +105,23 @@ def finish_autoware(
         folder: Where these lie.
         quantized: Whether the files are.
         int8: Patterns of the sparse layers to compute in INT8; None: the third stage on.
+        cuts: What was exported.
+        inputs: Example inputs by name; without ``voxels`` the body's cut has none.
 
     Returns:
-        More entries of the manifest, by name of the file.
+        More entries of the manifest, by name of the file; and the cuts as the files are now, that
+        of the body with voxels and the sparse encoder in Autoware's arithmetic in front.
 
     Raises:
         ExportError: If the encoder has what Autoware's plugins do not have.
         ScnError: If they do not compute one of its layers; names it.
     """
     if is_centerpoint(detector):
-        return finish_pillars(folder)
+        return finish_pillars(folder), list(cuts)
     view = getattr(detector, 'view_transform', None)
     path = folder / f'{LIDAR_BODY if view is None else MAIN_BODY}.onnx'
     if not path.is_file():
-        return {}
+        return {}, list(cuts)
     arithmetic = AUTOWARE if int8 is None else with_int8(AUTOWARE, int8)
     program = trace(detector.pts_middle_encoder, quantized=quantized, arithmetic=arithmetic)
     dense = onnx.load(str(path))
@@ -145,7 +153,7 @@ def finish_autoware(
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
     bound = layer.max_voxels[1] if isinstance(layer.max_voxels, (tuple, list)) else layer.max_voxels
-    return {
+    entries = {
         path.name: dict(
             boxes=dict(coding=MMDET3D.name, text=MMDET3D.text),
             voxels=dict(max=min(bound, RUNTIME.max_voxels or bound), **RUNTIME.clouds),
@@ -155,3 +163,16 @@ def finish_autoware(
             ],
         )
     }
+
+    def finished(cut: Cut) -> Cut:
+        if cut.name != path.stem:
+            return cut
+        module = FromVoxels(cut.module, program, detector.pts_middle_encoder if quantized else None)
+        given: dict[str, Tensor] = {}
+        if 'voxels' in inputs:
+            voxels = voxel_inputs(inputs, program.order, layer.max_num_points)
+            rest = {name: tensor for name, tensor in cut.inputs.items() if name != 'lidar'}
+            given = {**voxels, **rest}
+        return replace(cut, module=module.eval(), inputs=given)
+
+    return entries, [finished(cut) for cut in cuts]

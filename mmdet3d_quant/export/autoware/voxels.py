@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
 
 #: Names of the means of the points by voxel, float32 (M, C) and float16, and of the places, int32
 #: (M, 4).
@@ -38,3 +42,23 @@ def voxel_nodes(order: str) -> tuple[list[NodeProto], list[TensorProto]]:
         make('Mul', ['lidar/columns', 'lidar/mask'], [PLACES], PLACES),
     ]
     return nodes, [numpy_helper.from_array(value, name) for name, value in stored.items()]
+
+
+def voxel_inputs(inputs: Mapping[str, Tensor], order: str, points: int) -> dict[str, Tensor]:
+    """Makes the body's inputs of those of the sparse encoder: every point is its voxel's mean.
+
+    Args:
+        inputs: ``voxels`` (M, C) and ``coors`` (M, 4), frame first.
+        order: Columns of ``coors`` behind the frame, ``'xyz'`` or ``'zyx'``.
+        points: Most points of a voxel.
+
+    Returns:
+        ``voxels`` float32 (M, points, C), ``coors`` int32 (M, 3), z, y, x, and
+        ``num_points_per_voxel`` int32 (M,).
+    """
+    means, places = inputs['voxels'].float(), inputs['coors'][:, 1:].int()
+    return dict(
+        voxels=means[:, None].repeat(1, points, 1),
+        coors=places.flip(1) if order == 'xyz' else places,
+        num_points_per_voxel=torch.full_like(places[:, 0], points),
+    )

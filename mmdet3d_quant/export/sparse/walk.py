@@ -33,7 +33,10 @@ def walk(builder: ProgramBuilder, name: str, module: nn.Module, x: str) -> str:
             return handle(builder, name, module, x)
     kind = type(module).__name__
     if name in builder.kept:
-        raise ExportError(f'{name} is a {kind} that cannot be folded: {builder.kept[name]}')
+        raise ExportError(
+            f'{name} is a {kind} that cannot be folded: {builder.kept[name]}. Train with each '
+            'batch norm right behind a convolution of its own'
+        )
     raise ExportError(
         f'{name} is a {kind}, which {builder.runtime} does not have: train with convolutions, '
         'batch norm behind them, ReLU and basic blocks only'

@@ -1,21 +1,20 @@
-"""CenterPoint's files for Autoware: tensors, coding of boxes, and what is refused."""
+"""CenterPoint's files for Autoware: tensors, and coding of boxes."""
 
 import onnx
 import pytest
 import torch
 
 from mmdet3d_quant.engines import ONNXRuntime
-from mmdet3d_quant.export import ExportError, export_suite
+from mmdet3d_quant.export import export_suite
 from tests.export.autoware import contract
 from tests.zoo import small_zoo
 
 NAMES = ('heatmap', 'reg', 'height', 'dim', 'rot', 'vel')
 
 
-def centerpoint(tasks=1):
-    names = ['car', 'bus', 'bicycle']
-    head = dict(tasks=[dict(num_class=3, class_names=names)]) if tasks == 1 else {}
-    return small_zoo('centerpoint', pts_bbox_head=head)
+def centerpoint():
+    task = dict(num_class=3, class_names=['car', 'bus', 'bicycle'])
+    return small_zoo('centerpoint', pts_bbox_head=dict(tasks=[task]))
 
 
 @pytest.fixture(scope='module')
@@ -63,11 +62,3 @@ def test_boxes_are_coded_as_the_node_decodes_them(made):
     assert manifest['files']['pts_backbone_neck_head_centerpoint.onnx']['boxes']['coding'] == (
         'cuda-bevfusion'
     )
-
-
-def test_several_tasks_are_refused(tmp_path):
-    with pytest.raises(ExportError, match='6 tasks: autoware_lidar_centerpoint reads one'):
-        export_suite(
-            centerpoint(6), dict(bev=torch.rand(1, 8, 32, 48)), tmp_path, {}, False,
-            tell=lambda n: None, runtime='autoware',
-        )  # fmt: skip
