@@ -93,7 +93,7 @@ def test_versions_fit_as_pip_takes_them(wanted):
     assert fits('2.1.2+cu121', 'torch>=2.0,<2.2') and fits('2.0.0rc4', 'x>=2.0')
 
 
-def test_it_knows_the_standard_library_alone():
+def test_it_knows_the_standard_library_and_its_version_alone():
     """Or it would be silent where it is needed most."""
     known = {'mmdet3d_quant', *getattr(sys, 'stdlib_module_names', ())}
     if len(known) == 1:
@@ -104,7 +104,10 @@ def test_it_knows_the_standard_library_alone():
                 assert {n.name.partition('.')[0] for n in node.names} <= known, path
             elif isinstance(node, ast.ImportFrom):
                 first, *rest = node.module.split('.')
-                assert first in known and (first != 'mmdet3d_quant' or rest[0] == 'doctor'), path
+                own = first == 'mmdet3d_quant'
+                assert first in known and (not own or rest[0] in ('doctor', 'version')), path
+    version = ast.parse((ROOM.parent / 'version.py').read_text())
+    assert not any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(version))
 
 
 # Environments that are planted.
