@@ -94,7 +94,8 @@ def shown(output: str, folder: Path) -> str:
     text = CONTROL.sub('', output).replace('\r\n', '\n')
     text = re.sub(r'^.*\r', '', text, flags=re.M)
     text = STAMP.sub('', NOISE.sub('', text))
-    for path in (folder, ROOT, os.path.relpath(ROOT, folder)):
+    # The relative one first: it may end with the whole of the absolute one.
+    for path in (os.path.relpath(ROOT, folder), folder, ROOT):
         text = text.replace(f'{path}/', '')
     lines = [line.rstrip() for line in text.splitlines()]
     return re.sub(r'\n{3,}', '\n\n', '\n'.join(lines).strip('\n') + '\n').lstrip('\n')
