@@ -96,7 +96,13 @@ class DistillHook(Hook):
                 f'DistillHook: factors were moved in {self.checkpoint} that were not in the model '
                 'that is trained: name the float checkpoint'
             )
-        apply(self.teacher, [] if own else moves)
+        try:
+            apply(self.teacher, [] if own else moves)
+        except RuntimeError as err:
+            raise QuantError(
+                'DistillHook: the factors in the notes of the checkpoint that is trained do not fit '
+                f'the model: {err}'
+            ) from err
         changed = [key for key in MOVED if meta.get(key)]
         if changed:
             runner.logger.warning(

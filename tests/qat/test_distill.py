@@ -170,6 +170,10 @@ def test_a_teacher_that_is_no_float_model_is_told(tmp_path, start, equalized, ca
         torch.save(dict(given, meta=meta), tmp_path / 'odd.pth')
         with pytest.raises(QuantError, match=text):
             runner(tmp_path / 'b', start, [QAT, hook(tmp_path / 'odd.pth')]).train()
+    short = dict(source='norm', factors=[2.0] * 3, readers=[dict(layer='head', channels=None)])
+    torch.save(dict(given, meta=dict(smoothed=[short])), tmp_path / 'short.pth')
+    with pytest.raises(QuantError, match='notes of the checkpoint that is trained do not fit'):
+        runner(tmp_path / 'd', tmp_path / 'short.pth', [QAT, hook(start)]).train()
     torch.save(dict(given, meta=dict(norms_reestimated=['norm'])), tmp_path / 'moved.pth')
     run = runner(tmp_path / 'c', start, [QAT, hook(tmp_path / 'moved.pth')], epochs=1)
     run.logger.addHandler(caplog.handler)
