@@ -100,7 +100,7 @@ class DistillHook(Hook):
             apply(self.teacher, [] if own else moves)
         except RuntimeError as err:
             raise QuantError(
-                'DistillHook: the factors in the notes of the checkpoint that is trained do not fit '
+                'DistillHook: factors in the notes of the checkpoint that is trained do not fit '
                 f'the model: {err}'
             ) from err
         changed = [key for key in MOVED if meta.get(key)]
