@@ -183,7 +183,7 @@ BEFORE = ('equalize_concats', 'equalize_layers', 'smooth')
 #: Steps of which a calibration has one: what is asked for, else the first that serves the model.
 SAME_ERROR = ('reestimate_norms', 'bias_correction')
 _EXACT = (*BEFORE, 'empty_cells')
-_MORE: Dict[str, tuple] = {'fast': (), 'best': ('task_ranges', 'learned_rounding')}
+_MORE: Dict[str, tuple] = {'fast': (), 'best': ('learned_rounding',)}
 #: Steps by name of a recipe, each for all layers that it serves: ``fast`` has what is exact in
 #: float or takes a pass over the batches, ``best`` also what takes minutes.
 RECIPES = {
