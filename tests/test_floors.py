@@ -180,3 +180,27 @@ def test_no_test_module_imports_from_another():
                 f'{path.name}: {n}' for n in names if n.rpartition('.')[2].startswith('test_')
             ]
     assert found == []
+
+
+def subscripted(tree):
+    """Names of the standard library's containers that code, not an annotation, subscripts."""
+    generic = {'dict', 'list', 'tuple', 'set', 'frozenset', 'type'}
+    spared = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ('collections.abc', 'contextlib'):
+            generic |= {alias.asname or alias.name for alias in node.names}
+        for place in ('annotation', 'returns'):
+            if isinstance(getattr(node, place, None), ast.AST):
+                spared |= {id(inner) for inner in ast.walk(getattr(node, place))}
+    subscripts = (n for n in ast.walk(tree) if isinstance(n, ast.Subscript) and id(n) not in spared)
+    return [n.value.id for n in subscripts if getattr(n.value, 'id', '') in generic]
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_can_be_imported_by_python_3_8(path):
+    assert subscripted(ast.parse(path.read_text())) == [], 'take these from typing'
+
+
+def test_what_python_3_8_cannot_import_is_found():
+    code = 'from collections.abc import Iterable\nx: list[int] = []\nA = Iterable[int]\n'
+    assert subscripted(ast.parse(code)) == ['Iterable']

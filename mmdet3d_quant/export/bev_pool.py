@@ -8,9 +8,8 @@ cameras and are made once, by :func:`intervals_of`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 import onnx

@@ -5,9 +5,9 @@ To add a step, write its line in :data:`STEPS`: config, command line and ``meta`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Mapping, Sequence, Union
 
 from mmengine.config import Config
 from torch import nn
