@@ -86,18 +86,21 @@ def verify(
         ExportError: If the file has other outputs than the cut.
     """
     mode, graph = 'quant' if quantized else 'float', onnx.load(str(path))
-    makers: dict[str, Callable[[Path], Engine]] = {'ONNX Runtime': ONNXRuntime}
-    convs, plugins = (0, 0), bool(plugin_nodes(graph))
-    if not plugins:
-        makers['OpenVINO'] = OpenVINO
-        convs = OpenVINO(path).int8_convolutions()
+    plugins = bool(plugin_nodes(graph))
+    engine = None if plugins else OpenVINO(path)
+    convs = engine.int8_convolutions() if engine else (0, 0)
     choice, half = choice_in(cut, graph), plugins or is_strong(graph)
     if choice is None:
         arrays = {n: t.cpu().numpy() for n, t in cut.inputs.items()}
         expected, plain = run_torch(cut, mode), run_torch(cut, 'float')
-        found = {name: make(Path(path))(arrays) for name, make in makers.items()}
+        found = {'ONNX Runtime': ONNXRuntime(path)(arrays)}
+        if engine:
+            found['OpenVINO'] = engine(arrays)
         runs = {name: Asked(outputs, expected, plain) for name, outputs in found.items()}
     else:
+        makers: dict[str, Callable[[Path], Engine]] = {'ONNX Runtime': ONNXRuntime}
+        if engine:
+            makers['OpenVINO'] = OpenVINO
         runs = {name: ask(cut, graph, choice, make, mode) for name, make in makers.items()}
     for run in runs.values():
         require_outputs(cut, path, run.outputs)
