@@ -7,13 +7,14 @@ a bit for each element is kept instead of the other summand.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from mmdet3d_quant.core import fused
+from mmdet3d_quant.core.formats import Format
 from mmdet3d_quant.core.spec import QuantSpec
 
 if fused.AVAILABLE:
@@ -23,9 +24,42 @@ if fused.AVAILABLE:
 #: Elements of a plane that a program of the forward takes.
 _PLANE = 1024
 #: Channels and rows that a program of the backward takes at a time.
-_WIDE, _LONG = 64, 32
-#: Programs of the backward that share the rows of a group of channels, at most.
-_PARTS = 512
+_WIDE, _LONG = 64, 16
+#: Programs of the backward at most, several for each place that a GPU has for one; and how many
+#: times a program takes rows at least.
+_PROGRAMS, _TIMES = 4096, 4
+
+
+class Frozen(NamedTuple):
+    """A batch norm of given statistics.
+
+    Attributes:
+        gain: (C,), its weight.
+        shift: (C,), its bias.
+        mean: (C,), the running mean.
+        var: (C,), the running variance.
+        eps: What is added to the variance.
+    """
+
+    gain: Tensor
+    shift: Tensor
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
+class Ends(NamedTuple):
+    """Between which steps a tensor is rounded.
+
+    Attributes:
+        qmin: Least step, 0 of a ReLU.
+        qmax: Greatest step.
+        rectify: Whether it is rounded behind a ReLU.
+    """
+
+    qmin: int
+    qmax: int
+    rectify: bool
 
 
 def serves(
@@ -40,9 +74,20 @@ def serves(
         spec: Its bits and axis.
         other: What is added in between.
     """
+    return fused.serves(x, amax, spec) and knows(x, norm, other)
+
+
+def knows(x: Tensor, norm: nn.Module, other: Tensor | None = None) -> bool:
+    """Tells whether the kernels compute a norm, whatever rounds its result.
+
+    Args:
+        x: Input of the norm, dense.
+        norm: The norm.
+        other: What is added to its result.
+    """
     if type(norm) is not nn.BatchNorm2d or norm.training or norm.running_var is None:
         return False
-    if not fused.serves(x, amax, spec) or x.dim() != 4 or norm.weight is None:
+    if x.dim() != 4 or norm.weight is None:
         return False
     if other is not None and (other.shape != x.shape or other.dtype != x.dtype):
         return False
@@ -51,6 +96,16 @@ def serves(
     planes = fused.channels_last(x) is None
     # Sums by plane would cost more than tiny planes themselves.
     return not planes or (x.shape[0] < 2**16 and x.shape[2] * x.shape[3] >= 64)
+
+
+def of(norm: Any) -> Frozen:
+    """Takes a norm's parameters and statistics."""
+    return Frozen(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+def ends(fmt: Format, rectify: bool) -> Ends:
+    """Gives the ends of a format, or of its ReLU."""
+    return Ends(0 if rectify else fmt.qmin, fmt.qmax, rectify)
 
 
 def rounded(
@@ -69,10 +124,9 @@ def rounded(
     Returns:
         Tensor like ``x``.
     """
-    args = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
     if other is not None:
         other = fused.like(other, x)
-    return _Normed.apply(x, other, amax, *args, spec.format, rectify)
+    return _Normed.apply(x, other, amax, *of(norm), ends(spec.format, rectify))
 
 
 class _Normed(Function):
@@ -80,68 +134,117 @@ class _Normed(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, other: Tensor | None, amax: Tensor, gain: Tensor, shift: Tensor,
-        mean: Tensor, var: Tensor, eps: float, fmt: Any, rectify: bool,
-    ) -> Tensor:  # fmt: skip
-        batch, channels, height, width = x.shape
-        inner = height * width
-        planes = fused.channels_last(x) is None
+        ctx: Any,
+        x: Tensor,
+        other: Tensor | None,
+        amax: Tensor,
+        gain: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        steps: Ends,
+    ) -> Tensor:
         learned = ctx.needs_input_grad[2]
-        ctx.fmt, ctx.rectify, ctx.eps, ctx.planes, ctx.learned = fmt, rectify, eps, planes, learned
-        block = _PLANE if planes else fused.BLOCK
-        grid = (batch * channels, -(-inner // block)) if planes else (-(-x.numel() // block), 1)
-        bits = None
-        if other is not None and not learned:
-            words = grid[0] * grid[1] * (block // 32)
-            bits = torch.empty(words, dtype=torch.int32, device=x.device)
-        ctx.save_for_backward(x, other if learned else None, bits, amax, gain, shift, mean, var)
-        y = torch.empty_like(x)
-        if x.numel():
-            launch(
-                kernels.normed_forward, grid, x, x if other is None else other, y,
-                x if bits is None else bits, amax, mean, var, gain, shift, eps,
-                x.numel(), inner, channels, planes, other is not None,
-                0 if rectify else fmt.qmin, fmt.qmax, rectify, bits is not None, block,
-            )  # fmt: skip
+        norm = Frozen(gain, shift, mean, var, eps)
+        y, bits = forward(x, other, amax, norm, steps, other is not None and not learned)
+        ctx.eps, ctx.steps, ctx.learned = eps, steps, learned
+        ctx.save_for_backward(x, other if learned else None, bits, amax, *norm[:4])
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, other, bits, amax, gain, shift, mean, var = ctx.saved_tensors
-        grad = fused.like(grad, x)
-        add = other is not None or bits is not None
-        batch, channels, height, width = x.shape
-        inner = height * width
-        grad_x = torch.empty_like(x)
-        grad_other = torch.empty_like(x) if add else None
-        if not x.numel():
-            return (
-                grad_x,
-                grad_other,
-                torch.zeros_like(amax),
-                torch.zeros_like(gain),
-                None,
-                *[None] * 5,
-            )
-        if ctx.planes:
-            rows, parts, each, wide, long = batch, batch, inner, 1, 1024
-        else:
-            rows, wide, long = batch * inner, _WIDE, _LONG
-            groups = -(-channels // wide)
-            parts = max(1, min(-(-rows // long), _PARTS // groups or 1))
-            each = -(-rows // parts // long) * long
-            parts = -(-rows // each)
-        sums = torch.empty((2 + ctx.learned, parts, channels), device=x.device)
+        norm = Frozen(gain, shift, mean, var, ctx.eps)
+        *found, by_channel = backward(grad, x, other, bits, amax, norm, ctx.steps, ctx.learned)
+        return (*found, *by_channel, *[None] * 4)
+
+
+def forward(
+    x: Tensor, other: Tensor | None, amax: Tensor, norm: Frozen, steps: Ends, mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Computes the pass.
+
+    Args:
+        x: (N, C, H, W), dense.
+        other: What is added, of the order of ``x`` in memory, if anything is.
+        amax: Range limit, float32 of one element.
+        norm: The norm.
+        steps: Where the rounding ends.
+        mask: Store the mask of the gradient.
+
+    Returns:
+        Tensor like ``x``, and the mask: 32 elements a word, in the order of ``x`` in memory.
+    """
+    batch, channels, height, width = x.shape
+    inner = height * width
+    planes = fused.channels_last(x) is None
+    block = _PLANE if planes else fused.BLOCK
+    grid = (batch * channels, -(-inner // block)) if planes else (-(-x.numel() // block), 1)
+    bits = None
+    if mask:
+        words = grid[0] * grid[1] * (block // 32)
+        bits = torch.empty(words, dtype=torch.int32, device=x.device)
+    y = torch.empty_like(x)
+    if x.numel():
         launch(
-            kernels.normed_backward, (-(-channels // wide), parts), grad, x,
-            x if other is None else other, x if bits is None else bits, grad_x,
-            grad_x if grad_other is None else grad_other, sums, amax, mean, var, gain, shift,
-            ctx.eps, rows, inner, each, -(-inner // _PLANE) * (_PLANE // 32), channels, ctx.planes,
-            add, 0 if ctx.rectify else ctx.fmt.qmin, ctx.fmt.qmax, ctx.rectify, bits is not None,
-            ctx.learned, wide, long,
+            kernels.normed_forward, grid, x, x if other is None else other, y,
+            x if bits is None else bits, amax, norm.mean, norm.var, norm.gain, norm.shift,
+            norm.eps, x.numel(), inner, channels, planes, other is not None, *steps, mask, block,
         )  # fmt: skip
-        by_channel = sums[:2].sum(1)
-        grad_amax = None
-        if ctx.learned:
-            grad_amax = fused.range_gradient(sums[2], amax, x, ctx.fmt.qmax)
-        return grad_x, grad_other, grad_amax, by_channel[1], by_channel[0], *[None] * 5
+    return y, bits
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    other: Tensor | None,
+    bits: Tensor | None,
+    amax: Tensor,
+    norm: Frozen,
+    steps: Ends,
+    learned: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Computes the gradients of :func:`forward`.
+
+    Args:
+        grad: Gradient of the result.
+        x: As there.
+        other: As there; may be left out if there is a mask.
+        bits: The mask, if it was stored.
+        amax: As there.
+        norm: As there.
+        steps: As there.
+        learned: Whether the range has a gradient, which takes ``other`` instead of the mask.
+
+    Returns:
+        Gradients of ``x``, of what was added and of the range, and (2, C): those of gain and shift.
+    """
+    grad = fused.like(grad, x)
+    add = other is not None or bits is not None
+    batch, channels, height, width = x.shape
+    inner = height * width
+    grad_x = torch.empty_like(x)
+    grad_other = torch.empty_like(x) if add else None
+    if not x.numel():
+        grad_amax = torch.zeros_like(amax) if learned else None
+        return grad_x, grad_other, grad_amax, x.new_zeros((2, channels), dtype=torch.float32)
+    planes = fused.channels_last(x) is None
+    if planes:
+        rows, parts, each, wide, long = batch, batch, inner, 1, 1024
+    else:
+        rows, wide, long = batch * inner, _WIDE, _LONG
+        groups = -(-channels // wide)
+        parts = max(1, min(-(-rows // (_TIMES * long)), _PROGRAMS // groups))
+        each = -(-rows // parts // long) * long
+        parts = -(-rows // each)
+    sums = torch.empty((2 + learned, parts, channels), device=x.device)
+    launch(
+        kernels.normed_backward, (-(-channels // wide), parts), grad, x,
+        x if other is None else other, x if bits is None else bits, grad_x,
+        grad_x if grad_other is None else grad_other, sums, amax, norm.mean, norm.var, norm.gain,
+        norm.shift, norm.eps, rows, inner, each, -(-inner // _PLANE) * (_PLANE // 32), channels,
+        planes, add, *steps, bits is not None, learned, wide, long,
+    )  # fmt: skip
+    grad_amax = fused.range_gradient(sums[2], amax, x, steps.qmax) if learned else None
+    return grad_x, grad_other, grad_amax, sums[:2].sum(1)

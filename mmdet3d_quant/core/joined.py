@@ -32,18 +32,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Tuple
+from typing import Any, NamedTuple, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from mmdet3d_quant.core import batch_norm, fused
+from mmdet3d_quant.core import batch_norm, fused, opaque
 from mmdet3d_quant.core.fake_quant import compiling, fake_quantize
 from mmdet3d_quant.core.records import Records
 from mmdet3d_quant.core.spec import QuantSpec
 
 #: What :func:`grid_of` gives: compared, not looked into.
 Grid = Tuple[QuantSpec, Any]
+
+
+class Rounded(NamedTuple):
+    """How compiled code, which keeps no records, hands on what is rounded for all that read it.
+
+    Attributes:
+        value: The tensor. Quantizers take it out.
+    """
+
+    value: Tensor
+
 
 #: By tensor: the grid it is on.
 _marks = Records()
@@ -171,9 +182,10 @@ def rectified(x: Tensor, relu: nn.Module, readers: Sequence[Any]) -> Tensor:
     return relu(x)
 
 
-def joins_norms(x: Tensor) -> bool:
+def joins_norms(x: Any) -> bool:
     """Tells whether a norm may be joined with the rounding behind it: on a GPU, in training."""
-    return (x.is_cuda or fused.INTERPRETED) and torch.is_grad_enabled()
+    tensor = x.value if isinstance(x, Rounded) else x
+    return (tensor.is_cuda or fused.INTERPRETED) and torch.is_grad_enabled()
 
 
 def normed(
@@ -182,7 +194,7 @@ def normed(
     relu: nn.Module | None,
     readers: Sequence[Any],
     other: Tensor | None = None,
-) -> Tensor:
+) -> Any:
     """Computes ``relu(norm(x) + other)``, on a GPU in training in one pass with the rounding.
 
     Args:
@@ -193,7 +205,7 @@ def normed(
         other: What is added, of the shape of ``x``, if anything is.
 
     Returns:
-        Tensor like ``x``, quantized if that serves all readers.
+        Tensor like ``x``, quantized if that serves all readers; while compiling then as `Rounded`.
     """
     if (
         norm is not None
@@ -201,6 +213,11 @@ def normed(
         and untouched(norm)
         and (relu is None or (type(relu) is nn.ReLU and untouched(relu)))
     ):
+        if compiling():
+            found = _one(readers)
+            if found is not None and _opaque(x, norm, found, other):
+                args = found._amax, found.spec.format, relu is not None, other
+                return Rounded(opaque.normed(x, norm, *args))
         grid = _alike(readers)
         if grid is not None:
             amax, spec = readers[0]._amax, readers[0].spec
@@ -235,9 +252,9 @@ def untouched(module: nn.Module) -> bool:
     which are not marked.
 
     Returns:
-        False also while compiling, where nothing is joined.
+        False also while compiling with a torch before 2.4, where nothing is joined.
     """
-    if compiling() or 'forward' in module.__dict__:
+    if (not opaque.AVAILABLE and compiling()) or 'forward' in module.__dict__:
         return False
     return not (module._forward_hooks or module._forward_pre_hooks)
 
@@ -251,6 +268,24 @@ def _alike(readers: Sequence[Any]) -> Grid | None:
             return None
         first = grid
     return first
+
+
+def _one(readers: Sequence[Any]) -> Any:
+    """Finds the quantizer whose range stands for all readers while compiling, if one does."""
+    found = None
+    for reader in readers:
+        if not (untouched(reader) and reader.mode == 'quant' and reader.calibrated):
+            return None
+        shared = reader.equals[0] if reader.equals else reader
+        if found is not None and shared is not found:
+            return None
+        found = shared
+    return found
+
+
+def _opaque(x: Tensor, norm: nn.Module, reader: Any, other: Tensor | None) -> bool:
+    fits = opaque.serves(x, reader._amax, reader.spec.format) and fused.is_dense(x)
+    return fits and batch_norm.knows(x, norm, other)
 
 
 def _covered(x: Tensor, amax: Tensor) -> bool:

@@ -172,7 +172,7 @@ def normed_backward(
     A program takes ``WIDE`` channels and ``each`` of their rows, ``LONG`` at a time. Rows are
     pixels where channels are last; else elements of a plane, one of ``rows`` planes at a time.
 
-    ``sums`` is (3, programs along rows, channels): the gradients of shift and gain, and of the
+    ``sums`` is (3, programs along rows, channels): the gradients of gain and shift, and of the
     range before it is scaled.
     """
     part = tl.program_id(1)
@@ -202,7 +202,15 @@ def normed_backward(
             lane = (at & 31).to(tl.int32)
         centred = (tl.load(x + at, mask=ok, other=0.0).to(tl.float32) - centre) * inverse
         raw = tl.load(grad + at, mask=ok, other=0.0)
-        if MASK:
+        if MASK and not PLANES and CHANNELS % WIDE == 0:
+            # A byte holds the bits of eight neighbours, which are one thread's.
+            eight = tl.program_id(0) * (WIDE // 8) + tl.arange(0, WIDE // 8)
+            octets = bits.to(tl.pointer_type(tl.int8), bitcast=True) + eight[None, :]
+            some = (row < rows)[:, None]
+            octet = tl.load(octets + row[:, None] * (CHANNELS // 8), mask=some, other=0)
+            moved = octet.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]
+            inside = tl.reshape(moved & 1, (LONG, WIDE)) != 0
+        elif MASK:
             inside = ((tl.load(bits + word, mask=ok, other=0) >> lane) & 1) != 0
         else:
             value = tl.fma(centred, factor, offset).to(x.dtype.element_ty).to(tl.float32)
@@ -220,9 +228,9 @@ def normed_backward(
         passed = passed * (factor * inverse)
         tl.store(grad_x + at, passed.to(grad_x.dtype.element_ty), mask=ok)
     place = sums + part * CHANNELS + channel
-    tl.store(place, tl.sum(sum_shift, axis=0), mask=known)
+    tl.store(place, tl.sum(sum_gain, axis=0), mask=known)
     size = tl.num_programs(1) * CHANNELS
-    tl.store(place + size, tl.sum(sum_gain, axis=0), mask=known)
+    tl.store(place + size, tl.sum(sum_shift, axis=0), mask=known)
     if LEARNED:
         tl.store(place + 2 * size, tl.sum(sum_range, axis=0), mask=known)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.core.fake_quant import compiling
 from mmdet3d_quant.core.formats import FP8, MIN_AMAX
-from mmdet3d_quant.core.joined import Grid, grid_of, quantize
+from mmdet3d_quant.core.joined import Grid, Rounded, grid_of, quantize
 from mmdet3d_quant.core.known import KnownRange
 from mmdet3d_quant.core.spec import QuantSpec, check_mode
 from mmdet3d_quant.core.switches import Switches
@@ -186,11 +186,11 @@ class Quantizer(Switches):
         """True when the range is a parameter."""
         return isinstance(self._amax, nn.Parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         """Quantizes, observes or passes ``x``, by mode.
 
         Args:
-            x: Floating tensor of any shape.
+            x: Floating tensor of any shape; or, while compiling, one that is quantized already.
 
         Returns:
             Tensor of the shape and dtype of ``x``; ``x`` itself in modes float and observe.
@@ -198,6 +198,8 @@ class Quantizer(Switches):
         Raises:
             UncalibratedError: In mode quant without a range.
         """
+        if isinstance(x, Rounded):
+            return x.value
         mode = self.mode
         if mode == 'float':
             return x

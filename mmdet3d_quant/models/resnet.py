@@ -11,6 +11,7 @@ from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmdet3d_quant.core.fake_quant import compiling
 from mmdet3d_quant.core.joined import (
     joins_norms,
     normed,
@@ -66,7 +67,12 @@ class _QuantBlock(_Block):
         identity = self.residual_quantizer if self.downsample is None else self.downsample[0]
         return [self.conv1, identity]
 
-    def forward(self, x: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor:
+    def rounded_for(self) -> list[Any]:
+        """Lists the quantizers that the input may be rounded for by who makes it."""
+        # A checkpoint takes tensors, which compiled code does not make of what is rounded.
+        return [] if self.with_cp and compiling() else readers_of(*self.readers())
+
+    def forward(self, x: Any, readers: Sequence[nn.Module] = ()) -> Any:
         """Computes the output of the block for an (N, C, H, W) input.
 
         Args:
@@ -79,15 +85,13 @@ class _QuantBlock(_Block):
             return rectified(out, self.relu, readers)
         return self._sum(x, self.relu, readers)
 
-    def _sum(
-        self, x: Tensor, relu: nn.Module | None = None, readers: Sequence[nn.Module] = ()
-    ) -> Tensor:
+    def _sum(self, x: Any, relu: nn.Module | None = None, readers: Sequence[nn.Module] = ()) -> Any:
         x = rounded_once(x, readers_of(*self.readers()))
         out, norm = self._main_branch(x)
         identity = self.residual_quantizer(self._identity(x))
         return normed(out, norm, relu, readers, read_again(identity))
 
-    def _identity(self, x: Tensor) -> Tensor:
+    def _identity(self, x: Any) -> Any:
         """Computes the identity branch; rounded, where that is one pass with its norm."""
         branch = self.downsample
         if branch is None:
@@ -99,7 +103,7 @@ class _QuantBlock(_Block):
             x = module(x)
         return normed(x, norm, None, readers_of(self.residual_quantizer))
 
-    def _activated(self, x: Tensor, norm: nn.Module | None, conv: nn.Module) -> Tensor:
+    def _activated(self, x: Tensor, norm: nn.Module | None, conv: nn.Module) -> Any:
         """Rectifies ``norm(x)`` and, where possible, quantizes it for the one who reads it."""
         return normed(x, norm, self.relu, readers_of(conv))
 
@@ -158,7 +162,7 @@ class QuantResLayer(ResLayer):
         for i, block in enumerate(blocks[:count]):
             pair = blocks[i : i + 2]
             if len(pair) == 2 and all(isinstance(b, _QuantBlock) and untouched(b) for b in pair):
-                x = block(x, readers_of(*pair[1].readers()))
+                x = block(x, pair[1].rounded_for())
             else:
                 x = block(x)
         return x

@@ -19,6 +19,7 @@ from mmdet3d_quant.core.fake_quant import fake_quantize
 from mmdet3d_quant.core.joined import normed, rectified, rounded_once
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import QuantSpec
+from mmdet3d_quant.core.ties import share_ranges, ties
 from mmdet3d_quant.layers import QuantConv2d
 from mmdet3d_quant.models.resnet import QuantBottleneck
 from mmdet3d_quant.qat.moving import LearnedRanges, WeightRanges
@@ -208,7 +209,7 @@ def through_norm(device, x, other, relu, amax, learned):
 @pytest.mark.parametrize('relu', [False, True])
 @pytest.mark.parametrize('add', [False, True])
 @pytest.mark.parametrize('last', [False, True])
-@pytest.mark.parametrize('shape', [(2, 5, 11, 7), (1, 70, 9, 8), (2, 8, 40, 30)])
+@pytest.mark.parametrize('shape', [(2, 5, 11, 7), (1, 70, 9, 8), (2, 8, 40, 30), (1, 128, 9, 7)])
 def test_a_norm_and_its_gradients_are_those_of_separate_passes(
     apart, shape, last, add, relu, learned
 ):
@@ -251,6 +252,98 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x, [self.b.conv1._input_quantizer, self.b.residual_quantizer]))
+
+
+def blocks(learned, **options):
+    """A calibrated net, tied, that compiles to one graph."""
+    torch.manual_seed(0)
+    net = Net(**options)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1)
+            nn.init.normal_(module.bias, 0, 0.1)
+    calibrate(net.eval(), [torch.randn(2, 8, 12, 12)], 'percentile:99')
+    if learned:
+        for quantizer in quantizers(net).values():
+            if quantizer.spec.axis is None:
+                quantizer.learn()
+    share_ranges(net.to(DEVICE))
+    if learned:
+        LearnedRanges(net).attach(torch.optim.SGD(net.parameters(), lr=0.1))
+    return net
+
+
+def step(net, run, x, half):
+    """Output and gradients by name, those of tied ranges summed."""
+    net.zero_grad()
+    leaf = x.clone().requires_grad_()
+    with torch.autocast(DEVICE, half or torch.bfloat16, enabled=half is not None):
+        y = run(leaf)
+    y.float().square().sum().backward()
+    found = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    for group in ties(net):
+        grads = [found.pop(f'{n}._amax') for n in group if f'{n}._amax' in found]
+        found.update({group[0]: sum(grads)} if grads else {})
+    return dict(found, x=leaf.grad, y=y.detach())
+
+
+@pytest.mark.skipif(not opaque.AVAILABLE, reason='torch before 2.4 has no such operators')
+@pytest.mark.usefixtures('same_optimizers')
+@pytest.mark.parametrize('half', [None, torch.float16])
+@pytest.mark.parametrize('last', [False, True])
+@pytest.mark.parametrize('learned', [False, True])
+def test_compiled_blocks_join_their_norms_as_eager_ones(monkeypatch, learned, last, half):
+    calls = []
+    kernel = batch_norm.backward
+    monkeypatch.setattr(batch_norm, 'backward', lambda *a: calls.append(a) or kernel(*a))
+    net = blocks(learned)
+    order = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 8, 12, 12, device=DEVICE).contiguous(memory_format=order)
+    net.to(memory_format=order)
+    torch._dynamo.reset()
+    run = torch.compile(net, backend='aot_eager', fullgraph=True)
+    for _ in range(2):
+        wanted, joined = step(net, net, x, half), len(calls)
+        calls.clear()
+        found = step(net, run, x, half)
+        assert len(calls) == joined and found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        assert found['y'].equal(wanted['y'])
+        if joined == 5:
+            break
+        assert joined == 6
+        # What reads the output of the first block has two ranges now: it is rounded for none.
+        net.b.residual_quantizer.amax = net.b.residual_quantizer.amax * 0.5
+        calls.clear()
+    else:
+        pytest.fail('the output of the first block was rounded for both')
+
+
+@pytest.mark.skipif(not opaque.AVAILABLE, reason='torch before 2.4 has no such operators')
+@pytest.mark.usefixtures('same_optimizers')
+@pytest.mark.parametrize('change', ['float', 'checkpoint', 'hook', 'frozen', 'evaluation'])
+def test_compiled_blocks_that_may_not_join_their_norms_compute_the_same(change):
+    net = blocks(False, with_cp=change == 'checkpoint')
+    x = torch.randn(2, 8, 12, 12, device=DEVICE)
+    seen = []
+    if change == 'float':
+        set_mode(net.b, 'float')
+    elif change == 'hook':
+        net.b.conv1._input_quantizer.register_forward_hook(lambda *_: seen.append(1))
+    elif change == 'frozen':
+        for parameter in net.parameters():
+            parameter.requires_grad_(False)
+    torch._dynamo.reset()
+    run = torch.compile(net, backend='aot_eager')
+    if change == 'evaluation':
+        with torch.no_grad():
+            assert run(x).equal(net(x))
+        return
+    wanted, found = step(net, net, x, None), step(net, run, x, None)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def trained(device, learned, last, options, half=None):

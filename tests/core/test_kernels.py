@@ -13,7 +13,8 @@ CASES = Path(__file__).with_name('kernel_cases.py')
 #: A case or two of each kernel; the others take minutes.
 QUICK = (
     '(bits_of_a_cpu and shape3 and dtype0) or (of_separate and shape0 and True-True) or tied '
-    'or (counted and 4099) or waits or together or joined_only or leaves_the'
+    'or (counted and 4099) or waits or together or joined_only or leaves_the '
+    'or (join_their and True-None) or evaluation'
 )
 
 
