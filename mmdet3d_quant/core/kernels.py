@@ -202,7 +202,7 @@ def normed_backward(
             lane = (at & 31).to(tl.int32)
         centred = (tl.load(x + at, mask=ok, other=0.0).to(tl.float32) - centre) * inverse
         raw = tl.load(grad + at, mask=ok, other=0.0)
-        if MASK and not PLANES and CHANNELS % WIDE == 0:
+        if (MASK and not PLANES) and CHANNELS % WIDE == 0:  # Triton 3.0 wants the brackets
             # A byte holds the bits of eight neighbours, which are one thread's.
             eight = tl.program_id(0) * (WIDE // 8) + tl.arange(0, WIDE // 8)
             octets = bits.to(tl.pointer_type(tl.int8), bitcast=True) + eight[None, :]

@@ -26,10 +26,10 @@ def _loops() -> bool:
         return False
 
 
-def _triton() -> bool:
+def _triton(least=(3, 0)) -> bool:
     """Tells whether there is a Triton that the kernels are written for; it is not imported."""
     try:
-        return int(version('triton').split('.')[0]) >= 3
+        return tuple(map(int, version('triton').split('.')[:2])) >= least
     except PackageNotFoundError:
         return False
 
@@ -43,3 +43,45 @@ def test_in_the_interpreter(cases):
     env = dict(os.environ, TRITON_INTERPRET='1')
     found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert not found.returncode, found.stdout[-5000:] + found.stderr[-2000:]
+
+
+#: Types of arguments that are no constants; T is the tensor's.
+ARGUMENTS = dict(
+    x='T', other='T', y='T', grad='T', grad_x='T', grad_other='T', rounded='T', bits='*i32',
+    tables='*i32', exponent='*i32', n='i32', count='i32', inner='i32', rows='i32', each='i32',
+    words='i32', eps='fp32', root='fp32', **dict.fromkeys(
+        'amax mean var gain shift sums grad_amax'.split(), '*fp32'
+    ), **dict.fromkeys('weights lengths ranges starts'.split(), '*i64'),
+)  # fmt: skip
+CONSTANTS = dict(
+    QMIN=-127, QMAX=127, RECTIFY=True, STORE=True, ADD=True, BLOCK=1024, TABLES=8, CHANNELS=128,
+    WIDE=64, LONG=16, PLANES=False, MASK=True, LEARNED=False,
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not _triton((3, 3)), reason='there is no Triton from 3.3 on')
+@pytest.mark.parametrize(
+    'changes', [{}, dict(MASK=False, LEARNED=True), dict(PLANES=True, WIDE=1, CHANNELS=5)]
+)
+def test_they_compile_for_a_gpu_that_is_not_there(changes):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mmdet3d_quant.core import kernels
+
+    found = [f for f in vars(kernels).values() if isinstance(f, triton.JITFunction)]
+    found = [f for f in found if not f.__name__.startswith('_')]
+    assert len(found) > 8
+    for kernel in found:
+        names = kernel.arg_names
+        constants = {n: v for n, v in {**CONSTANTS, **changes}.items() if n in names}
+        if not constants.keys() & changes.keys() and changes:
+            continue
+        for kind in ('*fp32',) if kernel is kernels.count else ('*fp32', '*fp16'):
+            types = {n: 'constexpr' if n in constants else ARGUMENTS[n] for n in names}
+            types = {n: kind if t == 'T' else t for n, t in types.items()}
+            values = {(names.index(n),): value for n, value in constants.items()}
+            source = ASTSource(kernel, types, constexprs=values)
+            made = triton.compile(source, target=GPUTarget('cuda', 90, 32))
+            assert '.target sm_90' in made.asm['ptx']
