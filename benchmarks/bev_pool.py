@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Time and peak memory of BEV pooling, against outer product and index_add."""
+"""Time and peak memory of BEV pooling, against outer product and index_add.
+
+Both against the bytes that must move in any case: every input read once, and the result, or every
+gradient, written once. On a GPU that is what there is to wait for.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,9 @@ from mmdet3d_quant.parents.bev_pool import bev_pool
 from mmdet3d_quant.parents.view_transform import LSSTransform
 
 EXAMPLE = """
-example:
+examples:
   python benchmarks/bev_pool.py --cams 6 --rounds 5
+  python benchmarks/bev_pool.py --device cuda --rounds 50
 
 Each way runs in a process of its own, so that its peak memory can be read.
 """
@@ -46,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--cams', type=int, default=6)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--device', default='cpu', help='cpu or cuda; default: %(default)s')
     parser.add_argument('--way', choices=list(WAYS), help='measure one, print JSON (internal)')
     return parser.parse_args()
 
@@ -77,21 +83,35 @@ def problem(cams: int):
 def measure(way: str, args: argparse.Namespace) -> dict:
     """Median seconds and peak memory above the inputs', MiB; a checksum of the result."""
     torch.set_num_threads(args.threads)
-    inputs = problem(args.cams)
-    before = peak_memory()
+    *tensors, num_cells = problem(args.cams)
+    context, depth, cells = (t.detach().to(args.device) for t in tensors)
+    inputs = context.requires_grad_(), depth.requires_grad_(), cells, num_cells
+    cuda = context.is_cuda
+    read_peak = torch.cuda.max_memory_allocated if cuda else peak_memory
+    before = read_peak()
     pool, times = WAYS[way], {'forward': [], 'backward': []}
     peaks = {}
     for name in times:
-        for _ in range(args.rounds):
+        for _ in range(args.rounds + cuda):
             start = time.perf_counter()
             with torch.set_grad_enabled(name == 'backward'):
                 out = pool(*inputs)
             if name == 'backward':
                 out.square().sum().backward()
+            if cuda:
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-        peaks[name] = (peak_memory() - before) / 2**20
-    medians = {n: float(np.median(t)) for n, t in times.items()}
-    return dict(seconds=medians, peak=peaks, norm=float(out.detach().double().norm()))
+        peaks[name] = (read_peak() - before) / 2**20
+    medians = {n: float(np.median(t[cuda:])) for n, t in times.items()}  # on a GPU the first loads
+    size = {t: t.numel() * t.element_size() for t in (*inputs[:3], out)}
+    least = sum(size.values())
+    both = 2 * sum(size[t] for t in inputs[:2]) + least + size[cells] + size[out]
+    return dict(
+        seconds=medians,
+        peak=peaks,
+        norm=float(out.detach().double().norm()),
+        bytes=dict(forward=least, backward=both),
+    )
 
 
 def main() -> None:
@@ -108,7 +128,7 @@ def main() -> None:
     assert abs(norms[0] - norms[1]) < 1e-5 * norms[0], f'results differ: {norms}'
     table = Table('way', 'forward s', 'forward + backward s', 'peak MiB', 'peak with backward')
     for way, r in results.items():
-        row = [f'{r["seconds"][n]:.2f}' for n in ('forward', 'backward')]
+        row = [f'{r["seconds"][n]:.4f}' for n in ('forward', 'backward')]
         table.add_row(way, *row, *(f'{r["peak"][n]:.0f}' for n in ('forward', 'backward')))
     ours, theirs = results['bev_pool'], results['outer product + index_add']
     console = Console()
@@ -120,8 +140,11 @@ def main() -> None:
             f'{theirs["peak"][name] / ours["peak"][name]:.1f}x less memory'
             for name in ('forward', 'backward')
         )
-        + f' ({args.cams} x 118 x 32 x 88 x 80)'
+        + f' ({args.cams} x 118 x 32 x 88 x 80, {args.device})'
     )
+    for name, size in ours['bytes'].items():
+        rate = size / ours['seconds'][name] / 1e9
+        console.print(f'{name}: {size / 1e6:.0f} MB must move, {rate:.1f} GB/s of them')
 
 
 if __name__ == '__main__':
