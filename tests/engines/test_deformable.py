@@ -9,12 +9,15 @@ from torch import nn
 
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.check.verify import sqnr
-from mmdet3d_quant.engines import ENGINES
+from mmdet3d_quant.engines import ENGINES, EngineError, deformable
 from mmdet3d_quant.engines.deformable import runs_here
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export.graph import custom_ops
 from mmdet3d_quant.layers import QuantConv2d
 
+OLD = pytest.mark.skipif(
+    not runs_here(['mmcv::MMCVDeformConv2d']), reason='ONNX Runtime before 1.25 has no kernel'
+)
 X = torch.randn(2, 8, 12, 10, generator=torch.Generator().manual_seed(0))
 SHAPE = dict(kernel_size=3, stride=2, padding=2, dilation=2, groups=2, deform_groups=2)
 
@@ -35,7 +38,7 @@ def exported(module, path, x=X, **options):
         return export_onnx(module, [x], path, ['x'], ['y'], custom_ops=True, **options)
 
 
-@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('engine', [pytest.param('onnxruntime', marks=OLD), 'openvino'])
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('kind', [DeformConv2dPack, ModulatedDeformConv2dPack])
 def test_engines_compute_what_mmcv_does(kind, bias, engine, tmp_path):
@@ -43,7 +46,7 @@ def test_engines_compute_what_mmcv_does(kind, bias, engine, tmp_path):
     module = net(kind, **SHAPE, **own)
     model = exported(module, tmp_path / 'float.onnx', quantized=False)
     (name,) = custom_ops(model)
-    assert name == f'mmcv::MMCV{kind.__name__[: -len("Pack")]}' and runs_here([name])
+    assert name == f'mmcv::MMCV{kind.__name__[: -len("Pack")]}'
     found = ENGINES[engine](tmp_path / 'float.onnx')({'x': X.numpy()})['y']
     with torch.no_grad():
         assert sqnr(module_in_float(module)(X), found) > 100
@@ -56,6 +59,7 @@ def module_in_float(module):
     return module
 
 
+@OLD
 @pytest.mark.parametrize('target', ['tensorrt8', 'tensorrt10', 'openvino'])
 def test_quantized_files_of_every_target_run(target, tmp_path):
     module = net(ModulatedDeformConv2dPack, kernel_size=3, padding=1)
@@ -66,6 +70,20 @@ def test_quantized_files_of_every_target_run(target, tmp_path):
     for engine in ('onnxruntime', 'openvino'):
         found = ENGINES[engine](tmp_path / 'int8.onnx')({'x': X.numpy()})['y']
         assert sqnr(wanted, found) > 30, engine
+
+
+def test_an_old_runtime_is_told_before_it_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr(deformable, '_RUNTIME', (99, 0))
+    module = net(DeformConv2dPack, kernel_size=3, padding=1)
+    exported(module, tmp_path / 'float.onnx', quantized=False)
+    with pytest.raises(EngineError, match=r'from 99\.0 on .* engine openvino'):
+        ENGINES['onnxruntime'](tmp_path / 'float.onnx')
+    assert not runs_here(['mmcv::MMCVDeformConv2d'])
+
+
+@OLD
+def test_an_operator_of_everybody_is_run():
+    assert runs_here(['mmcv::MMCVModulatedDeformConv2d', 'mmcv::MMCVDeformConv2d'])
 
 
 def test_an_operator_of_nobody_is_none_of_them():

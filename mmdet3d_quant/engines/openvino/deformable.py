@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mmdet3d_quant.engines.deformable import DOMAIN, OPERATORS
+from mmdet3d_quant.engines.openvino import nodes
 
 
 def rules() -> list[Any]:
@@ -22,15 +23,14 @@ def rules() -> list[Any]:
 
 def _read(node: Any) -> list[Any]:
     """Makes the operators of one node, which has its inputs in the order of mmcv."""
-    from openvino import opset8
-
+    operators = nodes.operators()
     count = node.get_input_size()
     inputs = [node.get_input(i) for i in range(count)]
     mask, bias = inputs[2] if count > 3 else None, inputs[4] if count > 4 else None
     stride, padding, dilation = (
         list(node.get_attribute(name)) for name in ('stride', 'padding', 'dilation')
     )
-    made = opset8.deformable_convolution(
+    made = operators.deformable_convolution(
         inputs[0],
         inputs[1],
         inputs[3 if count > 3 else 2],
@@ -44,6 +44,6 @@ def _read(node: Any) -> list[Any]:
         bilinear_interpolation_pad=True,  # at the border, as mmcv: what is outside is zero
     )
     if bias is not None:
-        axes = opset8.constant(np.array([0, 2, 3]))
-        made = opset8.add(made, opset8.unsqueeze(bias, axes))
+        axes = operators.constant(np.array([0, 2, 3]))
+        made = operators.add(made, operators.unsqueeze(bias, axes))
     return [made.output(0)]

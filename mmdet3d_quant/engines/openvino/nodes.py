@@ -20,9 +20,9 @@ def operators() -> Any:
     return opset13
 
 
-def identity(node: Any) -> int:
-    """Number that no other node has; names can be shared, and ``==`` makes a node."""
-    return node.get_instance_id()
+def identity(node: Any) -> str:
+    """Name that no other node has; friendly names can be shared, and ``==`` makes a node."""
+    return node.get_name()
 
 
 def source(node: Any) -> Any:
