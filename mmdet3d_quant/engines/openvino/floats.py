@@ -9,6 +9,8 @@ import numpy as np
 
 from mmdet3d_quant.engines.openvino.nodes import (
     is_constant,
+    is_rounder,
+    makers_before,
     operators,
     range_of,
     rounders_before,
@@ -25,19 +27,22 @@ _LAYERS = (
     'GroupConvolutionBackpropData',
     'MatMul',
 )
-#: Levels of a FakeQuantize that is as fine as float32 itself.
-_FLOAT_LEVELS = 2**24
+#: Levels of a FakeQuantize that is as fine as float32 itself, and has a level at 0.
+_FLOAT_LEVELS = 2**24 + 1
 
 
 def keep_real(output: Any, low: float, high: float) -> Any:
     """Adds a FakeQuantize as fine as float32, behind which OpenVINO keeps no integers.
+
+    Its range ends at a power of two, so that 0 and the values of a grid stay what they are.
 
     Args:
         output: Tensor, all of whose values lie between ``low`` and ``high``.
         low: Least value.
         high: Largest value.
     """
-    ends = np.float32(low), np.float32(high)
+    top = 2.0 ** np.ceil(np.log2(max(-low, high)))
+    ends = np.float32(-top if low < 0 else 0), np.float32(top)
     return operators().fake_quantize(output, *ends, *ends, _FLOAT_LEVELS).output(0)
 
 
@@ -64,10 +69,14 @@ def part_mixed(model: Any) -> None:
 
 
 def _part(target: Any) -> None:
-    """Keeps OpenVINO from passing integers on to an input of a node."""
+    """Keeps OpenVINO from passing integers on to an input of a node.
+
+    A tensor that holds others besides, or none, is float already, and its range is unknown.
+    """
     output = target.get_source_output()
-    ranges = _ranges(output.get_node())
-    if ranges:
+    makers = list(makers_before(output.get_node()))
+    if all(map(is_rounder, makers)):
+        ranges = [range_of(maker) for maker in makers]
         low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
         target.replace_source_output(keep_real(output, min(low, 0.0), max(high, 0.0)))
 
