@@ -1,5 +1,10 @@
 """OpenVINO's preparation on random graphs: the numbers of ONNX Runtime, to the last bit."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import openvino as ov
@@ -205,6 +210,32 @@ def test_averages_between_two_steps_are_rounded_to_the_even_one(tmp_path):
     constants = dict(SCALES, half=np.float32(2**-6))
     expected, found = graph(tmp_path, nodes, constants, [1, 8, 60, 60], ['y'])
     assert_equal(expected, found, 'ties')
+
+
+def test_a_product_of_two_rounded_maps_is_exact(tmp_path):
+    nodes = [
+        *pair('x', 'a'),
+        ('Neg', 'x', 'n', 'n', {}),
+        *pair('n', 'b'),
+        ('Transpose', 'b', 't', 't', dict(perm=[0, 1, 3, 2])),
+        ('MatMul', 'a t', 'y', 'y', {}),
+    ]
+    expected, found = graph(tmp_path, nodes, SCALES, [1, 4, 6, 6], ['y'])
+    assert_equal(expected, found, 'product')
+
+
+def test_all_of_this_holds_on_a_cpu_without_vnni():
+    """OpenVINO takes the processor for one with AVX2 only, in a process of its own."""
+    cases = ['-m', 'pytest', '-q', '-k', 'not random and not vnni', __file__]
+    variables = dict(os.environ, ONEDNN_MAX_CPU_ISA='AVX2')
+    done = subprocess.run(
+        [sys.executable, *cases],
+        env=variables,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_random_graphs_keep_their_numbers(tmp_path):

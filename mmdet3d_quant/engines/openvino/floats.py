@@ -87,9 +87,10 @@ def _ranges(node: Any) -> list[tuple[float, float]]:
 
 
 def keep_layers_float(model: Any) -> None:
-    """Dequantizes the weights of layers whose INT8 kernel is wrong for signed activations.
+    """Keeps layers in float whose INT8 kernel is wrong for signed activations.
 
-    Without VNNI these are all layers, else transposed convolutions of unusual sizes.
+    Without VNNI these are all layers, and products of two activations; else transposed convolutions
+    of unusual sizes.
     """
     opset13 = operators()
 
@@ -97,8 +98,11 @@ def keep_layers_float(model: Any) -> None:
         if node.get_type_name() not in _LAYERS or not (overflows() or _is_unusual(node)):
             continue
         weights = node.input(1).get_source_output()
-        stored = weights.get_node().get_type_name() != 'Constant' and is_constant(weights)
-        if stored and any(low < 0 for low, _ in _ranges(source(node))):
+        if not any(low < 0 for low, _ in _ranges(source(node))):
+            continue
+        if not is_constant(weights):
+            _part(node.input(0))
+        elif weights.get_node().get_type_name() != 'Constant':
             node.input(1).replace_source_output(opset13.constant(value(weights)).output(0))
 
 
