@@ -88,8 +88,8 @@ class Histogram:
         result.num_elements, result.num_tensors = values.numel(), 1
         if values.device.type == 'cpu' and not result.finite:
             return result
-        # frexp: peak = m * 2**e with m in [0.5, 1), so peak < 2**e strictly.
-        result.exponent = torch.frexp(result.least_peak).exponent.clamp(min=_LEAST)
+        # frexp: peak = m * 2**e with m in [0.5, 1), so peak < 2**e strictly; of zeros, the least e.
+        result.exponent = torch.frexp(result.least_peak.clamp(min=MIN_AMAX / 2)).exponent
         result.bins = count(values, result.exponent)
         return result
 

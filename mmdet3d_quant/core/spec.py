@@ -91,9 +91,11 @@ class Method:
             percentile = float(value)
         except ValueError:
             raise _no_percentile(value) from None
-        if 0 < percentile < 1:
+        if not 0 < percentile <= 100:
+            raise _no_percentile(value)
+        if percentile < 1:
             raise ValueError(
-                f'percentile is in percent: {percentile:g} would clip nearly all; 0.9999 of the '
+                f'percentile is in percent: {value!r} would clip nearly all; 0.9999 of the '
                 'values is percentile:99.99'
             )
         return cls(name, percentile)

@@ -77,6 +77,17 @@ def test_order_and_split_do_not_matter():
     assert int(forward.bins.sum()) == forward.num_elements
 
 
+@pytest.mark.parametrize('scale', [2.0**-30, 1e-5, 0.02, 3.0])
+def test_a_tensor_of_zeros_costs_no_resolution(scale):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
+    alone = collected(x)
+    for h in (collected(torch.zeros(500), x), collected(x, torch.zeros(500))):
+        assert h.exponent == alone.exponent
+        counts, width = h.view()
+        expected, _ = np.histogram(np.r_[x.abs(), np.zeros(500)], NUM_BINS, (0, width * NUM_BINS))
+        assert np.array_equal(counts, expected) and width == alone.view()[1]
+
+
 def test_counts_beyond_float32_precision_are_exact():
     h = collected(torch.zeros(2**24 + 3), torch.ones(5))
     assert h.bins[0] == 2**24 + 3 and int(h.bins.sum()) == 2**24 + 8

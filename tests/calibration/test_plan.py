@@ -34,6 +34,13 @@ def test_mistakes_are_named():
         calibrate(Branched(), batches(), ['mse', 'nothing=max'])
 
 
+@pytest.mark.parametrize('number', ['0.0', '-1', '100.50', 'nan', '0.1234567', '99,9', ''])
+def test_a_percentile_is_refused_as_it_was_written(number):
+    with pytest.raises(ValueError, match='percent') as told:
+        Method.parse(f'percentile: {number}')
+    assert repr(number) in str(told.value)
+
+
 def test_each_part_of_a_model_gets_its_method_and_a_group_that_of_its_first():
     model = Branched()
     result = calibrate(model, batches(), ['mse', 'b=max', 'c=max', 'a=percentile:90'])

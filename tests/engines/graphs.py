@@ -367,7 +367,7 @@ def random_graph(seed: int):
     shapes = {t.name: t.shape for t in m.tensors + m.ends}
     ends = [n.output[0] for n in m.nodes if n.output[0] not in read and n.output[0] in shapes]
     made = [n.output[0] for n in m.nodes if n.output[0] in shapes and n.output[0] not in ends]
-    if made and m.chance(0.3):
+    if made and (not ends or m.chance(0.3)):  # all of them may be read by what leads nowhere
         ends.append(m.pick(made))
     info = helper.make_tensor_value_info
     graph = helper.make_graph(

@@ -1,5 +1,10 @@
 """OpenVINO's preparation on random graphs: the numbers of ONNX Runtime, to the last bit."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import openvino as ov
@@ -79,11 +84,11 @@ def graph(folder, nodes, constants, shape, outputs):
 SCALES = dict(s=np.float32(2**-5), z=np.int8(0), u=np.uint8(0), w=np.ones((4, 8, 1, 1), np.int8))
 
 
-def pair(data, out, zero='z'):
+def pair(data, out, zero='z', scale='s'):
     """A Q/DQ pair, as :func:`graph` takes it."""
     return [
-        ('QuantizeLinear', f'{data} s {zero}', f'{out}q', f'{out}q', {}),
-        ('DequantizeLinear', f'{out}q s {zero}', out, out, {}),
+        ('QuantizeLinear', f'{data} {scale} {zero}', f'{out}q', f'{out}q', {}),
+        ('DequantizeLinear', f'{out}q {scale} {zero}', out, out, {}),
     ]
 
 
@@ -149,6 +154,88 @@ def test_an_average_of_integers_and_a_filled_border_are_exact(tmp_path):
     constants = dict(SCALES, half=np.float32(0.5), pads=np.int64([0, 0, 1, 0, 0, 0, 0, 1]))
     expected, found = graph(tmp_path, nodes, constants, [1, 4, 6, 6], ['y', 'q'])
     assert_equal(expected, found, 'float')
+
+
+AVERAGE = dict(kernel_shape=[2, 2], strides=[2, 2])
+CUBIC = dict(mode='cubic', coordinate_transformation_mode='half_pixel')
+
+
+@pytest.mark.parametrize(
+    'node',
+    [
+        ('Concat', 'a n', 'c', 'c', dict(axis=1)),
+        ('Concat', 'a nines', 'c', 'c', dict(axis=1)),
+        ('Resize', 'a none sizes', 'c', 'c', CUBIC),
+    ],
+    ids=['float', 'constant', 'cubic'],
+)
+def test_values_beyond_the_range_of_a_rounded_map_are_not_cut_off(tmp_path, node):
+    """A map that holds a rounded one, which ends at 4, and larger values."""
+    nodes = [
+        *pair('x', 'a'),
+        ('Neg', 'x', 'n', 'n', {}),
+        node,
+        ('AveragePool', 'c', 'y', 'y', AVERAGE),
+    ]
+    constants = dict(
+        SCALES,
+        nines=np.full((1, 2, 6, 6), 9, np.float32),
+        none=np.float32([]),
+        sizes=np.float32([1, 1, 2, 2]),
+    )
+    expected, found = graph(tmp_path, nodes, constants, [1, 4, 6, 6], ['y'])
+    assert_equal(expected, found, 'range')
+
+
+def test_zeros_of_a_join_of_two_ranges_stay_zero(tmp_path):
+    nodes = [
+        ('Mul', 'x tiny', 'm', 'm', {}),
+        *pair('m', 'a', scale='four'),
+        *pair('m', 'b', scale='eight'),
+        ('Concat', 'a b', 'y', 'y', dict(axis=1)),
+    ]
+    constants = dict(z=np.int8(0), tiny=np.float32(0.01), four=np.float32(4), eight=np.float32(8))
+    expected, found = graph(tmp_path, nodes, constants, [1, 4, 6, 6], ['y'])
+    assert not expected['y'].any()
+    assert_equal(expected, found, 'zeros')
+
+
+def test_averages_between_two_steps_are_rounded_to_the_even_one(tmp_path):
+    nodes = [
+        ('Relu', 'x', 'r', 'r', {}),
+        *pair('r', 'a'),
+        ('AveragePool', 'a', 'p', 'p', AVERAGE),
+        *pair('p', 'y', scale='half'),
+    ]
+    constants = dict(SCALES, half=np.float32(2**-6))
+    expected, found = graph(tmp_path, nodes, constants, [1, 8, 60, 60], ['y'])
+    assert_equal(expected, found, 'ties')
+
+
+def test_a_product_of_two_rounded_maps_is_exact(tmp_path):
+    nodes = [
+        *pair('x', 'a'),
+        ('Neg', 'x', 'n', 'n', {}),
+        *pair('n', 'b'),
+        ('Transpose', 'b', 't', 't', dict(perm=[0, 1, 3, 2])),
+        ('MatMul', 'a t', 'y', 'y', {}),
+    ]
+    expected, found = graph(tmp_path, nodes, SCALES, [1, 4, 6, 6], ['y'])
+    assert_equal(expected, found, 'product')
+
+
+def test_all_of_this_holds_on_a_cpu_without_vnni():
+    """OpenVINO takes the processor for one with AVX2 only, in a process of its own."""
+    cases = ['-m', 'pytest', '-q', '-k', 'not random and not vnni', __file__]
+    variables = dict(os.environ, ONEDNN_MAX_CPU_ISA='AVX2')
+    done = subprocess.run(
+        [sys.executable, *cases],
+        env=variables,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_random_graphs_keep_their_numbers(tmp_path):

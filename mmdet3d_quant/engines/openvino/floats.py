@@ -9,6 +9,8 @@ import numpy as np
 
 from mmdet3d_quant.engines.openvino.nodes import (
     is_constant,
+    is_rounder,
+    makers_before,
     operators,
     range_of,
     rounders_before,
@@ -25,19 +27,22 @@ _LAYERS = (
     'GroupConvolutionBackpropData',
     'MatMul',
 )
-#: Levels of a FakeQuantize that is as fine as float32 itself.
-_FLOAT_LEVELS = 2**24
+#: Levels of a FakeQuantize that is as fine as float32 itself, and has a level at 0.
+_FLOAT_LEVELS = 2**24 + 1
 
 
 def keep_real(output: Any, low: float, high: float) -> Any:
     """Adds a FakeQuantize as fine as float32, behind which OpenVINO keeps no integers.
+
+    Its range ends at a power of two, so that 0 and the values of a grid stay what they are.
 
     Args:
         output: Tensor, all of whose values lie between ``low`` and ``high``.
         low: Least value.
         high: Largest value.
     """
-    ends = np.float32(low), np.float32(high)
+    top = 2.0 ** np.ceil(np.log2(max(-low, high)))
+    ends = np.float32(-top if low < 0 else 0), np.float32(top)
     return operators().fake_quantize(output, *ends, *ends, _FLOAT_LEVELS).output(0)
 
 
@@ -64,10 +69,14 @@ def part_mixed(model: Any) -> None:
 
 
 def _part(target: Any) -> None:
-    """Keeps OpenVINO from passing integers on to an input of a node."""
+    """Keeps OpenVINO from passing integers on to an input of a node.
+
+    A tensor that holds others besides, or none, is float already, and its range is unknown.
+    """
     output = target.get_source_output()
-    ranges = _ranges(output.get_node())
-    if ranges:
+    makers = list(makers_before(output.get_node()))
+    if all(map(is_rounder, makers)):
+        ranges = [range_of(maker) for maker in makers]
         low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
         target.replace_source_output(keep_real(output, min(low, 0.0), max(high, 0.0)))
 
@@ -78,9 +87,10 @@ def _ranges(node: Any) -> list[tuple[float, float]]:
 
 
 def keep_layers_float(model: Any) -> None:
-    """Dequantizes the weights of layers whose INT8 kernel is wrong for signed activations.
+    """Keeps layers in float whose INT8 kernel is wrong for signed activations.
 
-    Without VNNI these are all layers, else transposed convolutions of unusual sizes.
+    Without VNNI these are all layers, and products of two activations; else transposed convolutions
+    of unusual sizes.
     """
     opset13 = operators()
 
@@ -88,8 +98,11 @@ def keep_layers_float(model: Any) -> None:
         if node.get_type_name() not in _LAYERS or not (overflows() or _is_unusual(node)):
             continue
         weights = node.input(1).get_source_output()
-        stored = weights.get_node().get_type_name() != 'Constant' and is_constant(weights)
-        if stored and any(low < 0 for low, _ in _ranges(source(node))):
+        if not any(low < 0 for low, _ in _ranges(source(node))):
+            continue
+        if not is_constant(weights):
+            _part(node.input(0))
+        elif weights.get_node().get_type_name() != 'Constant':
             node.input(1).replace_source_output(opset13.constant(value(weights)).output(0))
 
 

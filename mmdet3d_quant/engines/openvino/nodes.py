@@ -65,23 +65,35 @@ _KEEPING = (
 
 def data_inputs(node: Any) -> Any:
     """Inputs of an operator that keeps integers, without sizes and axes."""
-    if node.get_type_name() not in _KEEPING:
+    if node.get_type_name() not in _KEEPING or _overshoots(node):
         return []
     return node.inputs() if node.get_type_name() == 'Concat' else node.inputs()[:1]
 
 
+def _overshoots(node: Any) -> bool:
+    """True for a resize whose results can lie beyond the values that it reads."""
+    if node.get_type_name() != 'Interpolate':
+        return False
+    return node.get_attributes()['mode'] in ('cubic', 'bicubic_pillow')
+
+
 def rounders_before(node: Any) -> Iterator[Any]:
     """Yields the rounders whose integers a node holds: itself, or through operators before it."""
+    return filter(is_rounder, makers_before(node))
+
+
+def makers_before(node: Any) -> Iterator[Any]:
+    """Yields the nodes whose values a node holds, past operators that keep integers."""
     waiting, seen = [node], set()
     while waiting:
         node = waiting.pop()
         if identity(node) in seen:
             continue
         seen.add(identity(node))
-        if is_rounder(node):
+        before = [] if is_rounder(node) else data_inputs(node)
+        waiting += [i.get_source_output().get_node() for i in before]
+        if not before:
             yield node
-        else:
-            waiting += [i.get_source_output().get_node() for i in data_inputs(node)]
 
 
 def rounders(model: Any) -> Iterator[Any]:
