@@ -61,7 +61,7 @@ def to_onnx_names(model: onnx.ModelProto) -> onnx.ModelProto:
     if old:
         wanted = '.'.join(map(str, _RUNTIME))
         raise ValueError(
-            f'it has deformable convolutions, which ONNX Runtime runs from {wanted} on, and this is '
+            f'it has deformable convolutions, which ONNX Runtime runs from {wanted} on; this is '
             f'{old} (a newer one may want a newer Python): run it with the engine openvino'
         )
     if min((o.version for o in model.opset_import if not o.domain), default=OPSET) < OPSET:

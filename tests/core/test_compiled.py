@@ -18,7 +18,7 @@ from mmdet3d_quant.models.resnet import QuantBottleneck
 pytestmark = [
     pytest.mark.usefixtures('same_optimizers'),
     pytest.mark.skipif(
-        tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4),
+        tuple(map(int, torch.__version__.split('.')[:2])) < (2, 8),
         reason='the partitioner of an older torch keeps more',
     ),
 ]

@@ -55,6 +55,8 @@ def by_numpy(x, amax, spec):
 @holds(300, case=cases(), rectify=st.booleans())
 def test_it_is_the_definition_whatever_shape_type_and_range(case, rectify):
     x, amax, spec = case
+    if rectify and x.dtype == torch.float16 and torch.__version__.startswith('2.0.'):
+        return  # which has no ReLU of it on a CPU
     y = fake_quantize(x, amax, spec, rectify)
     expected, _ = by_numpy(x.relu() if rectify else x, amax, spec)
     assert y.shape == x.shape and y.dtype == x.dtype

@@ -109,6 +109,9 @@ def test_a_learned_range_has_the_slope_of_what_it_rounds():
     assert float(amax.grad) == pytest.approx(float(slope), rel=1e-5)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith('2.0.'), reason='torch 2.0 compiles no views of another type'
+)
 @pytest.mark.usefixtures('same_optimizers')
 def test_compiled_code_rounds_alike():
     torch.manual_seed(0)

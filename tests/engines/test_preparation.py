@@ -17,6 +17,7 @@ from mmdet3d_quant.engines import ONNXRuntime, OpenVINO
 from mmdet3d_quant.engines.openvino.graph import prepare
 from mmdet3d_quant.engines.openvino.nodes import is_constant, operators
 from tests.engines.graphs import random_graph
+from tests.versions import OPENVINO_2024
 
 #: Where float32 is exact, only a scale that an engine computes is not.
 TOLERANCE = 1e-5
@@ -51,7 +52,8 @@ def check(seed, folder):
         by_numpy = ReferenceEvaluator(model).run(None, inputs)
         assert_equal(dict(strict_zip(expected, by_numpy)), expected, f'seed {seed}, numpy')
     assert_equal(expected, OpenVINO(path, 1)(inputs), f'seed {seed}')
-    for change in (lambda model: None, prepare):
+    # The old one loses roundings of 16 bits where it is told to quantize nothing.
+    for change in () if OPENVINO_2024 else (lambda model: None, prepare):
         read = ov.Core().read_model(str(path))
         change(read)
         found = without_int8(read)(inputs)

@@ -15,6 +15,7 @@ from mmdet3d_quant.core.copies import tensors
 from mmdet3d_quant.engines import ENGINES
 from mmdet3d_quant.export import Cut, export_onnx
 from tests.models.zoo import ZOO
+from tests.versions import DEFORMABLE_ENGINES
 
 #: Of a residual add, pyramids, concats, gates, and a transformer's stream.
 NAMES = ('ResNet-18', 'FPN', 'CSPDarknet', 'VoVNet', 'DLA-34', 'DLANeck', 'Swin')
@@ -62,7 +63,7 @@ def test_a_file_is_clean_in_int8_and_right(name, tmp_path):
         assert len(alone) >= 66 and min(alone.values()) > 55
 
 
-@pytest.mark.parametrize('engine', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('engine', DEFORMABLE_ENGINES)
 def test_a_file_with_deformable_convolutions_is_clean_and_right(engine, tmp_path):
     """Of blocks with them all is INT8 but they themselves."""
     cfg, x = ZOO['ResNet-50'][:2]

@@ -21,6 +21,7 @@ from mmdet3d_quant.export.cuts import Cut
 from mmdet3d_quant.export.onnx import kept_batch_norms
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d
 from tests.layers.nets import Net, bn, conv, crossed, odd, read_twice, spread
+from tests.versions import without_old_openvino
 
 ENGINES = {'ONNX Runtime': ONNXRuntime, 'OpenVINO': OpenVINO}
 
@@ -113,6 +114,7 @@ def test_deformable_convolutions_keep_their_norm(kind, tmp_path):
         assert count(graph) == 1 and list(kept_batch_norms(graph)) == ['2.bn']
 
 
+@without_old_openvino
 def test_a_norm_without_statistics_normalises_by_its_input(tmp_path):
     norm = bn(track_running_stats=False)
     model, x = spread(nn.Sequential(conv(), norm)), torch.randn(2, 4, 8, 8)

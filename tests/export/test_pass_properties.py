@@ -140,7 +140,7 @@ PASSES = {
     'shapes': passes.fold_shapes,
     'weights': lambda m: passes.store_int8_weights(m.graph),
     'sorted': lambda m: shuffled(m.graph, 0),
-    'opset': lambda m: passes.to_opset(m, passes.opset(m) + 1),
+    'opset': lambda m: passes.to_opset(m, min(passes.opset(m) + 1, 21)),
 }
 MAKERS = [random_graph, lambda seed: shaped(*shape_graph(seed)), torch_graph]
 

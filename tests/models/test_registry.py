@@ -1,5 +1,7 @@
 """The backbones and necks of mmdet and mmdet3d: quantized, or refused; none silently changed."""
 
+import sys
+
 import pytest
 import torch
 from mmdet3d.registry import MODELS
@@ -50,6 +52,8 @@ def both(name):
 
 @pytest.mark.parametrize('name', MODULES)
 def test_it_is_quantized_and_its_function_stays_the_same(name):
+    if name == 'mmdet.DyHead' and hasattr(sys.modules.get('mmcv._ext'), 'LEFT_OUT'):
+        pytest.skip('mmcv operators are left out in this environment')
     floating, quantized, x = both(name)
     with torch.no_grad():
         wanted = list(tensors(floating(x)))
