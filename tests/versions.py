@@ -4,12 +4,13 @@ from importlib.metadata import version
 
 import pytest
 
-#: The last for Python 3.8 reads fewer operators and types.
+#: The last for Python 3.8, and the last for 3.9, which read fewer operators and types.
 OPENVINO_2024 = version('openvino').split('.')[0] <= '2024'
+OPENVINO_2025 = version('openvino').split('.')[0] <= '2025'
 #: Before 1.25, the first with a kernel for them.
 NO_DEFORMABLE = tuple(map(int, version('onnxruntime').split('.')[:2])) < (1, 25)
 
-without_old_openvino = pytest.mark.skipif(OPENVINO_2024, reason='OpenVINO 2024 cannot read it')
+without_old_openvino = pytest.mark.skipif(OPENVINO_2025, reason='OpenVINO 2025 cannot read it')
 without_old_onnxruntime = pytest.mark.skipif(
     NO_DEFORMABLE, reason='ONNX Runtime before 1.25 has no deformable convolutions'
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdet3d_quant.check.verify import Agreement, require_agreement, verify
 from mmdet3d_quant.engines.deformable import runs_here
+from mmdet3d_quant.engines.onnxruntime import has_deformable
 from mmdet3d_quant.engines.plugins import without_kernels
 from mmdet3d_quant.export import Cut
 from mmdet3d_quant.export.runtimes import DEFAULT_RUNTIME
@@ -53,7 +54,7 @@ def verify_files(
             console.print(f"{path.name}: not run, since its layer norm is TensorRT's plugin")
             continue
         plugins = without_kernels(manifest['files'][path.name].get('custom_ops', ()))
-        if plugins and not runs_here(plugins):
+        if plugins and not (runs_here(plugins) and has_deformable()):
             console.print(f'{path.name}: not run, since it needs plugins: {", ".join(plugins)}')
             continue
         if not cut.inputs:

@@ -22,20 +22,11 @@ OPERATORS = {
 _ORDER = ('X', 'W', 'offset', 'B', 'mask')
 #: The first opset with the operator.
 OPSET = 19
-#: The first ONNX Runtime with a kernel of it for CPUs.
-_RUNTIME = (1, 25)
 
 
 def runs_here(kinds: Iterable[str]) -> bool:
     """Tells whether all of some operators, ``domain::name``, can be run by the engines here."""
-    return {*kinds} <= {f'{DOMAIN}::{name}' for name in OPERATORS} and _too_old() is None
-
-
-def _too_old() -> str | None:
-    """Version of ONNX Runtime if it lacks the kernel."""
-    from onnxruntime import __version__
-
-    return __version__ if tuple(map(int, __version__.split('.')[:2])) < _RUNTIME else None
+    return {*kinds} <= {f'{DOMAIN}::{name}' for name in OPERATORS}
 
 
 def is_deformable(node: NodeProto) -> bool:
@@ -51,19 +42,9 @@ def to_onnx_names(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Returns:
         The model, of opset 19 or later; the same object if it has none.
-
-    Raises:
-        ValueError: If the ONNX Runtime here has no kernel for them.
     """
     if not any(map(is_deformable, model.graph.node)):
         return model
-    old = _too_old()
-    if old:
-        wanted = '.'.join(map(str, _RUNTIME))
-        raise ValueError(
-            f'it has deformable convolutions, which ONNX Runtime runs from {wanted} on; this is '
-            f'{old} (a newer one may want a newer Python): run it with the engine openvino'
-        )
     if min((o.version for o in model.opset_import if not o.domain), default=OPSET) < OPSET:
         model = onnx.version_converter.convert_version(model, OPSET)
     renamed = onnx.ModelProto()

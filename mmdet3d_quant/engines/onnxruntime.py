@@ -69,12 +69,26 @@ class ONNXRuntime:
 
 #: Where sessions run.
 CPU = ['CPUExecutionProvider']
+#: The first version with a kernel for deformable convolutions on a CPU.
+_DEFORMABLE = (1, 25)
+
+
+def has_deformable() -> bool:
+    """Tells whether the ONNX Runtime here runs deformable convolutions."""
+    from onnxruntime import __version__
+
+    return tuple(map(int, __version__.split('.')[:2])) >= _DEFORMABLE
 
 
 def _session(path: str | Path, optimized: bool, make: Callable[[str | bytes], Any]) -> Any:
     """Makes a session of a file as it is, of the graph that ONNX Runtime knows, or of its parts."""
     loaded = onnx.load(str(path))
     known = to_onnx_names(loaded)
+    if known is not loaded and not has_deformable():
+        raise ValueError(
+            f'it has deformable convolutions, which ONNX Runtime runs from {_DEFORMABLE[0]}.'
+            f'{_DEFORMABLE[1]} on; a newer one may want a newer Python: or take the engine openvino'
+        )
     rounded = not optimized and is_strong(loaded)
     plugins = plugin_nodes(known)
     if plugins:

@@ -134,15 +134,19 @@ def joining_type(kind: Any) -> Any:
     """Makes the child of a module's type whose forward rounds before adds and concats."""
     forward = kind.forward
 
-    # torch.compile follows no function mode, and would leave the rounding out.
-    @torch._dynamo.disable
     def rounding(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _Rounding(self):
             return forward(self, *args, **kwargs)
 
+    # torch.compile follows no function mode, and would leave the rounding out.
+    apart = torch._dynamo.disable(rounding)
+
     @wraps(forward)
     def joined(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (rounding if self._sites else forward)(self, *args, **kwargs)
+        if not self._sites:
+            return forward(self, *args, **kwargs)
+        # torch 2.2 traces nothing that its compiler was told to leave out.
+        return (rounding if torch.jit.is_tracing() else apart)(self, *args, **kwargs)
 
     body = dict(forward=joined, __module__=kind.__module__, __doc__=kind.__doc__)
     return type(kind.__name__, (Joining, kind), body)

@@ -8,6 +8,7 @@ import mmdet3d_quant as mq
 from mmdet3d_quant.check.layer_times import layer_of, layer_times
 from mmdet3d_quant.core.errors import QuantError
 from mmdet3d_quant.export import export_onnx
+from mmdet3d_quant.export.tracing import TRACED
 from mmdet3d_quant.layers import QuantConv2d
 
 pytest.importorskip('openvino')
@@ -46,7 +47,7 @@ def test_every_layer_is_timed_by_its_name(tmp_path):
 def test_files_without_common_layers_are_refused(tmp_path):
     for name in ('float', 'int8'):
         net = nn.Sequential(nn.ReLU())
-        torch.onnx.export(net, torch.randn(1, 3, 4, 4), str(tmp_path / f'{name}.onnx'))
+        torch.onnx.export(net, torch.randn(1, 3, 4, 4), str(tmp_path / f'{name}.onnx'), **TRACED)
     with pytest.raises(QuantError, match='no layers of the same names'):
         layer_times(tmp_path / 'float.onnx', tmp_path / 'int8.onnx', runs=1)
 

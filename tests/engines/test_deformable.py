@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdet3d_quant import calibrate
 from mmdet3d_quant.check.verify import sqnr
-from mmdet3d_quant.engines import ENGINES, EngineError, deformable
+from mmdet3d_quant.engines import ENGINES, EngineError, onnxruntime
 from mmdet3d_quant.engines.deformable import runs_here
 from mmdet3d_quant.export import export_onnx
 from mmdet3d_quant.export.graph import custom_ops
@@ -44,7 +44,7 @@ def test_engines_compute_what_mmcv_does(kind, bias, engine, tmp_path):
     module = net(kind, **SHAPE, **own)
     model = exported(module, tmp_path / 'float.onnx', quantized=False)
     (name,) = custom_ops(model)
-    assert name == f'mmcv::MMCV{kind.__name__[: -len("Pack")]}'
+    assert name == f'mmcv::MMCV{kind.__name__[: -len("Pack")]}' and runs_here([name])
     found = ENGINES[engine](tmp_path / 'float.onnx')({'x': X.numpy()})['y']
     with torch.no_grad():
         assert sqnr(module_in_float(module)(X), found) > 100
@@ -71,17 +71,12 @@ def test_quantized_files_of_every_target_run(target, tmp_path):
 
 
 def test_an_old_runtime_is_told_before_it_fails(monkeypatch, tmp_path):
-    monkeypatch.setattr(deformable, '_RUNTIME', (99, 0))
+    monkeypatch.setattr(onnxruntime, '_DEFORMABLE', (99, 0))
     module = net(DeformConv2dPack, kernel_size=3, padding=1)
     exported(module, tmp_path / 'float.onnx', quantized=False)
     with pytest.raises(EngineError, match=r'from 99\.0 on.*engine openvino'):
         ENGINES['onnxruntime'](tmp_path / 'float.onnx')
-    assert not runs_here(['mmcv::MMCVDeformConv2d'])
-
-
-@without_old_onnxruntime
-def test_an_operator_of_everybody_is_run():
-    assert runs_here(['mmcv::MMCVModulatedDeformConv2d', 'mmcv::MMCVDeformConv2d'])
+    assert not onnxruntime.has_deformable()
 
 
 def test_an_operator_of_nobody_is_none_of_them():

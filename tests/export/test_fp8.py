@@ -18,7 +18,7 @@ from mmdet3d_quant.export.graph import stored_tensors
 from mmdet3d_quant.export.half_ranges import round_ranges
 from mmdet3d_quant.export.weight_scales import raise_scales
 from mmdet3d_quant.layers import QuantConv2d, QuantConvTranspose2d, QuantLinear
-from tests.versions import OPENVINO_2024
+from tests.versions import OPENVINO_2025
 
 FP8, INT8 = TensorProto.FLOAT8E4M3FN, TensorProto.INT8
 STRONG = ('tensorrt10', 'tensorrt11', 'tensorrt-rtx')
@@ -90,7 +90,7 @@ def test_a_file_computes_what_fake_quantization_does(tmp_path, weights, half):
     assert (INT8 in kinds) is False and FP8 in kinds
     with torch.no_grad():
         wanted = net(torch.from_numpy(inputs['x'])).numpy()
-    for engine in (ONNXRuntime,) if OPENVINO_2024 else (ONNXRuntime, OpenVINO):
+    for engine in (ONNXRuntime,) if OPENVINO_2025 else (ONNXRuntime, OpenVINO):
         (found,) = engine(tmp_path / 'm.onnx')(inputs).values()
         assert sqnr(wanted, found.astype(np.float32)) > (40 if half else 45), engine
     assert lint(read_graph(tmp_path / 'm.onnx')) == []
