@@ -246,7 +246,7 @@ def read_again(x: Tensor) -> Tensor:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Tells whether a module has no forward hooks and its own forward, so that it may be joined.
+    """Tells whether a module has no hooks and its own forward, so that it may be joined.
 
     A reentrant checkpoint puts in another forward, and computes anew from copies of its inputs,
     which are not marked.
@@ -256,7 +256,8 @@ def untouched(module: nn.Module) -> bool:
     """
     if (not opaque.AVAILABLE and compiling()) or 'forward' in module.__dict__:
         return False
-    return not (module._forward_hooks or module._forward_pre_hooks)
+    backward = module._backward_hooks or getattr(module, '_backward_pre_hooks', None)
+    return not (module._forward_hooks or module._forward_pre_hooks or backward)
 
 
 def _alike(readers: Sequence[Any]) -> Grid | None:

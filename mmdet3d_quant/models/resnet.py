@@ -70,16 +70,23 @@ class _QuantBlock(_Block):
     def rounded_for(self) -> list[Any]:
         """Lists the quantizers that the input may be rounded for by who makes it."""
         # A checkpoint takes tensors, which compiled code does not make of what is rounded.
-        return [] if self.with_cp and compiling() else readers_of(*self.readers())
+        if self.with_cp and compiling():
+            return []
+        branch = self.downsample
+        plain = branch is None or (type(branch) is nn.Sequential and untouched(branch))
+        return readers_of(*self.readers()) if plain else []
 
-    def forward(self, x: Any, readers: Sequence[nn.Module] = ()) -> Any:
+    def forward(self, x: Any, readers: Sequence[nn.Module] = (), compiled: bool = False) -> Any:
         """Computes the output of the block for an (N, C, H, W) input.
 
         Args:
             x: Output of the block before.
             readers: The quantizers that read the output, so that the block may round it for all of
                 them; to be given only if nothing else reads the output.
+            compiled: Whether the caller is compiled, too, and takes what compiled code has rounded.
         """
+        if compiling() and not compiled:
+            readers = ()
         if self.with_cp and x.requires_grad:
             out = checkpoint(self._sum, x, use_reentrant=False)
             return rectified(out, self.relu, readers)
@@ -157,12 +164,14 @@ class QuantResLayer(ResLayer):
         """Computes the output of the last block for an (N, C, H, W) input."""
         blocks = list(self)
         count = len(blocks)
-        if untouched(self) and all(untouched(stage) for stage in self.following):
+        # What compiled code has rounded stays in the stage, which may be compiled alone.
+        joins = untouched(self) and not compiling()
+        if joins and all(untouched(stage) for stage in self.following):
             blocks += [stage[0] for stage in self.following]
         for i, block in enumerate(blocks[:count]):
             pair = blocks[i : i + 2]
             if len(pair) == 2 and all(isinstance(b, _QuantBlock) and untouched(b) for b in pair):
-                x = block(x, pair[1].rounded_for())
+                x = block(x, pair[1].rounded_for(), compiling())
             else:
                 x = block(x)
         return x

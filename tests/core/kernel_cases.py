@@ -15,7 +15,7 @@ from mmdet3d_quant.calibration.counting import BINS, count
 from mmdet3d_quant.calibration.histogram import Histogram
 from mmdet3d_quant.core import batch_norm, fused, grouped, opaque
 from mmdet3d_quant.core.compat import strict_zip
-from mmdet3d_quant.core.fake_quant import fake_quantize
+from mmdet3d_quant.core.fake_quant import compiling, fake_quantize
 from mmdet3d_quant.core.joined import normed, rectified, rounded_once
 from mmdet3d_quant.core.quantizer import Quantizer
 from mmdet3d_quant.core.spec import QuantSpec
@@ -251,7 +251,7 @@ class Net(nn.Module):
         self.b = QuantBottleneck(32, 8, **options)
 
     def forward(self, x):
-        return self.b(self.a(x, [self.b.conv1._input_quantizer, self.b.residual_quantizer]))
+        return self.b(self.a(x, self.b.rounded_for(), compiling()))
 
 
 def blocks(learned, **options):
@@ -322,7 +322,10 @@ def test_compiled_blocks_join_their_norms_as_eager_ones(monkeypatch, learned, la
 
 @pytest.mark.skipif(not opaque.AVAILABLE, reason='torch before 2.4 has no such operators')
 @pytest.mark.usefixtures('same_optimizers')
-@pytest.mark.parametrize('change', ['float', 'checkpoint', 'hook', 'frozen', 'evaluation'])
+@pytest.mark.parametrize(
+    'change',
+    ['float', 'checkpoint', 'hook', 'backward', 'branch', 'blocks', 'frozen', 'evaluation'],
+)
 def test_compiled_blocks_that_may_not_join_their_norms_compute_the_same(change):
     net = blocks(False, with_cp=change == 'checkpoint')
     x = torch.randn(2, 8, 12, 12, device=DEVICE)
@@ -331,6 +334,11 @@ def test_compiled_blocks_that_may_not_join_their_norms_compute_the_same(change):
         set_mode(net.b, 'float')
     elif change == 'hook':
         net.b.conv1._input_quantizer.register_forward_hook(lambda *_: seen.append(1))
+    elif change == 'backward':
+        scale = lambda *args: tuple(None if g is None else g * 3 for g in args[1])  # noqa: E731
+        net.b.conv2.register_full_backward_hook(scale)
+    elif change == 'branch':
+        net.a.downsample.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     elif change == 'frozen':
         for parameter in net.parameters():
             parameter.requires_grad_(False)
@@ -340,7 +348,12 @@ def test_compiled_blocks_that_may_not_join_their_norms_compute_the_same(change):
         with torch.no_grad():
             assert run(x).equal(net(x))
         return
-    wanted, found = step(net, net, x, None), step(net, run, x, None)
+    wanted = step(net, net, x, None)
+    if change == 'blocks':
+        run = net
+        for block in (net.a, net.b):
+            block.compile(backend='aot_eager')
+    found = step(net, run, x, None)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
