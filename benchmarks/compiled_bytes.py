@@ -20,12 +20,11 @@ from typing import Any
 
 os.environ['TRITON_INTERPRET'] = '1'  # or the kernels are not imported
 
+import qat_gpu
 import torch
 import torch._inductor.compile_fx as inductor
 import torch._inductor.scheduler as scheduler
-from calibration import BACKBONE
 from functorch.compile import min_cut_rematerialization_partition
-from mmdet3d.registry import MODELS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,12 +34,9 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses import fake_tensor
 
-import mmdet3d_quant as mq
 from mmdet3d_quant.core import fused
-from mmdet3d_quant.core.ties import share_ranges
 
-KINDS = ('float', 'fixed', 'learned')
-TYPES = {'float32': None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+KINDS = ('float', 'ours', 'learned')
 GPU = torch.device('cuda', 0)
 EXAMPLE = """
 examples:
@@ -57,30 +53,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--precision', choices=TYPES, default='float16', help='%(default)s')
+    parser.add_argument('--precision', choices=qat_gpu.TYPES, default='float16', help='%(default)s')
     parser.add_argument('--kinds', nargs='+', choices=KINDS, default=KINDS)
     parser.add_argument('--layout', choices=('first', 'last'), default='last', help='of channels')
     parser.add_argument('--cameras', type=int, default=24, help='%(default)s')
     parser.add_argument('--size', type=int, nargs=2, default=(256, 704), help='height width')
     parser.add_argument('--code', type=Path, help='folder to write the kernels to')
     return parser.parse_args()
-
-
-def model(kind: str) -> torch.nn.Module:
-    """The backbone, batch norm frozen."""
-    fused.AVAILABLE = fused.INTERPRETED = False  # nothing shall be computed by kernels here
-    quantized = MODELS.build({**BACKBONE, 'type': 'QuantResNet'})
-    quantized.eval()
-    mq.calibrate(quantized, [torch.randn(1, 3, 64, 64)], 'max')
-    if kind == 'float':
-        plain = MODELS.build({**BACKBONE, 'type': 'mmdet.ResNet'})
-        plain.eval()
-        return plain
-    for quantizer in mq.quantizers(quantized).values():
-        if kind == 'learned' and quantizer.spec.axis is None:
-            quantizer.learn()
-    share_ranges(quantized)
-    return quantized
 
 
 def kept(forward: Any, outputs: int) -> float:
@@ -112,7 +91,6 @@ def graphs(net: torch.nn.Module, x: Tensor, amp: torch.dtype | None) -> dict[str
             decompositions=select_decomp_table(),
         )  # fmt: skip
 
-    fused.AVAILABLE = fused.INTERPRETED = True  # as on a GPU
     torch._dynamo.reset()
     try:
         with torch.autocast('cpu', amp or torch.bfloat16, enabled=amp is not None):
@@ -224,9 +202,13 @@ def main() -> None:
     x = torch.randn(args.cameras, 3, *args.size).contiguous(memory_format=order)
     console = Console()
     cut = {}
+    fused.AVAILABLE = fused.INTERPRETED = False  # nothing shall be computed by kernels here
+    made = qat_gpu.models(False, 'cpu')
+    fused.AVAILABLE = fused.INTERPRETED = True  # as on a GPU
     for kind in args.kinds:
         with console.status(f'Tracing: {kind}'):
-            cut[kind] = graphs(model(kind).to(memory_format=order), x, TYPES[args.precision])
+            net = qat_gpu.variant(kind, made, args.layout == 'last')
+            cut[kind] = graphs(net, x, qat_gpu.TYPES[args.precision])
     del os.environ['TRITON_INTERPRET']
     pretend()
     torch._inductor.config.fx_graph_cache = False

@@ -60,10 +60,8 @@ def models(neck: bool, device: str) -> dict[str, nn.Module]:
     return {'float': plain, 'ours': quantized}
 
 
-def stepper(
-    kind: str, made: dict[str, nn.Module], amp: torch.dtype | None, last: bool, mode: str
-) -> Callable[[Tensor], None]:
-    """A model of one kind, and all that a step of it does."""
+def variant(kind: str, made: dict[str, nn.Module], last: bool) -> nn.Module:
+    """A copy of the model of one kind; the ranges of ``learned`` are parameters."""
     model = copy.deepcopy(made['float' if kind == 'float' else 'ours'])
     if last:
         model.to(memory_format=torch.channels_last)
@@ -72,7 +70,14 @@ def stepper(
             if quantizer.spec.axis is None:
                 quantizer.learn()
     share_ranges(model)
-    run = model
+    return model
+
+
+def stepper(
+    kind: str, made: dict[str, nn.Module], amp: torch.dtype | None, last: bool, mode: str
+) -> Callable[[Tensor], None]:
+    """A model of one kind, and all that a step of it does."""
+    model = run = variant(kind, made, last)
     if mode in ('compiled', 'reduced'):
         run = torch.compile(model, mode='reduce-overhead' if mode == 'reduced' else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)

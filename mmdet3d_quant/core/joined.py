@@ -24,7 +24,7 @@ The rules of both:
 * Never recorded: inference tensors, which have no version; anything while compiling; marks while
   tracing, which shall show every quantizer.
 
-Only untouched modules are joined (:func:`untouched`): forward hooks see the same tensors in
+Only untouched modules are joined (:func:`untouched`): hooks see the same tensors in
 training and evaluation, and those of a quantizer see the unrounded tensor, once.
 """
 
@@ -215,9 +215,10 @@ def normed(
     ):
         if compiling():
             found = _one(readers)
-            if found is not None and _opaque(x, norm, found, other):
-                args = found._amax, found.spec.format, relu is not None, other
-                return Rounded(opaque.normed(x, norm, *args))
+            if found is not None:
+                amax, fmt = found._amax, found.spec.format
+                if opaque.joins(x, norm, amax, fmt, other):
+                    return Rounded(opaque.normed(x, norm, amax, fmt, relu is not None, other))
         grid = _alike(readers)
         if grid is not None:
             amax, spec = readers[0]._amax, readers[0].spec
@@ -282,11 +283,6 @@ def _one(readers: Sequence[Any]) -> Any:
             return None
         found = shared
     return found
-
-
-def _opaque(x: Tensor, norm: nn.Module, reader: Any, other: Tensor | None) -> bool:
-    fits = opaque.serves(x, reader._amax, reader.spec.format) and fused.is_dense(x)
-    return fits and batch_norm.knows(x, norm, other)
 
 
 def _covered(x: Tensor, amax: Tensor) -> bool:

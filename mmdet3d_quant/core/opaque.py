@@ -22,14 +22,27 @@ AVAILABLE = hasattr(torch.library, 'custom_op')
 
 
 def serves(x: Tensor, amax: Tensor, fmt: Format) -> bool:
-    """Tells whether compiled code leaves the gradient of a range to the kernel.
+    """Tells whether compiled code can leave a rounding, or the gradient of its range, to kernels.
 
     Args:
         x: What is rounded.
-        amax: Its learned range.
+        amax: Its range.
         fmt: The number format.
     """
     return AVAILABLE and fused.knows(x, amax, fmt)
+
+
+def joins(x: Tensor, norm: nn.Module, amax: Tensor, fmt: Format, other: Tensor | None) -> bool:
+    """Tells whether compiled code leaves a norm and the rounding behind it to :func:`normed`.
+
+    Args:
+        x: Input of the norm.
+        norm: The norm.
+        amax: Range limit.
+        fmt: The number format.
+        other: What is added in between, if anything is.
+    """
+    return serves(x, amax, fmt) and fused.is_dense(x) and batch_norm.knows(x, norm, other)
 
 
 class WithRange(Function):
@@ -63,7 +76,7 @@ def normed(
     """Rounds ``norm(x) + other``, or the ReLU of that, in one pass each way.
 
     Args:
-        x: (N, C, H, W); :func:`serves` and ``batch_norm.knows`` hold for it.
+        x: (N, C, H, W), for which :func:`joins` holds.
         norm: The batch norm.
         amax: Range limit.
         fmt: The number format.
@@ -153,16 +166,19 @@ def _backward(ctx: Any, grad: Any, _: Any) -> Any:
     )
 
 
-def _define(library: Any, torch_library: Any) -> None:
-    """Tells torch of the operators."""
+def _define() -> Any:
+    """Tells torch of the operators; returns what holds them."""
+    registry: Any = torch.library
+    library = registry.Library(_NAME, 'FRAGMENT')
     # They take any order in memory, so that a compiler need not bring back the traced one.
     tags = getattr(torch.Tag, 'flexible_layout', ())
     for name, (schema, function, shape) in _OPERATORS.items():
         library.define(name + schema, tags=tags)
         for device in ('CPU', 'CUDA'):
             library.impl(name, function, device)
-        torch_library.register_fake(f'{_NAME}::{name}', shape, lib=library)
-    torch_library.register_autograd(f'{_NAME}::normed', _backward, setup_context=_keep, lib=library)
+        registry.register_fake(f'{_NAME}::{name}', shape, lib=library)
+    registry.register_autograd(f'{_NAME}::normed', _backward, setup_context=_keep, lib=library)
+    return library
 
 
 _NAME = 'mmdet3d_quant'
@@ -188,5 +204,4 @@ _OPERATORS: dict[str, Any] = {
     ),
 }
 if AVAILABLE:
-    _library: Any = torch.library.Library(_NAME, 'FRAGMENT')
-    _define(_library, torch.library)
+    _library = _define()

@@ -254,19 +254,26 @@ class Net(nn.Module):
         return self.b(self.a(x, self.b.rounded_for(), compiling()))
 
 
-def blocks(learned, **options):
-    """A calibrated net, tied, that compiles to one graph."""
+def calibrated(learned, options):
+    """A net on a CPU, and the batch that its ranges are of."""
     torch.manual_seed(0)
     net = Net(**options)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1)
-            nn.init.normal_(module.bias, 0, 0.1)
-    calibrate(net.eval(), [torch.randn(2, 8, 12, 12)], 'percentile:99')
+    net.eval()
+    x = torch.randn(2, 8, 12, 12)
+    calibrate(net, [x], 'percentile:99')
     if learned:
         for quantizer in quantizers(net).values():
             if quantizer.spec.axis is None:
                 quantizer.learn()
+    return net, x
+
+
+def blocks(learned, **options):
+    """A calibrated net, tied, that compiles to one graph."""
+    net, _ = calibrated(learned, options)
     share_ranges(net.to(DEVICE))
     if learned:
         LearnedRanges(net).attach(torch.optim.SGD(net.parameters(), lr=0.1))
@@ -333,7 +340,8 @@ def test_compiled_blocks_that_may_not_join_their_norms_compute_the_same(change):
     if change == 'float':
         set_mode(net.b, 'float')
     elif change == 'hook':
-        net.b.conv1._input_quantizer.register_forward_hook(lambda *_: seen.append(1))
+        reader = net.b.conv1._input_quantizer
+        reader.register_forward_hook(lambda _, args, y: seen.append(args[0].shape))
     elif change == 'backward':
         scale = lambda *args: tuple(None if g is None else g * 3 for g in args[1])  # noqa: E731
         net.b.conv2.register_full_backward_hook(scale)
@@ -354,6 +362,8 @@ def test_compiled_blocks_that_may_not_join_their_norms_compute_the_same(change):
         for block in (net.a, net.b):
             block.compile(backend='aot_eager')
     found = step(net, run, x, None)
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]  # hooks see the same
+    assert len(seen) == (2 if change in ('hook', 'branch') else 0)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
@@ -361,18 +371,7 @@ def test_compiled_blocks_that_may_not_join_their_norms_compute_the_same(change):
 
 def trained(device, learned, last, options, half=None):
     """Ranges, weights and gradients after two steps of training."""
-    torch.manual_seed(0)
-    net = Net(**options)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1)
-    net.eval()
-    x = torch.randn(2, 8, 12, 12)
-    calibrate(net, [x], 'percentile:99')
-    if learned:
-        for quantizer in quantizers(net).values():
-            if quantizer.spec.axis is None:
-                quantizer.learn()
+    net, x = calibrated(learned, options)
     net.to(device)
     if last:
         net.to(memory_format=torch.channels_last)

@@ -29,7 +29,7 @@ def _loops() -> bool:
 def _triton() -> bool:
     """Tells whether there is a Triton whose interpreter and compiler serve; it is not imported.
 
-    The kernels are written for 3.0 on, whose interpreter takes no constants of another file.
+    The kernels are written for 3.0 on, whose interpreter refuses them.
     """
     try:
         return tuple(map(int, version('triton').split('.')[:2])) >= (3, 3)

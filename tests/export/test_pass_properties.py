@@ -21,6 +21,7 @@ from mmdet3d_quant.export.unsigned import to_unsigned, unsigned_names
 from tests.engines.graphs import random_graph
 from tests.export.graphs import shape_graph
 from tests.properties import deeper, holds
+from tests.versions import MOST_OPSET
 
 PAIR = ('QuantizeLinear', 'DequantizeLinear')
 SEEDS = st.integers(0, 2**31 - 1)
@@ -140,7 +141,7 @@ PASSES = {
     'shapes': passes.fold_shapes,
     'weights': lambda m: passes.store_int8_weights(m.graph),
     'sorted': lambda m: shuffled(m.graph, 0),
-    'opset': lambda m: passes.to_opset(m, min(passes.opset(m) + 1, 21)),
+    'opset': lambda m: passes.to_opset(m, min(passes.opset(m) + 1, MOST_OPSET)),
 }
 MAKERS = [random_graph, lambda seed: shaped(*shape_graph(seed)), torch_graph]
 
